@@ -1,0 +1,115 @@
+// Walks lists of tensors on the CPU. Included by kernel files only, each built once per instruction set: the unnamed
+// namespace keeps every build's copy to itself.
+#pragma once
+
+#include "core/lists.h"
+
+namespace unlearn_ext {
+namespace {
+
+// Work smaller than this many scalars is not worth waking a thread for.
+constexpr int64_t kGrain = 32768;
+
+template <class F>
+void parallel_for(const Exec& exec, int64_t n, int64_t grain, const F& f) {
+  exec.parallel_for(
+      n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      &f);
+}
+
+constexpr int64_t words_of(int64_t numel) { return (numel + kWord - 1) / kWord; }
+
+template <int N>
+int64_t total_words(const Slice<N>* slices, int64_t count) {
+  int64_t words = 0;
+  for (int64_t t = 0; t < count; ++t) words += words_of(slices[t].numel);
+  return words;
+}
+
+// The parts of tensors that words [first, last) of all tensors together cover: f(t, begin, end), begin a multiple of
+// kWord.
+template <int N, class F>
+void walk(const Slice<N>* slices, int64_t count, int64_t first, int64_t last, const F& f) {
+  int64_t start = 0;  // of tensor t, in words over all tensors
+  for (int64_t t = 0; t < count && start < last; ++t) {
+    const int64_t here = words_of(slices[t].numel);
+    const int64_t begin = std::max(first - start, int64_t{0}) * kWord;
+    const int64_t end = std::min(std::min(last - start, here) * kWord, slices[t].numel);
+    if (begin < end) f(t, begin, end);
+    start += here;
+  }
+}
+
+// Splits all tensors of the lists over threads.
+template <int N, class F>
+void for_each_range(const Slice<N>* slices, int64_t count, const Exec& exec, const F& f) {
+  parallel_for(exec, total_words(slices, count), kGrain / kWord,
+               [&](int64_t first, int64_t last) { walk(slices, count, first, last, f); });
+}
+
+template <class R, class Op, size_t... I>
+void apply_range(const Op& op, void* const* data, int64_t begin, int64_t end, std::index_sequence<I...> indices) {
+  [&](auto*... list) {
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) apply_at<R>(op, true, indices, list + i...);
+  }(static_cast<typename R::template at<I>*>(data[I])...);
+}
+
+// The 64 mask bits of the scalars from `begin` on; bits past the end of the tensor are not read.
+UNLEARN_HD uint64_t mask_word(const uint8_t* bits, int64_t begin, int64_t numel) {
+  uint64_t word = 0;
+  if (numel - begin >= kWord)
+    memcpy(&word, bits + begin / 8, sizeof(word));
+  else
+    for (int64_t i = begin; i < numel; i += 8) word |= static_cast<uint64_t>(bits[i / 8]) << (i - begin);
+  return word;
+}
+
+template <class R, class Op, size_t... I>
+void apply_masked_word(const Op& op, void* const* data, int64_t begin, int64_t end, uint64_t word,
+                       std::index_sequence<I...> indices) {
+  [&](auto*... list) {
+    if (end - begin == kWord) {
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = static_cast<uint32_t>(word >> (32 * half));
+        const int64_t start = begin + 32 * half;
+#pragma GCC ivdep
+        for (uint32_t i = 0; i < 32; ++i) apply_at<R>(op, bits >> i & 1u, indices, list + start + i...);
+      }
+    } else {
+      for (int64_t i = begin; i < end; ++i) apply_at<R>(op, word >> (i - begin) & 1u, indices, list + i...);
+    }
+  }(static_cast<typename R::template at<I>*>(data[I])...);
+}
+
+template <class R, class Op>
+int apply(const Op& op, const Slice<R::size>* slices, int64_t count, const Exec& exec) {
+  for_each_range(slices, count, exec, [&](int64_t t, int64_t begin, int64_t end) {
+    apply_range<R>(op, slices[t].data, begin, end, typename R::indices{});
+  });
+  return 0;
+}
+
+// Slices carry the packed mask behind the row. Words without a set bit cost one load of eight bytes: none of the
+// lists is touched there. Runs of full words take the dense loop.
+template <class R, class Op>
+int apply_masked(const Op& op, const Slice<R::size + 1>* slices, int64_t count, const Exec& exec) {
+  for_each_range(slices, count, exec, [&](int64_t t, int64_t begin, int64_t end) {
+    const int64_t numel = slices[t].numel;
+    void* const* data = slices[t].data;
+    const auto* bits = static_cast<const uint8_t*>(data[R::size]);
+    int64_t dense = begin;  // start of the pending run of full words
+    for (int64_t i = begin; i < end; i += kWord) {
+      const uint64_t word = kOnCleared<Op> ? ~mask_word(bits, i, numel) : mask_word(bits, i, numel);
+      if (~word == 0) continue;
+      if (dense < i) apply_range<R>(op, data, dense, i, typename R::indices{});
+      if (word != 0) apply_masked_word<R>(op, data, i, std::min(i + kWord, end), word, typename R::indices{});
+      dense = i + kWord;
+    }
+    if (dense < end) apply_range<R>(op, data, dense, end, typename R::indices{});
+  });
+  return 0;
+}
+
+}  // namespace
+}  // namespace unlearn_ext

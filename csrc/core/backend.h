@@ -1,0 +1,33 @@
+// What a kernel file is compiled for, and what its launcher needs to run.
+//
+// One source serves every backend. A launcher is declared once, as a template over Backend; each build of its file
+// defines the specialisation for kBackend. Symbols of different instruction sets therefore never share a name.
+#pragma once
+
+#include <cstdint>
+
+// Formulas shared by CPU and GPU. Always inlined: an out-of-line copy compiled for AVX-512 could otherwise be the one
+// the linker keeps for every CPU.
+#if defined(__CUDACC__)
+#define UNLEARN_HD __host__ __device__ __forceinline__
+#else
+#define UNLEARN_HD inline __attribute__((always_inline))
+#endif
+
+namespace unlearn_ext {
+
+enum class Backend { cpu_baseline, cpu_avx2, cpu_avx512, cuda };
+
+#if defined(UNLEARN_BACKEND)
+inline constexpr Backend kBackend = Backend::UNLEARN_BACKEND;
+#endif
+
+// How a launcher runs: a cudaStream_t on a GPU, an injected thread pool on a CPU. `body` is called with disjoint
+// ranges that cover [0, n), each at least `grain` long unless n is shorter.
+struct Exec {
+  void* stream = nullptr;
+  void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void* context, int64_t begin, int64_t end),
+                       const void* context) = nullptr;
+};
+
+}  // namespace unlearn_ext

@@ -1,0 +1,31 @@
+// Rows of a matrix that is never stored: im2col patches of a batch, or plain rows of a strided tensor.
+#pragma once
+
+#include "core/dtype.h"
+
+namespace unlearn_ext {
+
+inline constexpr int kMaxSpatial = 3;
+
+// Row (n, p) of group g holds, in the column order of weight.view(out_channels, -1), the inputs that output position
+// p of sample n sees. Unused leading spatial axes have extent 1. A tensor of plain rows is a batch of 1x1x1 images.
+struct Patches {
+  DType dtype;
+  int64_t samples, channels;  // channels of one group
+  int64_t in[kMaxSpatial], out[kMaxSpatial], kernel[kMaxSpatial];
+  int64_t stride[kMaxSpatial], padding[kMaxSpatial], dilation[kMaxSpatial];  // padding before
+  int64_t sample_stride, channel_stride, space_stride[kMaxSpatial];          // of the tensor, in elements
+  const void* data;                                                          // of the first group
+
+  UNLEARN_HD int64_t positions() const { return out[0] * out[1] * out[2]; }
+  UNLEARN_HD int64_t rows() const { return samples * positions(); }
+  UNLEARN_HD int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
+  UNLEARN_HD int64_t columns() const { return channels * window(); }
+
+  // Where along an axis output position `at` looks through tap `tap`; outside [0, in) is padding.
+  UNLEARN_HD int64_t source(int axis, int64_t at, int64_t tap) const {
+    return at * stride[axis] - padding[axis] + tap * dilation[axis];
+  }
+};
+
+}  // namespace unlearn_ext

@@ -1,0 +1,163 @@
+#include "kernels/gram.h"
+
+#include "core/apply_cpu.h"
+#include "core/gemm_cpu.h"
+
+namespace unlearn_ext {
+namespace {
+
+// panel[k][j] = column first_column + j of row first_row + k, zero past the last column. The loop over rows is
+// innermost so that it runs along the last image axis.
+template <class T>
+void pack_patches(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t first_column, int width,
+                  acc_t<T>* panel) {
+  const int64_t taps[] = {p.kernel[0], p.kernel[1], p.kernel[2]};
+  for (int j = 0; j < width; ++j) {
+    const int64_t column = first_column + j;
+    if (column >= p.columns()) {
+      for (int64_t k = 0; k < rows; ++k) panel[k * width + j] = 0;
+      continue;
+    }
+    const int64_t tap2 = column % taps[2], tap1 = column / taps[2] % taps[1],
+                  tap0 = column / (taps[2] * taps[1]) % taps[0], channel = column / p.window();
+    for (int64_t k = 0; k < rows;) {
+      const int64_t row = first_row + k, position = row % p.positions(), sample = row / p.positions();
+      const int64_t at2 = position % p.out[2], at1 = position / p.out[2] % p.out[1],
+                    at0 = position / (p.out[2] * p.out[1]);
+      const int64_t run = std::min(p.out[2] - at2, rows - k);
+      const int64_t y0 = p.source(0, at0, tap0), y1 = p.source(1, at1, tap1), y2 = p.source(2, at2, tap2);
+      const bool inside = y0 >= 0 && y0 < p.in[0] && y1 >= 0 && y1 < p.in[1];
+      acc_t<T>* to = panel + k * width + j;
+      if (inside) {
+        const T* from = data + sample * p.sample_stride + channel * p.channel_stride + y0 * p.space_stride[0] +
+                        y1 * p.space_stride[1];
+        for (int64_t i = 0, y = y2; i < run; ++i, y += p.stride[2], to += width)
+          *to = y >= 0 && y < p.in[2] ? acc_t<T>(from[y * p.space_stride[2]]) : acc_t<T>(0);
+      } else {
+        for (int64_t i = 0; i < run; ++i, to += width) *to = 0;
+      }
+      k += run;
+    }
+  }
+}
+
+// The same for plain rows, copied along the columns.
+template <class T>
+void pack_rows(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t first_column, int width,
+               acc_t<T>* panel) {
+  const int64_t inside = std::min<int64_t>(width, p.channels - first_column);
+  for (int64_t k = 0; k < rows; ++k, panel += width) {
+    const T* from = data + (first_row + k) * p.sample_stride + first_column * p.channel_stride;
+    if (p.channel_stride == 1) {
+      if (inside == width)
+        for (int j = 0; j < width; ++j) panel[j] = acc_t<T>(from[j]);
+      else
+        for (int64_t j = 0; j < inside; ++j) panel[j] = acc_t<T>(from[j]);
+    } else {
+      for (int64_t j = 0; j < inside; ++j) panel[j] = acc_t<T>(from[j * p.channel_stride]);
+    }
+    for (int64_t j = std::max<int64_t>(inside, 0); j < width; ++j) panel[j] = 0;
+  }
+}
+
+// Columns [begin, end) of rows as consecutive panels of `width` columns.
+template <class T>
+void pack_block(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
+                int width, acc_t<T>* panels) {
+  const bool plain = p.positions() == 1 && p.window() == 1 && p.padding[0] == 0 && p.padding[1] == 0 &&
+                     p.padding[2] == 0;
+  for (int64_t column = begin; column < end; column += width, panels += rows * width) {
+    if (plain)
+      pack_rows(p, data, first_row, rows, column, width, panels);
+    else
+      pack_patches(p, data, first_row, rows, column, width, panels);
+  }
+}
+
+// total[i][j] += X^T X for i in [i0, i1), j in [j0, j1), i <= j, over rows [first, last).
+template <class T, class G>
+void accumulate_tile(const Patches& p, const T* data, int64_t first, int64_t last, int64_t i0, int64_t i1, int64_t j0,
+                     int64_t j1, acc_t<T>* panel_a, acc_t<T>* panel_b, G* total) {
+  using A = acc_t<T>;
+  constexpr int kCols = kTileCols<A>;
+  const int64_t d = p.columns();
+  for (int64_t row = first; row < last; row += kGramDepth) {
+    const int64_t depth = std::min(kGramDepth, last - row);
+    pack_block(p, data, row, depth, i0, i1, kTileRows, panel_a);
+    pack_block(p, data, row, depth, j0, j1, kCols, panel_b);
+    for (int64_t j = j0; j < j1; j += kCols) {
+      const A* b = panel_b + (j - j0) * depth;
+      const int64_t columns = std::min<int64_t>(kCols, j1 - j);
+      for (int64_t i = i0; i < i1 && i < j + columns; i += kTileRows) {
+        A product[kTileRows][kCols];
+        multiply_panels<A>(panel_a + (i - i0) * depth, b, depth, product, false);
+        const int64_t stop = std::min<int64_t>(kTileRows, i1 - i);
+        for (int64_t r = 0; r < stop; ++r) {
+          G* out = total + (i + r) * d + j;
+          for (int64_t n = std::max<int64_t>(0, i + r - j); n < columns; ++n) out[n] += static_cast<G>(product[r][n]);
+        }
+      }
+    }
+  }
+}
+
+template <class G>
+void mirror_tile(G* gram, int64_t d, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for (int64_t j = j0; j < j1; ++j)
+    for (int64_t i = i0; i < std::min(i1, j); ++i) gram[j * d + i] = gram[i * d + j];
+}
+
+}  // namespace
+
+template <>
+int gram_accumulate<kBackend>(const Patches& patches, int64_t groups, int64_t group_stride, DType gram_dtype,
+                              void* gram, void* partial, const Exec& exec) {
+  const int64_t d = patches.columns(), rows = patches.rows();
+  const int64_t across = (d + kGramTile - 1) / kGramTile, tiles = across * (across + 1) / 2;
+  const int64_t splits = gram_partials(rows, d, groups);
+  const int64_t run = ((rows + splits - 1) / splits + kGramDepth - 1) / kGramDepth * kGramDepth;
+  // Tile number -> the pair of column blocks (i, j), i <= j, and the pair's range of columns.
+  const auto on_tile = [&](int64_t tile, const auto& f) {
+    int64_t j = 0;
+    while (tile > j) tile -= ++j;
+    const int64_t i = tile;
+    f(i * kGramTile, std::min(d, (i + 1) * kGramTile), j * kGramTile, std::min(d, (j + 1) * kGramTile));
+  };
+  visit(patches.dtype, [&]<class T>(Tag<T>) {
+    visit_accumulator(gram_dtype, [&]<class G>(Tag<G>) {
+      using A = acc_t<T>;
+      G* totals = static_cast<G*>(splits > 1 ? partial : gram);
+      if (splits > 1) memset(partial, 0, static_cast<size_t>(splits * groups * d * d) * sizeof(G));
+      parallel_for(exec, splits * groups * tiles, 1, [&](int64_t begin, int64_t end) {
+        const int64_t panel = (kGramTile + kTileCols<A>)*kGramDepth;
+        const PanelMemory memory(2 * panel * static_cast<int64_t>(sizeof(A)));
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t group = task / tiles % groups, split = task / tiles / groups;
+          const T* data = static_cast<const T*>(patches.data) + group * group_stride;
+          G* total = totals + (split * groups + group) * d * d;
+          on_tile(task % tiles, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+            accumulate_tile<T, G>(patches, data, split * run, std::min(rows, (split + 1) * run), i0, i1, j0, j1,
+                                  memory.at<A>(0), memory.at<A>(panel), total);
+          });
+        }
+      });
+      parallel_for(exec, groups * tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t group = task / tiles;
+          G* out = static_cast<G*>(gram) + group * d * d;
+          on_tile(task % tiles, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+            for (int64_t split = 0; splits > 1 && split < splits; ++split) {
+              const G* total = totals + (split * groups + group) * d * d;
+              for (int64_t i = i0; i < i1; ++i)
+                for (int64_t j = std::max(i, j0); j < j1; ++j) out[i * d + j] += total[i * d + j];
+            }
+            mirror_tile(out, d, i0, i1, j0, j1);
+          });
+        }
+      });
+    });
+  });
+  return 0;
+}
+
+}  // namespace unlearn_ext

@@ -1,0 +1,251 @@
+// Lists of tensors -> validated slices that kernels can walk: counts, dtypes, devices, shapes, layouts and aliasing are
+// checked here, before anything is written, for every op and behind both doors.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "core/lists.h"
+
+namespace unlearn_ext {
+
+// What a list may hold. The lists of kind parameters and importances decide the dtype of their scalars' row.
+enum class Holds {
+  parameters,    // float32, float64, float16 or bfloat16
+  like,          // the parameters' dtype
+  accumulators,  // float32, float64 with float64 parameters
+  importances,   // float32 or float64, the same in every list of this kind
+  bits,          // packed masks, uint8 [ceil(numel / 8)], row-major
+};
+
+struct List {
+  const char* name;
+  at::TensorList tensors;
+  Holds holds;
+  bool written = false;
+};
+
+inline std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline at::ScalarType accumulator_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline int64_t packed_bytes(int64_t numel) { return (numel + 7) / 8; }
+
+inline bool is_row_major(const at::Tensor& t) { return t.is_contiguous(); }
+
+// Axes of extent 1 have no stride worth comparing.
+inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
+  return true;
+}
+
+// Raw writes bypass autograd; the version counter still has to tell saved tensors, and callers who compare it.
+inline void bump_version(const at::Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+inline void require_usable(const char* op, const char* name, int64_t index, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.defined(), op, ": ", name, "[", index, "] must be a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name, "[", index, "] must be dense (strided), got layout ",
+                    t.layout());
+}
+
+// Several tensors of one device and dtype, walked together.
+template <int N>
+struct Group {
+  c10::Device device;
+  at::ScalarType type;
+  std::vector<Slice<N>> slices;
+  std::vector<int64_t> positions;  // of the slices in the lists
+
+  DType dtype() const { return *dtype_of(type); }
+  int64_t count() const { return static_cast<int64_t>(slices.size()); }
+};
+
+// One address range of an argument, for the aliasing check.
+struct Extent {
+  uintptr_t begin, end;
+  const at::Tensor* tensor;
+  const char* name;
+  int64_t index;
+  bool written;
+};
+
+// Written memory may be reached through one argument only.
+inline void require_no_aliases(const char* op, std::vector<Extent>& extents) {
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  const Extent *last = nullptr, *last_written = nullptr;  // those that reach furthest so far
+  for (const Extent& e : extents) {
+    const Extent* other = e.written ? last : last_written;
+    if (other != nullptr && other->end > e.begin) {
+      const at::MemOverlapStatus status = at::get_overlap_status(*other->tensor, *e.tensor);
+      const Extent &w = e.written ? e : *other, &r = e.written ? *other : e;
+      TORCH_CHECK_VALUE(status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial, op, ": ",
+                        w.name, "[", w.index, "] must not share memory with another argument, got memory of ", r.name,
+                        "[", r.index, "]");
+    }
+    if (last == nullptr || e.end > last->end) last = &e;
+    if (e.written && (last_written == nullptr || e.end > last_written->end)) last_written = &e;
+  }
+}
+
+inline void add_extent(std::vector<Extent>& extents, const char* name, int64_t index, const at::Tensor& t,
+                       bool written) {
+  if (t.numel() == 0) return;
+  int64_t span = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) span += (t.size(i) - 1) * t.stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  extents.push_back({begin, begin + static_cast<uintptr_t>(span) * t.element_size(), &t, name, index, written});
+}
+
+inline void require_writable(const char* op, const char* name, int64_t index, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name, "[", index,
+                    "] must not overlap itself, got strides ", t.strides());
+}
+
+// The lists of one call as groups of slices, with copies in place of tensors whose layout does not match. finish()
+// brings results back from such copies.
+template <int N>
+class Paired {
+ public:
+  Paired(const char* op, std::array<List, N> lists, at::Tensor (*repack)(const at::Tensor&, const at::Tensor&))
+      : op_(op), lists_(lists), repack_(repack) {
+    const at::TensorList& first = lists_[0].tensors;
+    for (const List& list : lists_)
+      TORCH_CHECK_VALUE(list.tensors.size() == first.size(), op, ": ", list.name, " must have ", first.size(),
+                        " tensors like ", lists_[0].name, ", got ", list.tensors.size());
+    std::vector<Extent> extents;
+    extents.reserve(N * first.size());
+    for (size_t t = 0; t < first.size(); ++t) check(t, extents);
+    require_no_aliases(op, extents);
+    for (size_t t = 0; t < first.size(); ++t) add(t);
+  }
+
+  std::vector<Group<N>>& groups() { return groups_; }
+
+  void finish() {
+    for (auto& [to, from] : write_back_) to.copy_(from);
+    for (const List& list : lists_)
+      if (list.written)
+        for (const at::Tensor& t : list.tensors) bump_version(t);
+  }
+
+ private:
+  void check(size_t t, std::vector<Extent>& extents) {
+    const at::Tensor& lead = lists_[0].tensors[t];
+    const auto index = static_cast<int64_t>(t);
+    const at::ScalarType type = row_type(t);
+    for (const List& list : lists_) {
+      const at::Tensor& tensor = list.tensors[t];
+      require_usable(op_, list.name, index, tensor);
+      const at::ScalarType got = tensor.scalar_type();
+      switch (list.holds) {
+        case Holds::parameters:
+          TORCH_CHECK_TYPE(dtype_of(got).has_value(), op_, ": ", list.name, "[", index,
+                           "] must be float32, float64, float16 or bfloat16, got ", got);
+          break;
+        case Holds::importances:
+          TORCH_CHECK_TYPE(got == at::kFloat || got == at::kDouble, op_, ": ", list.name, "[", index,
+                           "] must be float32 or float64, got ", got);
+          [[fallthrough]];
+        case Holds::like:
+          TORCH_CHECK_TYPE(got == type, op_, ": ", list.name, "[", index, "] must be ", type, ", got ", got);
+          break;
+        case Holds::accumulators:
+          TORCH_CHECK_TYPE(got == accumulator_type(type), op_, ": ", list.name, "[", index, "] must be ",
+                           accumulator_type(type), " for ", type, " values, got ", got);
+          break;
+        case Holds::bits:
+          TORCH_CHECK_TYPE(got == at::kByte, op_, ": ", list.name, "[", index,
+                           "] must be a packed mask (uint8, see pack_mask), got ", got);
+          TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.numel() == packed_bytes(lead.numel()), op_, ": ", list.name,
+                            "[", index, "] must have shape [", packed_bytes(lead.numel()), "], one bit per scalar of ",
+                            lists_[0].name, "[", index, "], got ", tensor.sizes());
+          break;
+      }
+      if (list.holds != Holds::bits)
+        TORCH_CHECK_VALUE(tensor.sizes() == lead.sizes(), op_, ": ", list.name, "[", index, "] must have the shape ",
+                          lead.sizes(), " of ", lists_[0].name, "[", index, "], got ", tensor.sizes());
+      TORCH_CHECK_VALUE(tensor.device() == lead.device(), op_, ": ", list.name, "[", index, "] must be on ",
+                        lead.device(), " like ", lists_[0].name, "[", index, "], got ", tensor.device());
+      if (list.written) require_writable(op_, list.name, index, tensor);
+      add_extent(extents, list.name, index, tensor, list.written);
+    }
+  }
+
+  at::ScalarType row_type(size_t t) const {
+    for (const List& list : lists_)
+      if (list.holds == Holds::parameters || list.holds == Holds::importances) return list.tensors[t].scalar_type();
+    return at::kFloat;
+  }
+
+  void add(size_t t) {
+    const at::Tensor& lead = lists_[0].tensors[t];
+    // The memory order everything else is brought into.
+    at::Tensor order = lead;
+    if (!lead.is_non_overlapping_and_dense()) order = keep(lead.contiguous());
+    Slice<N> slice{};
+    slice.numel = lead.numel();
+    for (int l = 0; l < N; ++l) {
+      const List& list = lists_[static_cast<size_t>(l)];
+      const at::Tensor& tensor = list.tensors[t];
+      slice.data[l] = list.holds == Holds::bits ? bits_for(tensor, order) : values_for(tensor, order, list.written);
+    }
+    Group<N>& group = group_of(lead.device(), row_type(t));
+    group.slices.push_back(slice);
+    group.positions.push_back(static_cast<int64_t>(t));
+  }
+
+  void* values_for(const at::Tensor& tensor, const at::Tensor& order, bool written) {
+    at::Tensor source = tensor;
+    if (!same_layout(tensor, order)) {
+      source = keep(at::empty_strided(order.sizes(), order.strides(), tensor.options().requires_grad(false)));
+      source.copy_(tensor.detach());
+      if (written) write_back_.emplace_back(tensor.detach(), source);
+    }
+    return const_cast<void*>(source.const_data_ptr());
+  }
+
+  void* bits_for(const at::Tensor& bits, const at::Tensor& order) {
+    const at::Tensor dense = keep(bits.contiguous());
+    return const_cast<void*>((is_row_major(order) ? dense : keep(repack_(dense, order))).const_data_ptr());
+  }
+
+  const at::Tensor& keep(at::Tensor t) { return kept_.emplace_back(std::move(t)); }
+
+  Group<N>& group_of(c10::Device device, at::ScalarType type) {
+    for (Group<N>& group : groups_)
+      if (group.device == device && group.type == type) return group;
+    return groups_.emplace_back(Group<N>{device, type, {}, {}});
+  }
+
+  const char* op_;
+  std::array<List, N> lists_;
+  at::Tensor (*repack_)(const at::Tensor&, const at::Tensor&);
+  std::vector<Group<N>> groups_;
+  std::vector<at::Tensor> kept_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> write_back_;
+};
+
+}  // namespace unlearn_ext

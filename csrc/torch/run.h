@@ -1,0 +1,59 @@
+// Where a launcher runs: the CPU backend of this machine, or the device's current stream.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include "core/capability.h"
+#include "core/cuda_error.h"
+
+namespace unlearn_ext {
+
+inline void torch_parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t),
+                               const void* context) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+inline void require_supported(const char* op, c10::Device device) {
+  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cpu() || device.is_cuda(), op, ": tensors must be on cpu or cuda, got ", device);
+#if !defined(UNLEARN_CUDA)
+  TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cuda(), op,
+                              ": unlearn_ext was built without CUDA; rebuild with UNLEARN_CUDA=ON, got a tensor on ",
+                              device);
+#endif
+}
+
+// Calls launch.operator()<Backend>(exec) for the backend of `device`, which require_supported() has passed.
+template <class F>
+void run([[maybe_unused]] const char* op, [[maybe_unused]] c10::Device device, const F& launch) {
+  Exec exec;
+  int error = 0;
+#if defined(UNLEARN_CUDA)
+  if (device.is_cuda()) {
+    const c10::DeviceGuard guard(device);
+    exec.stream = reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
+    error = launch.template operator()<Backend::cuda>(exec);
+    TORCH_CHECK(error == 0, op, ": CUDA error: ", cuda_error_string(error));
+    return;
+  }
+#endif
+  exec.parallel_for = &torch_parallel_for;
+  switch (cpu_backend()) {
+#if defined(__x86_64__)
+    case Backend::cpu_avx512:
+      error = launch.template operator()<Backend::cpu_avx512>(exec);
+      break;
+    case Backend::cpu_avx2:
+      error = launch.template operator()<Backend::cpu_avx2>(exec);
+      break;
+#endif
+    default:
+      error = launch.template operator()<Backend::cpu_baseline>(exec);
+  }
+  TORCH_INTERNAL_ASSERT(error == 0);
+}
+
+}  // namespace unlearn_ext
