@@ -351,14 +351,14 @@ void gram_on_device(const char* op, const Patches& patches, int64_t groups, int6
     char* out = static_cast<char*>(gram.mutable_data_ptr()) + g * d * d * static_cast<int64_t>(gram.element_size());
     for (int64_t first = 0; first < rows; first += step) {
       const int64_t n = std::min(step, rows - first);
-      run(op, gram.device(), [&]<Backend B>(const Exec& exec) {
+      run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
         return unfold_rows<B>(group, first, n, buffer.mutable_data_ptr(), exec);
       });
       const at::Tensor x = buffer.narrow(0, 0, n);
       for (int64_t column = 0; column < d; column += kProductColumns) {
         const int64_t width = std::min(kProductColumns, d - column);
         const at::Tensor block = at::mm(x.narrow(1, 0, column + width).t(), x.narrow(1, column, width));
-        run(op, gram.device(), [&]<Backend B>(const Exec& exec) {
+        run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
           return add_symmetric<B>(compute_type, block.const_data_ptr(), column, width, gram_type, out, d, exec);
         });
       }
@@ -388,12 +388,9 @@ void accumulate_gram(const char* op, const at::Tensor& gram, const at::Tensor& i
     const int64_t d = patches.columns(), partials = gram_partials(patches.rows(), d, groups);
     at::Tensor partial;
     if (partials > 1) partial = at::empty({partials, groups, d, d}, options);
-    run(op, gram.device(), [&]<Backend B>(const Exec& exec) {
-      if constexpr (B == Backend::cuda)
-        return 0;
-      else
-        return gram_accumulate<B>(patches, groups, group_stride, *dtype_of(dense.scalar_type()),
-                                  dense.mutable_data_ptr(), partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
+    run_on_cpu([&]<Backend B>(const Exec& exec) {
+      return gram_accumulate<B>(patches, groups, group_stride, *dtype_of(dense.scalar_type()),
+                                dense.mutable_data_ptr(), partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
     });
   }
   if (!dense.is_same(target) && dense.const_data_ptr() != target.const_data_ptr()) target.copy_(dense);
@@ -531,7 +528,7 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
 }
 
 // Projects grads (dense, each [groups, rows, d]) where they lie.
-void project_dense(const char* op, const std::vector<ProjectionArguments>& layers, bool onto) {
+void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
 #if defined(UNLEARN_CUDA)
   // Layers of one shape and dtype go through one batched product.
   const auto together = [](const ProjectionArguments& a, const ProjectionArguments& b) {
@@ -575,12 +572,9 @@ void project_dense(const char* op, const std::vector<ProjectionArguments>& layer
     for (const bool float_basis : {false, true}) {
       const std::vector<Projection>& group = cpu[static_cast<int>(dtype)][float_basis];
       if (group.empty()) continue;
-      run(op, c10::Device(at::kCPU), [&]<Backend B>(const Exec& exec) {
-        if constexpr (B == Backend::cuda)
-          return 0;
-        else
-          return project<B>(dtype, float_basis ? DType::f32 : dtype, group.data(),
-                            static_cast<int64_t>(group.size()), onto, exec);
+      run_on_cpu([&]<Backend B>(const Exec& exec) {
+        return project<B>(dtype, float_basis ? DType::f32 : dtype, group.data(), static_cast<int64_t>(group.size()),
+                          onto, exec);
       });
     }
 }
@@ -598,7 +592,7 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
     add_extent(extents, "basis", index, bases[l], false);
   }
   require_no_aliases(op, extents);
-  project_dense(op, layers, onto);
+  project_dense(layers, onto);
   for (size_t l = 0; l < grads.size(); ++l) {
     if (layers[l].grad.numel() != 0 && layers[l].grad.const_data_ptr() != grads[l].const_data_ptr())
       grads[l].detach().copy_(layers[l].grad.view(grads[l].sizes()));
@@ -608,7 +602,7 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
 
 at::Tensor project_copy(const char* op, const at::Tensor& grad, const at::Tensor& basis, bool onto) {
   const at::Tensor copy = grad.detach().clone(at::MemoryFormat::Contiguous);
-  project_dense(op, {view_projection(op, copy, basis, 0)}, onto);
+  project_dense({view_projection(op, copy, basis, 0)}, onto);
   return copy;
 }
 

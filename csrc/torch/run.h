@@ -26,21 +26,12 @@ inline void require_supported(const char* op, c10::Device device) {
 #endif
 }
 
-// Calls launch.operator()<Backend>(exec) for the backend of `device`, which require_supported() has passed.
+// Each calls launch.operator()<Backend>(exec); require_supported() has passed the device.
+
 template <class F>
-void run([[maybe_unused]] const char* op, [[maybe_unused]] c10::Device device, const F& launch) {
-  Exec exec;
+void run_on_cpu(const F& launch) {
+  const Exec exec{.parallel_for = &torch_parallel_for};
   int error = 0;
-#if defined(UNLEARN_CUDA)
-  if (device.is_cuda()) {
-    const c10::DeviceGuard guard(device);
-    exec.stream = reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
-    error = launch.template operator()<Backend::cuda>(exec);
-    TORCH_CHECK(error == 0, op, ": CUDA error: ", cuda_error_string(error));
-    return;
-  }
-#endif
-  exec.parallel_for = &torch_parallel_for;
   switch (cpu_backend()) {
 #if defined(__x86_64__)
     case Backend::cpu_avx512:
@@ -54,6 +45,25 @@ void run([[maybe_unused]] const char* op, [[maybe_unused]] c10::Device device, c
       error = launch.template operator()<Backend::cpu_baseline>(exec);
   }
   TORCH_INTERNAL_ASSERT(error == 0);
+}
+
+#if defined(UNLEARN_CUDA)
+template <class F>
+void run_on_cuda(const char* op, c10::Device device, const F& launch) {
+  const c10::DeviceGuard guard(device);
+  const Exec exec{
+      .stream = reinterpret_cast<void*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle())};
+  const int error = launch.template operator()<Backend::cuda>(exec);
+  TORCH_CHECK(error == 0, op, ": CUDA error: ", cuda_error_string(error));
+}
+#endif
+
+template <class F>
+void run([[maybe_unused]] const char* op, [[maybe_unused]] c10::Device device, const F& launch) {
+#if defined(UNLEARN_CUDA)
+  if (device.is_cuda()) return run_on_cuda(op, device, launch);
+#endif
+  run_on_cpu(launch);
 }
 
 }  // namespace unlearn_ext
