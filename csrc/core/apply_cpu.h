@@ -65,19 +65,28 @@ UNLEARN_HD uint64_t mask_word(const uint8_t* bits, int64_t begin, int64_t numel)
   return word;
 }
 
+struct Bits32 {
+  uint32_t value[32];
+};
+constexpr Bits32 make_bits32() {
+  Bits32 bits{};
+  for (int i = 0; i < 32; ++i) bits.value[i] = 1u << i;
+  return bits;
+}
+constexpr Bits32 kBits32 = make_bits32();
+
+// Shaped for GCC's vectoriser: halves of a word, since 64-bit lanes would halve its width; bits from a table, since it
+// turns a shift and test into a 1-bit type it has no vectors of; a length that is no constant, since it unrolls constant
+// loops completely beforehand. Scalar code here is eight times slower.
 template <class R, class Op, size_t... I>
 void apply_masked_word(const Op& op, void* const* data, int64_t begin, int64_t end, uint64_t word,
                        std::index_sequence<I...> indices) {
   [&](auto*... list) {
-    if (end - begin == kWord) {
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t bits = static_cast<uint32_t>(word >> (32 * half));
-        const int64_t start = begin + 32 * half;
+    for (; begin < end; begin += kWord / 2, word >>= kWord / 2) {
+      const auto bits = static_cast<uint32_t>(word);
+      const auto n = static_cast<uint32_t>(std::min(kWord / 2, end - begin));
 #pragma GCC ivdep
-        for (uint32_t i = 0; i < 32; ++i) apply_at<R>(op, bits >> i & 1u, indices, list + start + i...);
-      }
-    } else {
-      for (int64_t i = begin; i < end; ++i) apply_at<R>(op, word >> (i - begin) & 1u, indices, list + i...);
+      for (uint32_t i = 0; i < n; ++i) apply_at<R>(op, (bits & kBits32.value[i]) != 0, indices, list + begin + i...);
     }
   }(static_cast<typename R::template at<I>*>(data[I])...);
 }

@@ -104,6 +104,15 @@ UNLEARN_HD A multiply_add(A x, A y, A z) {
 #endif
 }
 
+// keep ? a : b on values: a choice between addresses would keep loops from vectorising.
+template <class T>
+UNLEARN_HD T choose(bool keep, T a, T b) {
+  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)
+    return {static_cast<uint16_t>(keep ? a.bits : b.bits)};
+  else
+    return keep ? a : b;
+}
+
 template <class A>
 UNLEARN_HD A square_root(A x) {
   if constexpr (std::is_same_v<A, double>)

@@ -42,10 +42,8 @@ UNLEARN_HD void apply_at(const Op& op, bool keep, std::index_sequence<I...>, P*.
   (
       [&] {
         using T = typename R::template at<I>;
-        if constexpr (I < static_cast<size_t>(Op::writes)) {
-          const T updated = store_as<T>(value[I]);
-          *element = keep ? updated : *element;
-        }
+        if constexpr (I < static_cast<size_t>(Op::writes))
+          *element = choose<T>(keep, store_as<T>(value[I]), *element);
       }(),
       ...);
 }

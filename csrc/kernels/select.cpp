@@ -11,15 +11,32 @@ void atomic_add(unsigned long long& total, unsigned long long value) {
 }
 void atomic_add(int64_t& total, int64_t value) { __atomic_fetch_add(&total, value, __ATOMIC_RELAXED); }
 
-// Counts of one thread: a histogram per cursor and a bin for keys that belong to neither. Two copies, used in turn,
-// keep consecutive equal digits from waiting for one another's increments.
+// Eight flags per byte of a word, from 64 bytes that are 0 or 1.
+uint64_t gather_word(const uint8_t (&flags)[kWord]) {
+  uint64_t word = 0;
+  for (int byte = 0; byte < 8; ++byte) {
+    uint64_t eight;
+    memcpy(&eight, flags + 8 * byte, 8);
+    word |= uint64_t{gather_flags(eight)} << (8 * byte);
+  }
+  return word;
+}
+
+// Counts of one thread, a histogram per cursor. Several copies, used in turn, keep equal digits that follow one another
+// from waiting for each other's increments.
 class LocalHistogram {
  public:
-  static constexpr int kDiscard = 2 * kBins;
-
-  void add(const int32_t* bins, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) ++counts_[i & 1][bins[i]];
-    pending_ += n;
+  // Counts bins[j] for every set bit j.
+  void add(const int32_t (&bins)[kWord], uint64_t word) {
+    pending_ += __builtin_popcountll(word);
+    if (~word == 0) {
+      for (int j = 0; j < kWord; ++j) ++counts_[j % kCopies][bins[j]];
+      return;
+    }
+    for (; word != 0; word &= word - 1) {
+      const int j = __builtin_ctzll(word);
+      ++counts_[j % kCopies][bins[j]];
+    }
   }
 
   // Called often enough that 32-bit counts cannot overflow.
@@ -28,45 +45,62 @@ class LocalHistogram {
   }
 
   void flush(unsigned long long* histogram) {
-    for (int bin = 0; bin < 2 * kBins; ++bin)
-      if (const unsigned long long n = uint64_t{counts_[0][bin]} + counts_[1][bin]) atomic_add(histogram[bin], n);
+    for (int bin = 0; bin < 2 * kBins; ++bin) {
+      unsigned long long sum = 0;
+      for (int copy = 0; copy < kCopies; ++copy) sum += counts_[copy][bin];
+      if (sum != 0) atomic_add(histogram[bin], sum);
+    }
     memset(counts_, 0, sizeof(counts_));
     pending_ = 0;
   }
 
  private:
-  uint32_t counts_[2][kDiscard + 1] = {};
+  static constexpr int kCopies = 4;
+  uint32_t counts_[kCopies][2 * kBins] = {};
   int64_t pending_ = 0;
 };
 
-// Histograms of the digits of pass `pass`, [2][kBins], of the keys that share a cursor's prefix. key_at(data, i, key)
-// gives key i and whether it counts at all.
+// Digits of pass `pass` of the keys of one word, those of the second cursor behind those of the first, and a bit for
+// every key that counts and shares a cursor's prefix. key_at(data, i, key) gives key i and whether it counts at all.
+// Always inlined: with n a constant, the usual case, the loop vectorises; with n a variable GCC runs it one by one.
+template <class A, class KeyAt>
+__attribute__((always_inline)) inline uint64_t word_digits(void* const* data, int64_t begin, int n, Key<A> first,
+                                                           Key<A> second, bool two, int pass, const KeyAt& key_at,
+                                                           int32_t (&bins)[kWord]) {
+  const int above = pass == 0 ? 0 : digit_shift<A>(pass - 1);
+  const Key<A> any = pass == 0 ? ~Key<A>(0) : Key<A>(0);  // before the first digit every key shares the prefix
+  uint8_t found[kWord] = {};
+#pragma GCC ivdep
+  for (int j = 0; j < n; ++j) {
+    Key<A> key;
+    const bool counted = key_at(data, begin + j, key);
+    const bool in_first = ((key ^ first) >> above & ~any) == 0;
+    const bool in_second = two & ((key ^ second) >> above == 0);
+    bins[j] = digit_of<A>(key, pass) + (in_first ? 0 : kBins);
+    found[j] = counted & (in_first | in_second);
+  }
+  return gather_word(found);
+}
+
+// Histograms, [2][kBins], of the digits of pass `pass` of the keys that share a cursor's prefix.
 template <class A, int N, class KeyAt>
 void count_digits(const Slice<N>* slices, int64_t count, const SelectState<A>& state, int pass,
                   unsigned long long* histogram, const Exec& exec, const KeyAt& key_at) {
   memset(histogram, 0, 2 * kBins * sizeof(*histogram));
   const Key<A> first = state.cursor[0].prefix, second = state.cursor[1].prefix;
   const bool two = first != second;
-  parallel_for(exec, total_words(slices, count), kGrain / kWord, [&](int64_t from, int64_t to) {
+  parallel_for(exec, total_words(slices, count), kGrain / kWord, [=](int64_t from, int64_t to) {
     LocalHistogram local;
     walk(slices, count, from, to, [&](int64_t t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i += kWord) {
-        const int n = static_cast<int>(std::min(kWord, end - i));
-        int32_t bins[kWord];
-        int32_t found = 0;
-#pragma GCC ivdep
-        for (int j = 0; j < n; ++j) {
-          Key<A> key;
-          const bool counted = key_at(slices[t].data, i + j, key);
-          const bool in_first = counted & has_prefix<A>(key, first, pass);
-          const bool in_second = counted & two & has_prefix<A>(key, second, pass);
-          const int32_t digit = digit_of<A>(key, pass);
-          bins[j] = in_first ? digit : in_second ? kBins + digit : LocalHistogram::kDiscard;
-          found |= in_first | in_second;
-        }
-        if (found) local.add(bins, n);
+      int32_t bins[kWord];
+      int64_t i = begin;
+      for (; i + kWord <= end; i += kWord) {
+        local.add(bins, word_digits<A>(slices[t].data, i, kWord, first, second, two, pass, key_at, bins));
         local.flush_if_full(histogram);
       }
+      if (i < end)
+        local.add(bins, word_digits<A>(slices[t].data, i, static_cast<int>(end - i), first, second, two, pass, key_at,
+                                       bins));
     });
     local.flush(histogram);
   });
@@ -94,9 +128,9 @@ Key<acc_t<T>> score_key(void* const* data, int64_t i, bool largest) {
   return selection_key<acc_t<T>>(static_cast<const T*>(data[0])[i], largest);
 }
 
-// One word of scores against the threshold: bit j of *before and *tied.
+// One word of scores against the threshold: bit j of *before and *tied. Inlined for the reason given at word_digits.
 template <class T>
-void compare_word(void* const* data, int64_t i, int n, bool largest, Key<acc_t<T>> threshold, uint64_t* before,
+__attribute__((always_inline)) inline void compare_word(void* const* data, int64_t i, int n, bool largest, Key<acc_t<T>> threshold, uint64_t* before,
                   uint64_t* tied) {
   uint8_t less[kWord] = {}, equal[kWord] = {};
 #pragma GCC ivdep
@@ -105,14 +139,8 @@ void compare_word(void* const* data, int64_t i, int n, bool largest, Key<acc_t<T
     less[j] = key < threshold;
     equal[j] = key == threshold;
   }
-  *before = *tied = 0;
-  for (int b = 0; b < 8; ++b) {
-    uint64_t flags;
-    memcpy(&flags, less + 8 * b, 8);
-    *before |= uint64_t{gather_flags(flags)} << (8 * b);
-    memcpy(&flags, equal + 8 * b, 8);
-    *tied |= uint64_t{gather_flags(flags)} << (8 * b);
-  }
+  *before = gather_word(less);
+  *tied = gather_word(equal);
 }
 
 // f(chunk, t, begin, end) for every tie chunk, in parallel.
@@ -165,7 +193,10 @@ void write_masks(const Slice<2>* slices, int64_t count, bool largest, const Sele
     for (int64_t i = begin; i < end; i += kWord) {
       const int n = static_cast<int>(std::min(kWord, end - i));
       uint64_t before, tied;
-      compare_word<T>(slices[t].data, i, n, largest, threshold, &before, &tied);
+      if (n == kWord)
+        compare_word<T>(slices[t].data, i, kWord, largest, threshold, &before, &tied);
+      else
+        compare_word<T>(slices[t].data, i, n, largest, threshold, &before, &tied);
       const int64_t here = __builtin_popcountll(tied);
       const uint64_t word = before | (here <= share ? tied : lowest_bits(tied, share));
       share -= std::min(here, share);
