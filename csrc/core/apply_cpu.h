@@ -76,8 +76,8 @@ constexpr Bits32 make_bits32() {
 constexpr Bits32 kBits32 = make_bits32();
 
 // Shaped for GCC's vectoriser: halves of a word, since 64-bit lanes would halve its width; bits from a table, since it
-// turns a shift and test into a 1-bit type it has no vectors of; a length that is no constant, since it unrolls constant
-// loops completely beforehand. Scalar code here is eight times slower.
+// turns a shift and test into a 1-bit type it has no vectors of; a length that is no constant, since it unrolls
+// constant loops completely beforehand. Scalar code here is eight times slower.
 template <class R, class Op, size_t... I>
 void apply_masked_word(const Op& op, void* const* data, int64_t begin, int64_t end, uint64_t word,
                        std::index_sequence<I...> indices) {

@@ -114,15 +114,13 @@ __device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, con
         for (int u = 0; u < U; ++u) {
           const int v = first + u * kThreads;
           keep[u] = v >= vectors ? 0u : keep_bits<Op>(bits, v * V) & kAll;
-          if (keep[u] != 0)
-            pack[u] = {reinterpret_cast<const Vec<typename R::template at<I>, V>*>(list)[v]...};
+          if (keep[u] != 0) pack[u] = {reinterpret_cast<const Vec<typename R::template at<I>, V>*>(list)[v]...};
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           if (keep[u] == 0) continue;
 #pragma unroll
-          for (int j = 0; j < V; ++j)
-            apply_at<R>(op, keep[u] >> j & 1u, indices, &std::get<I>(pack[u]).lane[j]...);
+          for (int j = 0; j < V; ++j) apply_at<R>(op, keep[u] >> j & 1u, indices, &std::get<I>(pack[u]).lane[j]...);
           const int v = first + u * kThreads;
           (
               [&] {
@@ -140,8 +138,8 @@ __device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, con
 }
 
 template <class R, class Op, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 3) list_kernel(const __grid_constant__ Table<R::size + kMasked> table,
-                                                        const Op constants) {
+__global__ void __launch_bounds__(kThreads, 3)
+    list_kernel(const __grid_constant__ Table<R::size + kMasked> table, const Op constants) {
   const Place place = locate(table, static_cast<int>(blockIdx.x), kChunk);
   void* const* data = table.data[place.tensor];
   const uint8_t* bits = nullptr;

@@ -30,8 +30,8 @@ struct Slice {
 // Masks are read in words of this many scalars, so ranges handed to threads start at multiples of it.
 inline constexpr int64_t kWord = 64;
 
-// Applies op to one scalar of every list and stores the first Op::writes results where `keep` is set and, for an op that
-// returns a bool, where it is true. Elsewhere the stored bits stay as they are, whatever they encode.
+// Applies op to one scalar of every list and stores the first Op::writes results where `keep` is set and, for an op
+// that returns a bool, where it is true. Elsewhere the stored bits stay as they are, whatever they encode.
 template <class R, class Op, size_t... I, class... P>
 UNLEARN_HD void apply_at(const Op& op, bool keep, std::index_sequence<I...>, P*... element) {
   typename Op::acc_type value[] = {typename Op::acc_type(*element)...};
@@ -42,8 +42,7 @@ UNLEARN_HD void apply_at(const Op& op, bool keep, std::index_sequence<I...>, P*.
   (
       [&] {
         using T = typename R::template at<I>;
-        if constexpr (I < static_cast<size_t>(Op::writes))
-          *element = choose<T>(keep, store_as<T>(value[I]), *element);
+        if constexpr (I < static_cast<size_t>(Op::writes)) *element = choose<T>(keep, store_as<T>(value[I]), *element);
       }(),
       ...);
 }

@@ -9,9 +9,9 @@
 
 #else
 
-#include <cuda_runtime.h>
-
 #include <utility>
+
+#include <cuda_runtime.h>
 
 // Static shared memory, SIMT_SHARED(float, tile, [32][33]); a macro so that the CPU build can hand every block a fresh
 // poisoned copy.

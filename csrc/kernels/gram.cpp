@@ -62,10 +62,10 @@ void pack_rows(const Patches& p, const T* data, int64_t first_row, int64_t rows,
 
 // Columns [begin, end) of rows as consecutive panels of `width` columns.
 template <class T>
-void pack_block(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
-                int width, acc_t<T>* panels) {
-  const bool plain = p.positions() == 1 && p.window() == 1 && p.padding[0] == 0 && p.padding[1] == 0 &&
-                     p.padding[2] == 0;
+void pack_block(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t begin, int64_t end, int width,
+                acc_t<T>* panels) {
+  const bool plain =
+      p.positions() == 1 && p.window() == 1 && p.padding[0] == 0 && p.padding[1] == 0 && p.padding[2] == 0;
   for (int64_t column = begin; column < end; column += width, panels += rows * width) {
     if (plain)
       pack_rows(p, data, first_row, rows, column, width, panels);

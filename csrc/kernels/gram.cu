@@ -66,8 +66,8 @@ int unfold_rows<kBackend>(const Patches& patches, int64_t first, int64_t n, void
 }
 
 template <>
-int add_symmetric<kBackend>(DType dtype, const void* block, int64_t column, int64_t width, DType gram_dtype,
-                            void* gram, int64_t d, const Exec& exec) {
+int add_symmetric<kBackend>(DType dtype, const void* block, int64_t column, int64_t width, DType gram_dtype, void* gram,
+                            int64_t d, const Exec& exec) {
   if (width == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>((width + kEdge - 1) / kEdge),
                   static_cast<unsigned>((column + width + kEdge - 1) / kEdge));

@@ -58,9 +58,8 @@ int masked_adamw<kBackend>(DType dtype, const Slice<5>* slices, int64_t count, c
 
 template <>
 int apply_mask<kBackend>(DType dtype, const Slice<2>* slices, int64_t count, const Exec& exec) {
-  return visit(dtype, [&]<class T>(Tag<T>) {
-    return apply_masked<Row<T>>(ClearMasked<acc_t<T>>{}, slices, count, exec);
-  });
+  return visit(dtype,
+               [&]<class T>(Tag<T>) { return apply_masked<Row<T>>(ClearMasked<acc_t<T>>{}, slices, count, exec); });
 }
 
 }  // namespace unlearn_ext

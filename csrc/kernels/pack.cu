@@ -7,8 +7,8 @@ namespace {
 
 // Thread i owns packed byte i and its eight flags. Tensors of 2^31 scalars and more need grids past 2^31 threads, so
 // indices are 64-bit throughout.
-__global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restrict__ mask, uint8_t* __restrict__ packed,
-                                                        int64_t numel) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const uint8_t* __restrict__ mask, uint8_t* __restrict__ packed, int64_t numel) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (8 * i >= numel) return;
   uint32_t bits = 0;
@@ -37,9 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned blocks_for(int64_t numel) {
-  return static_cast<unsigned>(((numel + 7) / 8 + kThreads - 1) / kThreads);
-}
+unsigned blocks_for(int64_t numel) { return static_cast<unsigned>(((numel + 7) / 8 + kThreads - 1) / kThreads); }
 
 }  // namespace
 
@@ -53,8 +51,8 @@ int pack_mask<kBackend>(const uint8_t* mask, uint8_t* packed, int64_t numel, con
 template <>
 int unpack_mask<kBackend>(const uint8_t* packed, uint8_t* mask, int64_t numel, const Exec& exec) {
   if (numel == 0) return cudaSuccess;
-  return simt::launch(unpack_kernel, dim3(blocks_for(numel)), dim3(kThreads), 0,
-                      static_cast<cudaStream_t>(exec.stream), packed, mask, numel);
+  return simt::launch(unpack_kernel, dim3(blocks_for(numel)), dim3(kThreads), 0, static_cast<cudaStream_t>(exec.stream),
+                      packed, mask, numel);
 }
 
 }  // namespace unlearn_ext

@@ -24,12 +24,10 @@ void pack(const T* from, int64_t depth_stride, int64_t width_stride, int64_t dep
   if (inside < width) memset(panel, 0, static_cast<size_t>(depth * width) * sizeof(*panel));
   if (width_stride <= depth_stride)
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t j = 0; j < inside; ++j)
-        panel[k * width + j] = A(from[k * depth_stride + j * width_stride]);
+      for (int64_t j = 0; j < inside; ++j) panel[k * width + j] = A(from[k * depth_stride + j * width_stride]);
   else
     for (int64_t j = 0; j < inside; ++j)
-      for (int64_t k = 0; k < depth; ++k)
-        panel[k * width + j] = A(from[k * depth_stride + j * width_stride]);
+      for (int64_t k = 0; k < depth; ++k) panel[k * width + j] = A(from[k * depth_stride + j * width_stride]);
 }
 
 // Panels of one thread: the coefficients G U as [row panel][k][kTileRows], and both operands of a product.
@@ -61,8 +59,7 @@ void project_block(const Projection& p, int64_t group, int64_t first, int64_t ro
            kTileRows, panels.a + r * kTileRows * depth);
     for (int64_t n = 0; n < p.k; n += kCols) {
       const int64_t columns = std::min<int64_t>(kCols, p.k - n);
-      pack(basis + depth0 * row_stride + n * column_stride, row_stride, column_stride, depth, columns, kCols,
-           panels.b);
+      pack(basis + depth0 * row_stride + n * column_stride, row_stride, column_stride, depth, columns, kCols, panels.b);
       for (int64_t r = 0; r < row_panels; ++r) {
         A product[kTileRows][kCols];
         multiply_panels<A>(panels.a + r * kTileRows * depth, panels.b, depth, product, false);
@@ -80,11 +77,9 @@ void project_block(const Projection& p, int64_t group, int64_t first, int64_t ro
     if (p.k == 0) memset(sums, 0, sizeof(sums));
     for (int64_t depth0 = 0; depth0 < p.k; depth0 += kDepth) {
       const int64_t depth = std::min(kDepth, p.k - depth0);
-      pack(basis + n * row_stride + depth0 * column_stride, column_stride, row_stride, depth, columns, kCols,
-           panels.b);
+      pack(basis + n * row_stride + depth0 * column_stride, column_stride, row_stride, depth, columns, kCols, panels.b);
       for (int64_t r = 0; r < row_panels; ++r)
-        multiply_panels<A>(panels.coefficients + (r * p.k + depth0) * kTileRows, panels.b, depth, sums[r],
-                           depth0 > 0);
+        multiply_panels<A>(panels.coefficients + (r * p.k + depth0) * kTileRows, panels.b, depth, sums[r], depth0 > 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
       T* out = grad + i * p.d + n;

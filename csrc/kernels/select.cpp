@@ -99,8 +99,8 @@ void count_digits(const Slice<N>* slices, int64_t count, const SelectState<A>& s
         local.flush_if_full(histogram);
       }
       if (i < end)
-        local.add(bins, word_digits<A>(slices[t].data, i, static_cast<int>(end - i), first, second, two, pass, key_at,
-                                       bins));
+        local.add(bins,
+                  word_digits<A>(slices[t].data, i, static_cast<int>(end - i), first, second, two, pass, key_at, bins));
     });
     local.flush(histogram);
   });
@@ -130,8 +130,8 @@ Key<acc_t<T>> score_key(void* const* data, int64_t i, bool largest) {
 
 // One word of scores against the threshold: bit j of *before and *tied. Inlined for the reason given at word_digits.
 template <class T>
-__attribute__((always_inline)) inline void compare_word(void* const* data, int64_t i, int n, bool largest, Key<acc_t<T>> threshold, uint64_t* before,
-                  uint64_t* tied) {
+__attribute__((always_inline)) inline void compare_word(void* const* data, int64_t i, int n, bool largest,
+                                                        Key<acc_t<T>> threshold, uint64_t* before, uint64_t* tied) {
   uint8_t less[kWord] = {}, equal[kWord] = {};
 #pragma GCC ivdep
   for (int j = 0; j < n; ++j) {
@@ -170,8 +170,8 @@ uint64_t lowest_bits(uint64_t bits, int64_t n) {
 }
 
 template <class T>
-void write_masks(const Slice<2>* slices, int64_t count, bool largest, const SelectState<acc_t<T>>& state,
-                 int64_t* ties, const Exec& exec) {
+void write_masks(const Slice<2>* slices, int64_t count, bool largest, const SelectState<acc_t<T>>& state, int64_t* ties,
+                 const Exec& exec) {
   const Key<acc_t<T>> threshold = state.cursor[0].prefix;
   int64_t total = 0, chunks = 0;
   for (int64_t t = 0; t < count; ++t) total += slices[t].numel;

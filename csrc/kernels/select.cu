@@ -12,8 +12,8 @@ cudaStream_t stream_of(const Exec& exec) { return static_cast<cudaStream_t>(exec
 
 // ---- selected_counts
 
-constexpr int kAlphas = 32;      // per launch: a sweep of this length reads the importances once
-constexpr int kAlphaTile = 8;    // compared per read of a chunk; the chunk stays in the first-level cache
+constexpr int kAlphas = 32;    // per launch: a sweep of this length reads the importances once
+constexpr int kAlphaTile = 8;  // compared per read of a chunk; the chunk stays in the first-level cache
 constexpr int64_t kCountChunk = 4096;
 
 struct Alphas {
@@ -197,8 +197,8 @@ __global__ void quantile_kernel(const SelectState<A>* state, A* result, int64_t*
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    ties_kernel(const __grid_constant__ Table<2> table, int64_t chunk, bool largest,
-                const SelectState<acc_t<T>>* state, long long* ties) {
+    ties_kernel(const __grid_constant__ Table<2> table, int64_t chunk, bool largest, const SelectState<acc_t<T>>* state,
+                long long* ties) {
   SIMT_SHARED(unsigned, sum, [1]);
   if (threadIdx.x == 0) sum[0] = 0;
   __syncthreads();
@@ -241,8 +241,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(long long* ties, int64_t
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    mask_kernel(const __grid_constant__ Table<2> table, int64_t chunk, bool largest,
-                const SelectState<acc_t<T>>* state, const long long* ties) {
+    mask_kernel(const __grid_constant__ Table<2> table, int64_t chunk, bool largest, const SelectState<acc_t<T>>* state,
+                const long long* ties) {
   SIMT_SHARED(unsigned, tied_in_warp, [kWarps]);
   const Place place = locate(table, static_cast<int>(blockIdx.x), chunk);
   const T* scores = static_cast<const T*>(table.data[place.tensor][0]);
@@ -319,8 +319,7 @@ int topk_mask<kBackend>(DType dtype, const Slice<2>* slices, int64_t count, int6
   return visit(dtype, [&]<class T>(Tag<T>) -> cudaError_t {
     using A = acc_t<T>;
     const Scratch<A> s(scratch);
-    if (const cudaError_t error =
-            select_keys<A>(slices, count, ScoreKeys<T>{largest}, k - 1, -1.0, s, stream_of(exec)))
+    if (const cudaError_t error = select_keys<A>(slices, count, ScoreKeys<T>{largest}, k - 1, -1.0, s, stream_of(exec)))
       return error;
     int64_t total = 0, chunks = 0;
     for (int64_t t = 0; t < count; ++t) total += slices[t].numel;

@@ -2,13 +2,13 @@
 // defaults of arguments come from the schema string, which is therefore written once.
 #pragma once
 
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
-#include <torch/library.h>
-
 #include <string_view>
 #include <tuple>
 #include <utility>
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 namespace unlearn_ext {
 
@@ -108,9 +108,7 @@ void define_direct(pybind11::module& m, R (*)(P...)) {
 
 template <class... O>
 struct OpList {
-  static void define(torch::Library& m) {
-    (m.def(O::schema.data(), {at::Tag::pt2_compliant_tag}), ...);
-  }
+  static void define(torch::Library& m) { (m.def(O::schema.data(), {at::Tag::pt2_compliant_tag}), ...); }
   static void implement(torch::Library& m) { (m.impl(O::qualified_name().c_str(), O::function), ...); }
   static void define_direct(pybind11::module& m) { (unlearn_ext::define_direct<O>(m, O::function), ...); }
   static std::vector<std::string> schemas() { return {std::string(O::schema)...}; }
@@ -125,5 +123,18 @@ struct OpList {
     (implement(O::qualified_name()), ...);
   }
 };
+
+template <class... L>
+struct Join;
+template <class... A>
+struct Join<OpList<A...>> {
+  using type = OpList<A...>;
+};
+template <class... A, class... B, class... Rest>
+struct Join<OpList<A...>, OpList<B...>, Rest...> : Join<OpList<A..., B...>, Rest...> {};
+
+// One list of the lists of every family.
+template <class... L>
+using Joined = typename Join<L...>::type;
 
 }  // namespace unlearn_ext

@@ -2,15 +2,15 @@
 // checked here, before anything is written, for every op and behind both doors.
 #pragma once
 
-#include <ATen/Functions.h>
-#include <ATen/MemoryOverlap.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
+
+#include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include "core/lists.h"
 

@@ -18,7 +18,8 @@ inline void torch_parallel_for(int64_t n, int64_t grain, void (*body)(const void
 }
 
 inline void require_supported(const char* op, c10::Device device) {
-  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cpu() || device.is_cuda(), op, ": tensors must be on cpu or cuda, got ", device);
+  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cpu() || device.is_cuda(), op, ": tensors must be on cpu or cuda, got ",
+                              device);
 #if !defined(UNLEARN_CUDA)
   TORCH_CHECK_NOT_IMPLEMENTED(!device.is_cuda(), op,
                               ": unlearn_ext was built without CUDA; rebuild with UNLEARN_CUDA=ON, got a tensor on ",

@@ -1,0 +1,321 @@
+// Ops on subspaces of layer inputs: Gram matrices and projections.
+#pragma once
+
+#include "kernels/gram.h"
+#include "kernels/project.h"
+#include "torch/arguments.h"
+#include "torch/doors.h"
+
+namespace unlearn_ext {
+namespace {
+
+// Rows multiplied by one product of the library on a GPU: few enough for float32 totals within it, and a bounded copy.
+constexpr int64_t kProductRows = 4096, kProductBytes = int64_t{64} << 20, kProductColumns = 1024;
+
+#if defined(UNLEARN_CUDA)
+void gram_on_device(const char* op, const Patches& patches, int64_t groups, int64_t group_stride, at::Tensor& gram,
+                    const at::TensorOptions& compute) {
+  const int64_t d = patches.columns(), rows = patches.rows();
+  if (d == 0) return;
+  const int64_t bytes = static_cast<int64_t>(compute.dtype().itemsize());
+  const int64_t step = std::clamp<int64_t>(kProductBytes / (bytes * d), 1, kProductRows);
+  at::Tensor buffer = at::empty({std::min(step, rows), d}, compute);
+  const DType compute_type = *dtype_of(compute.dtype().toScalarType()), gram_type = *dtype_of(gram.scalar_type());
+  for (int64_t g = 0; g < groups; ++g) {
+    Patches group = patches;
+    group.data = static_cast<const char*>(patches.data) + g * group_stride *
+                                                              static_cast<int64_t>(patches.dtype == DType::f64   ? 8
+                                                                                   : patches.dtype == DType::f32 ? 4
+                                                                                                                 : 2);
+    char* out = static_cast<char*>(gram.mutable_data_ptr()) + g * d * d * static_cast<int64_t>(gram.element_size());
+    for (int64_t first = 0; first < rows; first += step) {
+      const int64_t n = std::min(step, rows - first);
+      run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
+        return unfold_rows<B>(group, first, n, buffer.mutable_data_ptr(), exec);
+      });
+      const at::Tensor x = buffer.narrow(0, 0, n);
+      for (int64_t column = 0; column < d; column += kProductColumns) {
+        const int64_t width = std::min(kProductColumns, d - column);
+        const at::Tensor block = at::mm(x.narrow(1, 0, column + width).t(), x.narrow(1, column, width));
+        run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
+          return add_symmetric<B>(compute_type, block.const_data_ptr(), column, width, gram_type, out, d, exec);
+        });
+      }
+    }
+  }
+}
+#endif
+
+// gram: [d, d], or [groups, d, d].
+void accumulate_gram(const char* op, const at::Tensor& gram, const at::Tensor& inputs, const Patches& patches,
+                     int64_t groups, int64_t group_stride) {
+  std::vector<Extent> extents;
+  require_writable(op, "gram", 0, gram);
+  add_extent(extents, "gram", 0, gram, true);
+  add_extent(extents, "inputs", 0, inputs, false);
+  require_no_aliases(op, extents);
+  const at::Tensor target = gram.detach();
+  at::Tensor dense = target.contiguous();
+  const at::TensorOptions options = dense.options();
+#if defined(UNLEARN_CUDA)
+  if (gram.is_cuda()) {
+    gram_on_device(op, patches, groups, group_stride, dense, options.dtype(accumulator_type(inputs.scalar_type())));
+  } else
+#endif
+  {
+    const int64_t d = patches.columns(), partials = gram_partials(patches.rows(), d, groups);
+    at::Tensor partial;
+    if (partials > 1) partial = at::empty({partials, groups, d, d}, options);
+    run_on_cpu([&]<Backend B>(const Exec& exec) {
+      return gram_accumulate<B>(patches, groups, group_stride, *dtype_of(dense.scalar_type()), dense.mutable_data_ptr(),
+                                partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
+    });
+  }
+  if (!dense.is_same(target) && dense.const_data_ptr() != target.const_data_ptr()) target.copy_(dense);
+  bump_version(gram);
+}
+
+void require_gram(const char* op, const at::Tensor& gram, const at::Tensor& inputs) {
+  require_supported(op, gram.device());
+  require_supported(op, inputs.device());
+  TORCH_CHECK_VALUE(gram.layout() == at::kStrided && inputs.layout() == at::kStrided, op,
+                    ": gram and inputs must be dense (strided), got layouts ", gram.layout(), " and ", inputs.layout());
+  TORCH_CHECK_TYPE(gram.scalar_type() == at::kFloat || gram.scalar_type() == at::kDouble, op,
+                   ": gram must be float32 or float64, got ", gram.scalar_type());
+  TORCH_CHECK_TYPE(dtype_of(inputs.scalar_type()).has_value(), op,
+                   ": inputs must be float32, float64, float16 or bfloat16, got ", inputs.scalar_type());
+  TORCH_CHECK_VALUE(gram.device() == inputs.device(), op, ": inputs must be on ", gram.device(), " like gram, got ",
+                    inputs.device());
+}
+
+void gram_accumulate_(const at::Tensor& gram, const at::Tensor& inputs) {
+  const char* op = "gram_accumulate_";
+  require_gram(op, gram, inputs);
+  TORCH_CHECK_VALUE(inputs.dim() >= 1, op, ": inputs must have at least 1 dimension, got a scalar");
+  const int64_t d = inputs.size(-1);
+  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == d && gram.size(1) == d, op, ": gram must have shape [", d, ", ",
+                    d, "] for inputs of width ", d, ", got ", gram.sizes());
+  const at::Tensor rows = inputs.detach().reshape({d == 0 ? 0 : -1, d});
+  if (rows.numel() == 0) return;
+  Patches patches{};
+  patches.dtype = *dtype_of(rows.scalar_type());
+  patches.samples = rows.size(0);
+  patches.channels = d;
+  for (int axis = 0; axis < kMaxSpatial; ++axis) {
+    patches.in[axis] = patches.out[axis] = patches.kernel[axis] = 1;
+    patches.stride[axis] = patches.dilation[axis] = 1;
+  }
+  patches.sample_stride = rows.stride(0);
+  patches.channel_stride = rows.stride(1);
+  patches.data = rows.const_data_ptr();
+  accumulate_gram(op, gram, rows, patches, 1, 0);
+}
+
+void gram_conv_accumulate_(const at::Tensor& gram, const at::Tensor& inputs, at::IntArrayRef kernel_size,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const char* op = "gram_conv_accumulate_";
+  require_gram(op, gram, inputs);
+  const auto spatial = static_cast<int64_t>(kernel_size.size());
+  TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kMaxSpatial, op, ": kernel_size must have 1 to 3 entries, got ",
+                    kernel_size);
+  TORCH_CHECK_VALUE(inputs.dim() == spatial + 2, op, ": inputs must have shape [N, C, ", spatial, " spatial], got ",
+                    inputs.sizes());
+  const auto axes = static_cast<size_t>(spatial);
+  TORCH_CHECK_VALUE(stride.size() == axes, op, ": stride must have ", spatial, " entries, got ", stride);
+  TORCH_CHECK_VALUE(dilation.size() == axes, op, ": dilation must have ", spatial, " entries, got ", dilation);
+  TORCH_CHECK_VALUE(padding.size() == axes || padding.size() == 2 * axes, op, ": padding must have ", spatial,
+                    " entries, or two per dimension, got ", padding);
+  TORCH_CHECK_VALUE(groups >= 1 && inputs.size(1) % groups == 0, op, ": groups must be at least 1 and divide the ",
+                    inputs.size(1), " channels, got ", groups);
+  Patches patches{};
+  patches.dtype = *dtype_of(inputs.scalar_type());
+  patches.samples = inputs.size(0);
+  patches.channels = inputs.size(1) / groups;
+  patches.sample_stride = inputs.stride(0);
+  patches.channel_stride = inputs.stride(1);
+  patches.data = inputs.numel() == 0 ? nullptr : inputs.const_data_ptr();
+  for (int axis = 0; axis < kMaxSpatial; ++axis) {
+    const int64_t at = axis - (kMaxSpatial - spatial);  // in the op's arguments
+    patches.in[axis] = patches.out[axis] = patches.kernel[axis] = patches.stride[axis] = patches.dilation[axis] = 1;
+    if (at < 0) continue;
+    const auto i = static_cast<size_t>(at);
+    const bool pairs = padding.size() == 2 * axes;
+    const int64_t before = padding[pairs ? 2 * i : i], after = padding[pairs ? 2 * i + 1 : i];
+    TORCH_CHECK_VALUE(kernel_size[i] >= 1, op, ": kernel_size must be positive, got ", kernel_size);
+    TORCH_CHECK_VALUE(stride[i] >= 1, op, ": stride must be positive, got ", stride);
+    TORCH_CHECK_VALUE(dilation[i] >= 1, op, ": dilation must be positive, got ", dilation);
+    TORCH_CHECK_VALUE(before >= 0 && after >= 0, op, ": padding must be non-negative, got ", padding);
+    patches.in[axis] = inputs.size(at + 2);
+    patches.kernel[axis] = kernel_size[i];
+    patches.stride[axis] = stride[i];
+    patches.dilation[axis] = dilation[i];
+    patches.padding[axis] = before;
+    patches.space_stride[axis] = inputs.stride(at + 2);
+    const int64_t room = patches.in[axis] + before + after - dilation[i] * (kernel_size[i] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, op, ": inputs must be at least as large as the dilated kernel, got ", inputs.sizes(),
+                      " for kernel_size ", kernel_size, " and dilation ", dilation);
+    patches.out[axis] = room / stride[i] + 1;
+  }
+  const int64_t d = patches.columns();
+  const bool grouped = gram.dim() == 3;
+  TORCH_CHECK_VALUE(
+      (grouped ? gram.size(0) == groups : gram.dim() == 2 && groups == 1) && gram.size(-1) == d && gram.size(-2) == d,
+      op, ": gram must have shape ", groups == 1 ? "" : "[groups, d, d] = [", groups == 1 ? "[" : "",
+      groups == 1 ? "" : std::to_string(groups) + ", ", d, ", ", d, "], got ", gram.sizes());
+  if (inputs.numel() == 0 || gram.numel() == 0) return;
+  accumulate_gram(op, gram, inputs.detach(), patches, groups, patches.channels * patches.channel_stride);
+}
+
+// A layer's gradient as [groups, rows, d] beside its basis as [groups, d, k].
+struct ProjectionArguments {
+  at::Tensor grad, basis;
+};
+
+ProjectionArguments view_projection(const char* op, const at::Tensor& grad, const at::Tensor& basis, int64_t index) {
+  require_usable(op, "grad", index, grad);
+  require_usable(op, "basis", index, basis);
+  require_supported(op, grad.device());
+  require_supported(op, basis.device());
+  TORCH_CHECK_TYPE(dtype_of(grad.scalar_type()).has_value(), op, ": grad[", index,
+                   "] must be float32, float64, float16 or bfloat16, got ", grad.scalar_type());
+  TORCH_CHECK_TYPE(basis.scalar_type() == grad.scalar_type() ||
+                       (basis.scalar_type() == at::kFloat && grad.scalar_type() != at::kDouble),
+                   op, ": basis[", index, "] must be ", grad.scalar_type(), " like its gradient",
+                   grad.scalar_type() == at::kHalf || grad.scalar_type() == at::kBFloat16 ? " or float32" : "",
+                   ", got ", basis.scalar_type());
+  TORCH_CHECK_VALUE(basis.device() == grad.device(), op, ": basis[", index, "] must be on ", grad.device(),
+                    " like its gradient, got ", basis.device());
+  TORCH_CHECK_VALUE(grad.dim() >= 1, op, ": grad[", index, "] must have at least 1 dimension, got a scalar");
+  TORCH_CHECK_VALUE(basis.dim() == 2 || basis.dim() == 3, op, ": basis[", index,
+                    "] must have shape [d, k] or [groups, d, k], got ", basis.sizes());
+  const int64_t groups = basis.dim() == 3 ? basis.size(0) : 1, outputs = grad.size(0);
+  TORCH_CHECK_VALUE(groups >= 1 && outputs % groups == 0, op, ": basis[", index,
+                    "] must have a number of groups that divides the ", outputs, " rows of its gradient, got ",
+                    basis.sizes());
+  int64_t d = 1;
+  for (int64_t axis = 1; axis < grad.dim(); ++axis) d *= grad.size(axis);
+  TORCH_CHECK_VALUE(basis.size(-2) == d, op, ": basis[", index, "] must have ", d, " rows for a gradient of shape ",
+                    grad.sizes(), ", got ", basis.sizes());
+  TORCH_CHECK_VALUE(basis.size(-1) <= d, op, ": basis[", index, "] must have at most ", d, " columns, got ",
+                    basis.sizes());
+  const at::Tensor plain = basis.detach();
+  return {grad.detach().contiguous().view({groups, outputs / groups, d}),
+          plain.dim() == 3 ? plain : plain.unsqueeze(0)};
+}
+
+// Projects grads (dense, each [groups, rows, d]) where they lie.
+void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
+#if defined(UNLEARN_CUDA)
+  // Layers of one shape and dtype go through one batched product.
+  const auto together = [](const ProjectionArguments& a, const ProjectionArguments& b) {
+    return a.grad.sizes() == b.grad.sizes() && a.basis.sizes() == b.basis.sizes() &&
+           a.grad.options().type_equal(b.grad.options()) && a.grad.device() == b.grad.device() &&
+           a.basis.scalar_type() == b.basis.scalar_type();
+  };
+  std::vector<bool> done(layers.size(), false);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (done[i] || !layers[i].grad.is_cuda() || layers[i].grad.numel() == 0) continue;
+    std::vector<at::Tensor> grads, bases;
+    for (size_t j = i; j < layers.size(); ++j) {
+      if (done[j] || !together(layers[i], layers[j])) continue;
+      done[j] = true;
+      grads.push_back(layers[j].grad);
+      bases.push_back(layers[j].basis);
+    }
+    const at::ScalarType compute = accumulator_type(grads[0].scalar_type());
+    const at::Tensor g = grads.size() == 1 ? grads[0].to(compute) : at::cat(grads).to(compute);
+    const at::Tensor u = bases.size() == 1 ? bases[0].to(compute) : at::cat(bases).to(compute);
+    const at::Tensor coefficients = at::bmm(g, u);
+    const at::Tensor result = onto ? at::bmm(coefficients, u.transpose(1, 2))
+                                   : at::baddbmm(g, coefficients, u.transpose(1, 2), /*beta=*/1, /*alpha=*/-1);
+    int64_t first = 0;
+    for (const at::Tensor& grad : grads) {
+      grad.copy_(result.narrow(0, first, grad.size(0)));
+      first += grad.size(0);
+    }
+  }
+#endif
+  std::vector<Projection> cpu[4][2];  // by dtype of gradient, and whether the basis is float32 beside a half gradient
+  for (const ProjectionArguments& layer : layers) {
+    if (!layer.grad.is_cpu() || layer.grad.numel() == 0) continue;
+    const bool float_basis = layer.basis.scalar_type() == at::kFloat;
+    cpu[static_cast<int>(*dtype_of(layer.grad.scalar_type()))][float_basis].push_back(
+        {layer.grad.mutable_data_ptr(),
+         layer.basis.numel() == 0 ? nullptr : layer.basis.const_data_ptr(),
+         layer.grad.size(0),
+         layer.grad.size(1),
+         layer.grad.size(2),
+         layer.basis.size(2),
+         {layer.basis.stride(0), layer.basis.stride(1), layer.basis.stride(2)}});
+  }
+  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
+    for (const bool float_basis : {false, true}) {
+      const std::vector<Projection>& group = cpu[static_cast<int>(dtype)][float_basis];
+      if (group.empty()) continue;
+      run_on_cpu([&]<Backend B>(const Exec& exec) {
+        return project<B>(dtype, float_basis ? DType::f32 : dtype, group.data(), static_cast<int64_t>(group.size()),
+                          onto, exec);
+      });
+    }
+}
+
+void project_in_place(const char* op, at::TensorList grads, at::TensorList bases, bool onto) {
+  TORCH_CHECK_VALUE(grads.size() == bases.size(), op, ": bases must have ", grads.size(), " tensors like grads, got ",
+                    bases.size());
+  std::vector<ProjectionArguments> layers;
+  std::vector<Extent> extents;
+  for (size_t l = 0; l < grads.size(); ++l) {
+    const auto index = static_cast<int64_t>(l);
+    layers.push_back(view_projection(op, grads[l], bases[l], index));
+    require_writable(op, "grad", index, grads[l]);
+    add_extent(extents, "grad", index, grads[l], true);
+    add_extent(extents, "basis", index, bases[l], false);
+  }
+  require_no_aliases(op, extents);
+  project_dense(layers, onto);
+  for (size_t l = 0; l < grads.size(); ++l) {
+    if (layers[l].grad.numel() != 0 && layers[l].grad.const_data_ptr() != grads[l].const_data_ptr())
+      grads[l].detach().copy_(layers[l].grad.view(grads[l].sizes()));
+    bump_version(grads[l]);
+  }
+}
+
+at::Tensor project_copy(const char* op, const at::Tensor& grad, const at::Tensor& basis, bool onto) {
+  const at::Tensor copy = grad.detach().clone(at::MemoryFormat::Contiguous);
+  project_dense({view_projection(op, copy, basis, 0)}, onto);
+  return copy;
+}
+
+at::Tensor project_out(const at::Tensor& grad, const at::Tensor& basis) {
+  return project_copy("project_out", grad, basis, false);
+}
+void project_out_(const at::Tensor& grad, const at::Tensor& basis) {
+  project_in_place("project_out_", grad, basis, false);
+}
+void project_out_list_(at::TensorList grads, at::TensorList bases) {
+  project_in_place("project_out_", grads, bases, false);
+}
+at::Tensor project_onto(const at::Tensor& grad, const at::Tensor& basis) {
+  return project_copy("project_onto", grad, basis, true);
+}
+void project_onto_(const at::Tensor& grad, const at::Tensor& basis) {
+  project_in_place("project_onto_", grad, basis, true);
+}
+void project_onto_list_(at::TensorList grads, at::TensorList bases) {
+  project_in_place("project_onto_", grads, bases, true);
+}
+
+using SubspaceOps = OpList<
+    Op<"gram_accumulate_(Tensor(a!) gram, Tensor inputs) -> ()", &gram_accumulate_>,
+    Op<"gram_conv_accumulate_(Tensor(a!) gram, Tensor inputs, *, int[] kernel_size, int[] stride, int[] padding, "
+       "int[] dilation, int groups=1) -> ()",
+       &gram_conv_accumulate_>,
+    Op<"project_out(Tensor grad, Tensor basis) -> Tensor", &project_out>,
+    Op<"project_out_(Tensor(a!) grad, Tensor basis) -> ()", &project_out_>,
+    Op<"project_out_.list(Tensor(a!)[] grads, Tensor[] bases) -> ()", &project_out_list_>,
+    Op<"project_onto(Tensor grad, Tensor basis) -> Tensor", &project_onto>,
+    Op<"project_onto_(Tensor(a!) grad, Tensor basis) -> ()", &project_onto_>,
+    Op<"project_onto_.list(Tensor(a!)[] grads, Tensor[] bases) -> ()", &project_onto_list_>>;
+
+}  // namespace
+}  // namespace unlearn_ext
