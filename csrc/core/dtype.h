@@ -90,15 +90,21 @@ UNLEARN_HD T store_as(acc_t<T> value) {
     return value;
 }
 
-// x * y + z, rounded once where the target has the instruction, so that every build of a target rounds alike whatever
-// the compiler may contract.
+// x * y + z rounded once, in software where the target lacks the instruction.
 template <class A>
-UNLEARN_HD A multiply_add(A x, A y, A z) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
+UNLEARN_HD A fused_multiply_add(A x, A y, A z) {
   if constexpr (std::is_same_v<A, double>)
     return fma(x, y, z);
   else
     return fmaf(x, y, z);
+}
+
+// The same where the target has the instruction, otherwise rounded twice: said outright, so that every build of a
+// target rounds alike whatever the compiler may contract.
+template <class A>
+UNLEARN_HD A multiply_add(A x, A y, A z) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
+  return fused_multiply_add(x, y, z);
 #else
   return x * y + z;
 #endif

@@ -8,18 +8,23 @@
 
 namespace unlearn_ext {
 
-// forget > alpha * full without the rounding of the product. The sign of a correctly rounded alpha * full - forget is
-// exact, so a fused multiply-add decides in the importance's own precision; a float pair without one is compared in
-// double, where the product of two floats is exact. Non-finite importances select nothing.
+// forget > alpha * full, decided exactly: the product is never rounded, so every CPU and GPU selects alike.
+// A fused multiply-add rounds once, which keeps the sign of alpha * full - forget unless the difference underflows;
+// tiny values are therefore scaled up first. (kTiny leaves room for the digits of the product above the smallest
+// number; a `full` so large that it overflows then is too large to be exceeded.) Without the instruction a float pair
+// is compared in double, which holds the product of two floats. Non-finite importances select nothing.
 template <class A>
 UNLEARN_HD bool selects(A alpha, A full, A forget) {
+  const bool finite = is_finite(full) & is_finite(forget);
 #if !defined(__CUDA_ARCH__) && !defined(__FMA__) && !defined(__aarch64__)
   if constexpr (std::is_same_v<A, float>)
-    return is_finite(full) & is_finite(forget) &
-           (static_cast<double>(forget) > static_cast<double>(alpha) * static_cast<double>(full));
+    return finite & (static_cast<double>(forget) > static_cast<double>(alpha) * static_cast<double>(full));
 #endif
-  const A excess = std::is_same_v<A, double> ? std::fma(-alpha, full, forget) : fmaf(-alpha, full, forget);
-  return is_finite(full) & is_finite(forget) & (excess > A(0));
+  constexpr A kTiny = std::is_same_v<A, double> ? A(0x1p-950) : A(0x1p-100f);
+  constexpr A kBoost = std::is_same_v<A, double> ? A(0x1p110) : A(0x1p50f);
+  const A scale = forget < kTiny ? kBoost : A(1);
+  const A excess = fused_multiply_add(-alpha, full * scale, forget * scale);
+  return finite & ((excess > A(0)) | ((alpha == A(0)) & (forget > A(0))));
 }
 
 template <class A>

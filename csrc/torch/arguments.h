@@ -10,12 +10,15 @@
 namespace unlearn_ext {
 namespace {
 
+// Constants reach most kernels as float, so they have to be finite there too.
+bool is_float(double value) { return std::isfinite(static_cast<float>(value)); }
+
 void require_finite(const char* op, const char* name, double value) {
-  TORCH_CHECK_VALUE(std::isfinite(value), op, ": ", name, " must be finite, got ", value);
+  TORCH_CHECK_VALUE(is_float(value), op, ": ", name, " must be finite in float32, got ", value);
 }
 
 void require_non_negative(const char* op, const char* name, double value) {
-  TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, op, ": ", name, " must be finite and non-negative, got ",
+  TORCH_CHECK_VALUE(is_float(value) && value >= 0, op, ": ", name, " must be finite in float32 and non-negative, got ",
                     value);
 }
 

@@ -66,6 +66,10 @@ struct Op {
   static constexpr auto function = kFunction;
 
   static std::string qualified_name() { return std::string(schema.substr(0, schema.find('('))); }
+  static std::string overload() {
+    const size_t dot = schema.find('.');
+    return dot < schema.find('(') ? std::string(schema.substr(dot + 1, schema.find('(') - dot - 1)) : std::string();
+  }
   static std::string name() { return std::string(schema.substr(0, schema.find_first_of(".("))); }
 };
 
@@ -106,12 +110,34 @@ void define_direct(pybind11::module& m, R (*)(P...)) {
   }(std::make_index_sequence<count_arguments(O::schema)>{});
 }
 
+template <class O>
+struct BackendSelect {
+  template <class R, class... P>
+  static auto call(R (*)(P...)) {
+    return +[](c10::DispatchKeySet keys, P... arguments) -> R {
+      if (keys.highestBackendKey() == c10::BackendComponent::InvalidBit) return O::function(arguments...);
+      static const auto handle = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow(("unlearn_ext::" + O::name()).c_str(), O::overload().c_str())
+                                     .template typed<R(P...)>();
+      const c10::DispatchKeySet below(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
+      return handle.redispatch(keys & below, arguments...);
+    };
+  }
+};
+
 template <class... O>
 struct OpList {
   static void define(torch::Library& m) { (m.def(O::schema.data(), {at::Tag::pt2_compliant_tag}), ...); }
   static void implement(torch::Library& m) { (m.impl(O::qualified_name().c_str(), O::function), ...); }
   static void define_direct(pybind11::module& m) { (unlearn_ext::define_direct<O>(m, O::function), ...); }
   static std::vector<std::string> schemas() { return {std::string(O::schema)...}; }
+
+  // Calls whose lists are all empty reach no backend by themselves: they run here, the others go on to theirs.
+  static void select_backend(torch::Library& m) {
+    (m.impl(O::qualified_name().c_str(),
+            torch::CppFunction::makeFromUnboxedFunction(BackendSelect<O>::call(O::function))),
+     ...);
+  }
 
   // Without this, autograd would warn on the next backward through every parameter that an op has written.
   // Differentiable ops get their formula in ops.py instead.

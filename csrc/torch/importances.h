@@ -29,8 +29,7 @@ void selective_dampen_(at::TensorList params, at::TensorList importance_full, at
   const char* op = "selective_dampen_";
   require_non_negative(op, "alpha", alpha);
   require_non_negative(op, "lambda_", lambda);
-  TORCH_CHECK_VALUE(std::isfinite(exponent) && exponent > 0, op, ": exponent must be finite and positive, got ",
-                    exponent);
+  TORCH_CHECK_VALUE(is_float(exponent) && exponent > 0, op, ": exponent must be finite and positive, got ", exponent);
   require_non_negative(op, "beta_min", beta_min);
   TORCH_CHECK_VALUE(beta_max >= beta_min, op, ": beta_max must be at least beta_min = ", beta_min, ", got ", beta_max);
   for_each_group(op,

@@ -53,8 +53,10 @@ inline int64_t packed_bytes(int64_t numel) { return (numel + 7) / 8; }
 
 inline bool is_row_major(const at::Tensor& t) { return t.is_contiguous(); }
 
-// Axes of extent 1 have no stride worth comparing.
+// Whether b's memory can be walked like a's. Axes of extent 1 have no stride worth comparing; a lazily negated view
+// holds other values than it stands for.
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_neg() != b.is_neg()) return false;
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
   return true;
@@ -92,21 +94,72 @@ struct Extent {
   bool written;
 };
 
+// Calls f(address) for every element of a tensor until f returns false. Only for layouts that strides cannot decide.
+template <class F>
+void for_each_address(const at::Tensor& t, const F& f) {
+  const auto base = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  std::vector<int64_t> at(static_cast<size_t>(t.dim()), 0);
+  int64_t offset = 0;
+  for (int64_t n = t.numel(); n > 0; --n) {
+    if (!f(base + static_cast<uintptr_t>(offset) * t.element_size())) return;
+    for (int64_t axis = t.dim() - 1; axis >= 0; --axis) {
+      auto& index = at[static_cast<size_t>(axis)];
+      offset += t.stride(axis);
+      if (++index < t.size(axis)) break;
+      offset -= index * t.stride(axis);
+      index = 0;
+    }
+  }
+}
+
+// Whether two elements of one tensor share memory, exactly.
+inline bool overlaps_itself(const at::Tensor& t) {
+  const at::MemOverlap quick = at::has_internal_overlap(t);
+  if (quick != at::MemOverlap::TooHard) return quick == at::MemOverlap::Yes;
+  std::vector<uintptr_t> addresses;
+  addresses.reserve(static_cast<size_t>(t.numel()));
+  for_each_address(t, [&](uintptr_t address) {
+    addresses.push_back(address);
+    return true;
+  });
+  std::sort(addresses.begin(), addresses.end());
+  return std::adjacent_find(addresses.begin(), addresses.end()) != addresses.end();
+}
+
+// Whether two arguments share a byte, exactly. Their address ranges are known to intersect.
+inline bool share_memory(const Extent& a, const Extent& b) {
+  if (a.tensor->is_non_overlapping_and_dense() && b.tensor->is_non_overlapping_and_dense()) return true;
+  const uintptr_t begin = std::max(a.begin, b.begin), end = std::min(a.end, b.end);
+  std::vector<bool> taken(end - begin, false);
+  const auto bytes_within = [&](const at::Tensor& t, const auto& f) {
+    for_each_address(t, [&](uintptr_t address) {
+      for (uintptr_t byte = std::max(address, begin); byte < std::min(address + t.element_size(), end); ++byte)
+        if (!f(byte - begin)) return false;
+      return true;
+    });
+  };
+  bytes_within(*a.tensor, [&](size_t byte) { return taken[byte] = true; });
+  bool shared = false;
+  bytes_within(*b.tensor, [&](size_t byte) { return !(shared = taken[byte]); });
+  return shared;
+}
+
 // Written memory may be reached through one argument only.
 inline void require_no_aliases(const char* op, std::vector<Extent>& extents) {
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  const Extent *last = nullptr, *last_written = nullptr;  // those that reach furthest so far
+  std::vector<const Extent*> open[2];  // ranges that reach past the current one: read, written
   for (const Extent& e : extents) {
-    const Extent* other = e.written ? last : last_written;
-    if (other != nullptr && other->end > e.begin) {
-      const at::MemOverlapStatus status = at::get_overlap_status(*other->tensor, *e.tensor);
-      const Extent &w = e.written ? e : *other, &r = e.written ? *other : e;
-      TORCH_CHECK_VALUE(status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial, op, ": ",
-                        w.name, "[", w.index, "] must not share memory with another argument, got memory of ", r.name,
-                        "[", r.index, "]");
+    for (const bool written : {false, true}) {
+      std::vector<const Extent*>& others = open[written];
+      std::erase_if(others, [&](const Extent* other) { return other->end <= e.begin; });
+      if (!written && !e.written) continue;
+      for (const Extent* other : others) {
+        const Extent &w = e.written ? e : *other, &r = e.written ? *other : e;
+        TORCH_CHECK_VALUE(!share_memory(e, *other), op, ": ", w.name, "[", w.index,
+                          "] must not share memory with another argument, got memory of ", r.name, "[", r.index, "]");
+      }
     }
-    if (last == nullptr || e.end > last->end) last = &e;
-    if (e.written && (last_written == nullptr || e.end > last_written->end)) last_written = &e;
+    open[e.written].push_back(&e);
   }
 }
 
@@ -120,8 +173,9 @@ inline void add_extent(std::vector<Extent>& extents, const char* name, int64_t i
 }
 
 inline void require_writable(const char* op, const char* name, int64_t index, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name, "[", index,
-                    "] must not overlap itself, got strides ", t.strides());
+  TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name, "[", index, "] must hold its values, got a lazily negated view");
+  TORCH_CHECK_VALUE(!overlaps_itself(t), op, ": ", name, "[", index, "] must not overlap itself, got strides ",
+                    t.strides());
 }
 
 // The lists of one call as groups of slices, with copies in place of tensors whose layout does not match. finish()

@@ -9,6 +9,13 @@
 namespace unlearn_ext {
 namespace {
 
+// On a GPU this would have to wait for the device; there NaN ranks last instead.
+void require_ordered(const char* op, at::TensorList scores) {
+  for (size_t t = 0; t < scores.size(); ++t)
+    TORCH_CHECK_VALUE(!scores[t].is_cpu() || !scores[t].isnan().any().item<bool>(), op, ": scores[",
+                      static_cast<int64_t>(t), "] must not be NaN, got a NaN in it");
+}
+
 std::vector<at::Tensor> topk_mask(at::TensorList scores, int64_t k, bool largest) {
   const char* op = "topk_mask";
   int64_t total = 0;
@@ -28,14 +35,17 @@ std::vector<at::Tensor> topk_mask(at::TensorList scores, int64_t k, bool largest
   std::vector<at::Tensor> dense, masks;  // dense: row-major, in which order ties are broken
   std::vector<Slice<2>> slices;
   for (const at::Tensor& score : scores) {
-    dense.push_back(score.contiguous());
+    dense.push_back(score.detach().resolve_neg().contiguous());
     const at::TensorOptions options = score.options().dtype(at::kByte).requires_grad(false);
     masks.push_back(k == 0 ? at::zeros({packed_bytes(score.numel())}, options)
                            : at::empty({packed_bytes(score.numel())}, options));
     slices.push_back(
         {{const_cast<void*>(dense.back().const_data_ptr()), masks.back().mutable_data_ptr()}, score.numel()});
   }
-  if (k == 0) return masks;
+  if (k == 0) {
+    require_ordered(op, scores);
+    return masks;
+  }
   const auto count = static_cast<int64_t>(slices.size());
   at::Tensor scratch = scratch_of(select_scratch_bytes(total, count), scores[0].device());
   int64_t n_nan = 0;
@@ -43,9 +53,7 @@ std::vector<at::Tensor> topk_mask(at::TensorList scores, int64_t k, bool largest
     return topk_mask<B>(*dtype_of(scores[0].scalar_type()), slices.data(), count, k, largest, &n_nan,
                         scratch.mutable_data_ptr(), exec);
   });
-  for (size_t t = 0; n_nan > 0 && t < scores.size(); ++t)
-    TORCH_CHECK_VALUE(!scores[t].isnan().any().item<bool>(), op, ": scores[", static_cast<int64_t>(t),
-                      "] must not be NaN, got ", n_nan, " NaN in all scores");
+  if (n_nan > 0) require_ordered(op, scores);
   return masks;
 }
 
@@ -149,14 +157,15 @@ using MaskOps =
               "float lr, float momentum=0.0, float dampening=0.0, float weight_decay=0.0, bool nesterov=False, "
               "bool maximize=False) -> ()",
               &masked_sgd_>,
-           Op<"masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-              "Tensor[] masks, *, int step, float lr, float beta1=0.9, float beta2=0.999, float eps=1e-08, "
-              "float weight_decay=0.01, bool maximize=False) -> ()",
-              &masked_adamw_>,
+           // The tensor overload comes first: pybind11 would take an integer tensor for an int.
            Op<"masked_adamw_.tensor_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
               "Tensor(c!)[] exp_avg_sqs, Tensor[] masks, *, Tensor step, float lr, float beta1=0.9, float beta2=0.999, "
               "float eps=1e-08, float weight_decay=0.01, bool maximize=False) -> ()",
-              &masked_adamw_at_tensor_step_>>;
+              &masked_adamw_at_tensor_step_>,
+           Op<"masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+              "Tensor[] masks, *, int step, float lr, float beta1=0.9, float beta2=0.999, float eps=1e-08, "
+              "float weight_decay=0.01, bool maximize=False) -> ()",
+              &masked_adamw_>>;
 
 }  // namespace
 }  // namespace unlearn_ext

@@ -22,7 +22,7 @@ pybind11::dict build_info() {
   info["cuda"] = false;
 #endif
   info["cuda_reason"] = UNLEARN_CUDA_REASON;
-  info["cuda_architectures"] = std::string(UNLEARN_CUDA_ARCHITECTURES);
+  info["cuda_architectures"] = pybind11::str(UNLEARN_CUDA_ARCHITECTURES).attr("split")();
   info["cpu_capability"] = name_of(cpu_backend());
   std::vector<std::string> capabilities;
   for (const Backend backend : compiled_cpu_backends()) capabilities.emplace_back(name_of(backend));
@@ -39,6 +39,7 @@ TORCH_LIBRARY(unlearn_ext, m) {
 }
 TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) { Ops::implement(m); }
 TORCH_LIBRARY_IMPL(unlearn_ext, CUDA, m) { Ops::implement(m); }
+TORCH_LIBRARY_IMPL(unlearn_ext, BackendSelect, m) { Ops::select_backend(m); }
 TORCH_LIBRARY_IMPL(unlearn_ext, Autograd, m) { Ops::without_autograd(m, {"project_out", "project_onto"}); }
 
 PYBIND11_MODULE(_C, m) {

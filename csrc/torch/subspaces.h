@@ -54,6 +54,7 @@ void accumulate_gram(const char* op, const at::Tensor& gram, const at::Tensor& i
   add_extent(extents, "gram", 0, gram, true);
   add_extent(extents, "inputs", 0, inputs, false);
   require_no_aliases(op, extents);
+  if (inputs.numel() == 0 || gram.numel() == 0) return;
   const at::Tensor target = gram.detach();
   at::Tensor dense = target.contiguous();
   const at::TensorOptions options = dense.options();
@@ -95,8 +96,7 @@ void gram_accumulate_(const at::Tensor& gram, const at::Tensor& inputs) {
   const int64_t d = inputs.size(-1);
   TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == d && gram.size(1) == d, op, ": gram must have shape [", d, ", ",
                     d, "] for inputs of width ", d, ", got ", gram.sizes());
-  const at::Tensor rows = inputs.detach().reshape({d == 0 ? 0 : -1, d});
-  if (rows.numel() == 0) return;
+  const at::Tensor rows = inputs.detach().resolve_neg().reshape({d == 0 ? 0 : -1, d});
   Patches patches{};
   patches.dtype = *dtype_of(rows.scalar_type());
   patches.samples = rows.size(0);
@@ -107,7 +107,7 @@ void gram_accumulate_(const at::Tensor& gram, const at::Tensor& inputs) {
   }
   patches.sample_stride = rows.stride(0);
   patches.channel_stride = rows.stride(1);
-  patches.data = rows.const_data_ptr();
+  patches.data = rows.numel() == 0 ? nullptr : rows.const_data_ptr();
   accumulate_gram(op, gram, rows, patches, 1, 0);
 }
 
@@ -131,9 +131,10 @@ void gram_conv_accumulate_(const at::Tensor& gram, const at::Tensor& inputs, at:
   patches.dtype = *dtype_of(inputs.scalar_type());
   patches.samples = inputs.size(0);
   patches.channels = inputs.size(1) / groups;
-  patches.sample_stride = inputs.stride(0);
-  patches.channel_stride = inputs.stride(1);
-  patches.data = inputs.numel() == 0 ? nullptr : inputs.const_data_ptr();
+  const at::Tensor held = inputs.detach().resolve_neg();
+  patches.sample_stride = held.stride(0);
+  patches.channel_stride = held.stride(1);
+  patches.data = held.numel() == 0 ? nullptr : held.const_data_ptr();
   for (int axis = 0; axis < kMaxSpatial; ++axis) {
     const int64_t at = axis - (kMaxSpatial - spatial);  // in the op's arguments
     patches.in[axis] = patches.out[axis] = patches.kernel[axis] = patches.stride[axis] = patches.dilation[axis] = 1;
@@ -150,7 +151,7 @@ void gram_conv_accumulate_(const at::Tensor& gram, const at::Tensor& inputs, at:
     patches.stride[axis] = stride[i];
     patches.dilation[axis] = dilation[i];
     patches.padding[axis] = before;
-    patches.space_stride[axis] = inputs.stride(at + 2);
+    patches.space_stride[axis] = held.stride(at + 2);
     const int64_t room = patches.in[axis] + before + after - dilation[i] * (kernel_size[i] - 1) - 1;
     TORCH_CHECK_VALUE(room >= 0, op, ": inputs must be at least as large as the dilated kernel, got ", inputs.sizes(),
                       " for kernel_size ", kernel_size, " and dilation ", dilation);
@@ -162,8 +163,7 @@ void gram_conv_accumulate_(const at::Tensor& gram, const at::Tensor& inputs, at:
       (grouped ? gram.size(0) == groups : gram.dim() == 2 && groups == 1) && gram.size(-1) == d && gram.size(-2) == d,
       op, ": gram must have shape ", groups == 1 ? "" : "[groups, d, d] = [", groups == 1 ? "[" : "",
       groups == 1 ? "" : std::to_string(groups) + ", ", d, ", ", d, "], got ", gram.sizes());
-  if (inputs.numel() == 0 || gram.numel() == 0) return;
-  accumulate_gram(op, gram, inputs.detach(), patches, groups, patches.channels * patches.channel_stride);
+  accumulate_gram(op, gram, held, patches, groups, patches.channels * patches.channel_stride);
 }
 
 // A layer's gradient as [groups, rows, d] beside its basis as [groups, d, k].
@@ -198,8 +198,8 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
                     grad.sizes(), ", got ", basis.sizes());
   TORCH_CHECK_VALUE(basis.size(-1) <= d, op, ": basis[", index, "] must have at most ", d, " columns, got ",
                     basis.sizes());
-  const at::Tensor plain = basis.detach();
-  return {grad.detach().contiguous().view({groups, outputs / groups, d}),
+  const at::Tensor plain = basis.detach().resolve_neg();
+  return {grad.detach().resolve_neg().contiguous().view({groups, outputs / groups, d}),
           plain.dim() == 3 ? plain : plain.unsqueeze(0)};
 }
 
@@ -281,9 +281,10 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
 }
 
 at::Tensor project_copy(const char* op, const at::Tensor& grad, const at::Tensor& basis, bool onto) {
-  const at::Tensor copy = grad.detach().clone(at::MemoryFormat::Contiguous);
-  project_dense({view_projection(op, copy, basis, 0)}, onto);
-  return copy;
+  ProjectionArguments layer = view_projection(op, grad, basis, 0);
+  layer.grad = layer.grad.clone();
+  project_dense({layer}, onto);
+  return layer.grad.view(grad.sizes());
 }
 
 at::Tensor project_out(const at::Tensor& grad, const at::Tensor& basis) {

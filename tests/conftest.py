@@ -1,0 +1,61 @@
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+# The default profile draws the same examples everywhere; `--hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: needs minutes or many gigabytes; left out unless asked for")
+    if config.getoption("--slow") and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
+def _why_no_cuda():
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    from unlearn_ext import ops
+
+    return "" if ops.build_info()["cuda"] else "built without CUDA"
+
+
+def pytest_report_header(config):
+    return f"cuda tests: {'left out, ' + reason if (reason := _why_no_cuda()) else 'run'}"
+
+
+def pytest_collection_modifyitems(config, items):
+    # Left out rather than skipped: they are as many as all others together. `-m cuda` shows them as skipped.
+    if "cuda" not in config.option.markexpr and _why_no_cuda():
+        left_out = [item for item in items if item.get_closest_marker("cuda")]
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=left_out)
+    # `-m slow` asks for the slow ones as `--slow` does.
+    if not config.getoption("--slow") and "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Every device the ops run on."""
+    if request.param == "cuda" and (reason := _why_no_cuda()):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def generator(request):
+    """A CPU generator whose seed depends on the test alone, so that a failure repeats on its own."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -1,0 +1,662 @@
+"""Every op once: how to call it, what it should give, and how far rounding may take it from that.
+
+A case names its schema, draws arguments in the form of that schema (lists of tensors, flat padding), and
+derives the tolerance of each output from the number of roundings in the formula and the unit roundoffs of the
+dtypes involved. The tests in test_ops.py are generated from the table ``CASES``.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unlearn_ext import _C, reference
+
+Args = list
+Kwargs = dict
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
+
+# Sizes around the words, vectors and chunks that kernels work in.
+SIZES = (1, 31, 63, 64, 65, 256, 4095, 4096, 4097)
+
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "mixed": [(5, 7), (3,), (2, 3, 4, 5), (), (2, 3, 2, 3, 2), (70, 3)],
+    "sizes": [(n,) for n in SIZES],
+    "empty list": [],
+    "empty first": [(0,), (6,), (3, 2)],
+    "empty middle": [(6,), (2, 0, 3), (3, 2)],
+    "empty last": [(6,), (3, 2), (0, 4)],
+    "all empty": [(0,), (0, 4)],
+    "scalars": [(), ()],
+    "many": [(i % 9,) for i in range(2000)],
+    "large": [(100_003,), (3, 5), (64, 17, 3, 3), (129, 257)],
+}
+LISTS = tuple(SHAPES)
+# Where at least one value has to be left.
+FILLED = tuple(name for name in LISTS if name not in ("empty list", "all empty"))
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op: arguments to draw, the specification, and the error that rounding may cause.
+
+    Attributes:
+        schema: Name of the schema with its overload, ``name`` or ``name.overload``.
+        sample: ``(device, dtype, generator, variant) -> (args, kwargs)``, contiguous, drawn on the CPU.
+        tolerance: ``(args, kwargs, expected) -> bounds``: the greatest absolute error of every output.
+        written: Positions of the arguments written in place.
+        widened: Positions of the arguments that the oracle casts to float64; those written if not given.
+        dtypes: Dtypes of the parameters, gradients, importances or scores.
+        variants: Names that ``sample`` knows.
+        exact: Whether every bit of the result is specified, so that the tolerance is 0.
+    """
+
+    schema: str
+    sample: Callable[[str, torch.dtype, torch.Generator, str], tuple[Args, Kwargs]]
+    tolerance: Callable[[Args, Kwargs, list[Tensor]], list[Tensor]]
+    written: tuple[int, ...] = ()
+    widened: tuple[int, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    variants: tuple[str, ...] = LISTS
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the function in ``unlearn_ext.ops``, ``unlearn_ext.reference`` and ``unlearn_ext._C``."""
+        return self.schema.partition(".")[0]
+
+    @property
+    def overload(self):
+        """The op behind the dispatcher's door."""
+        return getattr(getattr(torch.ops.unlearn_ext, self.name), self.schema.partition(".")[2] or "default")
+
+    @property
+    def direct(self) -> Callable:
+        """The op behind pybind11's door."""
+        return getattr(_C, self.name)
+
+    @property
+    def reference(self) -> Callable:
+        """The op in plain PyTorch."""
+        return getattr(reference, self.name)
+
+    def outputs(self, args: Args, result: object) -> list[Tensor]:
+        """What a call gives: the tensors written, then the tensors returned."""
+        return [*tensors_of([args[i] for i in self.written]), *tensors_of(result)]
+
+    def run(self, call: Callable, args: Args, kwargs: Kwargs) -> list[Tensor]:
+        """Call an op and check that everything it only reads keeps its bits.
+
+        Returns:
+            The outputs.
+        """
+        read_only = list(tensors_of([[a for i, a in enumerate(args) if i not in self.written], kwargs]))
+        before = [tensor.clone() for tensor in read_only]
+        result = call(*args, **kwargs)
+        for tensor, copy in zip(read_only, before, strict=True):
+            assert_same_bits(tensor, copy)
+        return self.outputs(args, result)
+
+    def expect(self, args: Args, kwargs: Kwargs) -> tuple[list[Tensor], list[Tensor]]:
+        """Evaluate the specification in float64, on copies.
+
+        Returns:
+            The outputs and the greatest error allowed in each.
+        """
+        args = copied(args)
+        widened = self.written if self.widened is None else self.widened
+        wide = [mapped(_to_double, a) if i in widened else mapped(torch.clone, a) for i, a in enumerate(args)]
+        expected = self.outputs(wide, self.reference(*wide, **kwargs))
+        return expected, self.tolerance(args, kwargs, expected)
+
+
+def tensors_of(tree: object) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_of(item)
+    elif isinstance(tree, dict):
+        yield from tensors_of(list(tree.values()))
+
+
+def mapped(function: Callable[[Tensor], Tensor], tree):
+    """The same nested lists with ``function`` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        return [mapped(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: mapped(function, value) for key, value in tree.items()}
+    return tree
+
+
+def copied(tree):
+    """The same values in fresh contiguous memory."""
+    return mapped(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), tree)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns of a tensor as integers."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Require equal shapes, dtypes, devices and bit patterns; NaN equals a NaN of the same payload."""
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+    different = bits(actual) != bits(expected)
+    assert not different.any(), (
+        f"{int(different.sum())} of {different.numel()} differ, "
+        f"first {actual[different][0]!r} for {expected[different][0]!r}"
+    )
+
+
+def assert_within(actual: Sequence[Tensor], expected: Sequence[Tensor], bounds: Sequence[Tensor]) -> None:
+    """Require every output within its bound; NaN and Inf must be where the specification has them."""
+    assert len(actual) == len(expected)
+    for index, (got, wanted, bound) in enumerate(zip(actual, expected, bounds, strict=True)):
+        assert got.shape == wanted.shape, index
+        got, wanted, bound = got.detach().double(), wanted.double(), bound.double()
+        both = got.isfinite() & wanted.isfinite()
+        same = (got == wanted) | (got.isnan() & wanted.isnan())
+        wrong = ~torch.where(both, (got - wanted).abs() <= bound, same)
+        assert not wrong.any(), (
+            f"output {index}: {int(wrong.sum())} of {wrong.numel()} wrong, first {got[wrong][0].item()!r} "
+            f"for {wanted[wrong][0].item()!r} +- {bound.expand_as(wrong)[wrong][0].item()!r}"
+        )
+
+
+# Memory layouts. Each gives the same values; where memory lies between them it is filled with FILLER.
+
+FILLER = 7
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    format_of = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.clone(memory_format=format_of.get(tensor.dim(), torch.contiguous_format))
+
+
+def permuted(tensor: Tensor) -> Tensor:
+    backwards = list(reversed(range(tensor.dim())))
+    return tensor.permute(backwards).clone(memory_format=torch.contiguous_format).permute(backwards)
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """Every second element of a larger tensor: no two values are neighbours."""
+    if tensor.dim() == 0:
+        return tensor.new_full((3,), FILLER)[1].copy_(tensor)
+    base = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), FILLER)
+    return base[..., 1::2].copy_(tensor)
+
+
+def padded_rows(tensor: Tensor) -> Tensor:
+    """Dense rows with a gap after each."""
+    if tensor.dim() == 0:
+        return sliced(tensor)
+    base = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), FILLER)
+    return base[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """Dense memory that starts one element after an aligned address."""
+    return tensor.new_full((tensor.numel() + 2,), FILLER)[1:-1].view(tensor.shape).copy_(tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first slice repeated with stride 0; other values than the tensor's, and for reading only."""
+    if tensor.dim() == 0 or tensor.shape[0] == 0:
+        return contiguous(tensor)
+    return contiguous(tensor[:1]).expand(tensor.shape)
+
+
+# Name -> layout of what is written, layout of what is only read.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "channels last": (channels_last, channels_last),
+    "channels last written": (channels_last, contiguous),
+    "channels last read": (contiguous, channels_last),
+    "permuted": (permuted, permuted),
+    "permuted written": (permuted, contiguous),
+    "permuted read": (contiguous, permuted),
+    "sliced": (sliced, sliced),
+    "sliced written": (sliced, contiguous),
+    "sliced read": (contiguous, sliced),
+    "padded rows": (padded_rows, padded_rows),
+    "offset": (offset, offset),
+    "offset written": (offset, contiguous),
+    "offset read": (contiguous, offset),
+    "expanded read": (contiguous, expanded),
+    "expanded read, permuted written": (permuted, expanded),
+}
+
+
+def laid_out(case: OpCase, args: Args, layout: str) -> Args:
+    """Copies of the arguments in a named layout."""
+    written, read_only = LAYOUTS[layout]
+    return [mapped(written if i in case.written else read_only, arg) for i, arg in enumerate(args)]
+
+
+def assert_gaps_untouched(args: Args) -> None:
+    """Require that memory between the elements of a view still holds FILLER. Overwrites the views."""
+    for tensor in tensors_of(args):
+        base = tensor._base
+        if base is not None and base.numel() > tensor.numel():
+            tensor.fill_(FILLER)
+            assert (base == FILLER).all()
+
+
+# Error bounds. A correctly rounded operation has a relative error of at most the unit roundoff u = eps / 2 of
+# its # dtype, so r of them in a row err by about r * u times the magnitude of the terms; storing the result
+# in a narrower # dtype adds one roundoff of that dtype. Results below the normal range err by up to half its
+# spacing instead.
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def spacing_at_zero(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bound(magnitude: Tensor, stored: torch.dtype, computed: torch.dtype, roundings: float) -> Tensor:
+    """Greatest error of a result of terms of this magnitude, after ``roundings`` operations and a store."""
+    relative = unit_roundoff(stored) + roundings * unit_roundoff(computed)
+    return magnitude.abs().double() * relative + spacing_at_zero(stored)
+
+
+def no_error(args: Args, kwargs: Kwargs, expected: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros((), device=output.device) for output in expected]
+
+
+# Values, drawn on the CPU so that every device gets the same.
+
+
+def normal(shape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+def importance(shape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    """Positive values over a few orders of magnitude; about one in eight is 0."""
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).mul(1.5).exp()
+    zero = torch.rand(shape, generator=generator) < 0.125
+    return values.masked_fill(zero, 0.0).to(accumulator_dtype(dtype)).to(device)
+
+
+def random_mask(shape, device: str, generator: torch.Generator, density: float = 0.5) -> Tensor:
+    return reference.pack_mask(torch.rand(shape, generator=generator) < density).to(device)
+
+
+def orthonormal(d: int, k: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    columns = torch.linalg.qr(torch.randn((d, d), generator=generator, dtype=torch.float64)).Q[:, :k]
+    return columns.to(dtype).to(device)
+
+
+# Samples and tolerances, op by op.
+
+
+def _fisher_sample(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    fisher = [importance(shape, dtype, device, generator) for shape in shapes]
+    grads = [normal(shape, dtype, device, generator) for shape in shapes]
+    power = 1 if variant in ("mixed", "scalars") else 2
+    return [fisher, grads], {"weight": 0.3, "decay": 0.9, "power": power}
+
+
+def _fisher_tolerance(args, kwargs, expected):
+    # Both constants and the power rounded, two products, one sum.
+    return [
+        bound(wanted, total.dtype, total.dtype, 5) for wanted, total in zip(expected, args[0], strict=True)
+    ]
+
+
+def _dampen_sample(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    params = [normal(shape, dtype, device, generator) for shape in shapes]
+    full = [importance(shape, dtype, device, generator) for shape in shapes]
+    forget = [importance(shape, dtype, device, generator) for shape in shapes]
+    kwargs = {"alpha": 1.3, "lambda_": 0.7}
+    if variant in ("mixed", "sizes"):
+        kwargs |= {"exponent": 0.5, "beta_min": 0.1, "beta_max": 0.6}
+    return [params, full, forget], kwargs
+
+
+def _dampen_tolerance(args, kwargs, expected):
+    # The rounding of lambda, a product and a quotient: three errors, multiplied by the exponent in the power.
+    # Then the power itself (two), the rounding of the exponent (times |log ratio| < 16) and the last product.
+    exponent = kwargs.get("exponent", 1.0)
+    roundings = 3 * exponent + 4 + 16 * exponent
+    return [
+        bound(wanted, param.dtype, accumulator_dtype(param.dtype), roundings)
+        for wanted, param in zip(expected, args[0], strict=True)
+    ]
+
+
+def _importances(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    return [[importance(shape, dtype, device, generator) for shape in shapes] for _ in range(2)]
+
+
+def _counts_sample(device, dtype, generator, variant):
+    return [*_importances(device, dtype, generator, variant), [0.0, 0.1, 1.0, 1.3, 50.0]], {}
+
+
+def _quantile_sample(device, dtype, generator, variant):
+    full, forget = _importances(device, dtype, generator, variant)
+    for tensor in full[-1:]:
+        tensor.flatten()[:1] = 1.0  # a ratio that is left in, however small the sample
+    if variant == "empty last":
+        full[0].flatten()[0] = 1.0
+    return [full, forget, 0.9], {}
+
+
+def _quantile_tolerance(args, kwargs, expected):
+    # Both interpolate in float64 between the same two values; one rounding to the dtype each.
+    return [bound(wanted, wanted.dtype, wanted.dtype, 1) for wanted in expected]
+
+
+MASK_SHAPES = {f"size {n}": (n,) for n in SIZES} | {
+    "matrix": (5, 7),
+    "image": (2, 3, 4, 5),
+    "empty": (0, 3),
+    "scalar": (),
+    "large": (301, 1003),
+}
+
+
+def _pack_sample(device, dtype, generator, variant):
+    return [(torch.rand(MASK_SHAPES[variant], generator=generator) < 0.5).to(device)], {}
+
+
+def _unpack_sample(device, dtype, generator, variant):
+    shape = MASK_SHAPES[variant]
+    n_bytes = (math.prod(shape) + 7) // 8
+    # Random bits past the end as well: they must not matter.
+    packed = torch.randint(0, 256, (n_bytes,), generator=generator, dtype=torch.uint8)
+    return [packed.to(device), list(shape)], {}
+
+
+def _topk_sample(device, dtype, generator, variant):
+    # Rounded to halves, so that ties run across tensors.
+    scores = [
+        (normal(shape, torch.float64, "cpu", generator) * 4).round().div(2).to(dtype).to(device)
+        for shape in SHAPES[variant]
+    ]
+    return [scores, sum(score.numel() for score in scores) // 3], {"largest": variant != "sizes"}
+
+
+def _apply_mask_sample(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    grads = [normal(shape, dtype, device, generator) for shape in shapes]
+    return [grads, [random_mask(shape, device, generator) for shape in shapes]], {}
+
+
+def _sgd_sample(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    params = [normal(shape, dtype, device, generator) for shape in shapes]
+    grads = [normal(shape, dtype, device, generator) for shape in shapes]
+    buffers = [normal(shape, accumulator_dtype(dtype), device, generator) for shape in shapes]
+    masks = [random_mask(shape, device, generator) for shape in shapes]
+    kwargs = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}
+    if variant == "mixed":
+        kwargs |= {"dampening": 0.0, "nesterov": True, "maximize": True}
+    if variant in ("scalars", "empty middle"):
+        buffers, kwargs = [], {"lr": 0.1, "weight_decay": 0.01}
+    return [params, grads, buffers, masks], kwargs
+
+
+def _sgd_tolerance(args, kwargs, expected):
+    params, grads, buffers, masks = copied(args)
+    absolute = [[tensor.double().abs() for tensor in tensors] for tensors in (params, grads, buffers)]
+    # With a negative rate and no sign flips every term of the formula adds up: the magnitude of the terms.
+    same_signs = kwargs | {"lr": -kwargs["lr"], "maximize": False}
+    reference.masked_sgd_(*absolute, masks, **same_signs)
+    return [
+        bound(magnitude, tensor.dtype, accumulator_dtype(tensor.dtype), 10)
+        for magnitude, tensor in zip(absolute[0] + absolute[2], params + buffers, strict=True)
+    ]
+
+
+def _adamw_sample(device, dtype, generator, variant):
+    shapes = SHAPES[variant]
+    state = accumulator_dtype(dtype)
+    params = [normal(shape, dtype, device, generator) for shape in shapes]
+    grads = [normal(shape, dtype, device, generator) for shape in shapes]
+    means = [normal(shape, state, device, generator) for shape in shapes]
+    squares = [normal(shape, state, device, generator) ** 2 for shape in shapes]
+    masks = [random_mask(shape, device, generator) for shape in shapes]
+    kwargs = {"step": 3, "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1}
+    if variant == "mixed":
+        kwargs |= {"maximize": True, "eps": 1e-3}
+    return [params, grads, means, squares, masks], kwargs
+
+
+def _adamw_tensor_step_sample(device, dtype, generator, variant):
+    args, kwargs = _adamw_sample(device, dtype, generator, variant)
+    return args, kwargs | {"step": torch.tensor(3.0, device=device)}
+
+
+def _adamw_tolerance(args, kwargs, expected):
+    params, grads, means, squares, masks = copied(args)
+    absolute = [[t.double().abs() for t in tensors] for tensors in (params, grads, means, squares)]
+    same_signs = kwargs | {"lr": -kwargs["lr"], "maximize": False}
+    reference.masked_adamw_(*absolute, masks, **same_signs)
+    # The mean is m + (1 - beta1) * (g - m), whose terms are up to three times as large as those added here.
+    return [
+        bound(magnitude, tensor.dtype, accumulator_dtype(tensor.dtype), 24)
+        for magnitude, tensor in zip(
+            absolute[0] + absolute[2] + absolute[3], params + means + squares, strict=True
+        )
+    ]
+
+
+GRAM_SHAPES = {
+    "rows": (7, 5),
+    "sequence": (2, 3, 5),
+    "one row": (5,),
+    "one column": (4, 1),
+    "no rows": (0, 5),
+    "no columns": (3, 0),
+    "wide": (3, 70),
+    "tall": (300, 65),
+    "float64 total": (40, 9),
+    "large": (1100, 210),
+}
+
+
+def _gram_dtype(dtype, variant):
+    return torch.float64 if variant == "float64 total" else accumulator_dtype(dtype)
+
+
+def _symmetric(shape, dtype, device, generator):
+    factor = normal(shape, torch.float64, "cpu", generator)
+    return (factor + factor.mT).to(dtype).to(device)
+
+
+def _gram_sample(device, dtype, generator, variant):
+    inputs = normal(GRAM_SHAPES[variant], dtype, device, generator)
+    d = inputs.shape[-1]
+    return [_symmetric((d, d), _gram_dtype(dtype, variant), device, generator), inputs], {}
+
+
+def _gram_bounds(gram, inputs, magnitude, n_rows):
+    # A sum of n products errs by n roundoffs of the products' dtype at most (Higham, 2002, section 3.1), in
+    # any order.
+    products = magnitude * (n_rows + 1) * unit_roundoff(accumulator_dtype(inputs.dtype))
+    return [products + bound(gram.abs().double() + magnitude, gram.dtype, gram.dtype, 8)]
+
+
+def _gram_tolerance(args, kwargs, expected):
+    gram, inputs = args
+    magnitude = torch.zeros_like(gram, dtype=torch.float64)
+    reference.gram_accumulate_(magnitude, inputs.double().abs())
+    return _gram_bounds(gram, inputs, magnitude, math.prod(inputs.shape[:-1]))
+
+
+def _convolution(shape, kernel_size, stride, padding, dilation, groups=1):
+    constants = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    return shape, constants | {"groups": groups}
+
+
+# Shape of the input, kernel size, stride, padding (flat pairs where its sides differ), dilation, groups.
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict]] = {
+    "signal": _convolution((2, 3, 11), [3], [1], [1], [1]),
+    "image": _convolution((2, 3, 6, 7), [3, 2], [1, 1], [1, 0], [1, 1]),
+    "volume": _convolution((2, 2, 4, 5, 3), [2, 3, 1], [1, 2, 1], [0, 1, 1], [1, 1, 2]),
+    "stride": _convolution((2, 3, 9, 8), [3, 3], [2, 3], [1, 1], [1, 1]),
+    "dilation": _convolution((1, 2, 9, 8), [3, 2], [1, 2], [2, 1], [2, 3]),
+    "groups": _convolution((2, 6, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1], 3),
+    "grouped volume": _convolution((2, 4, 3, 4, 3), [2, 2, 2], [1, 1, 1], [0, 1, 0], [1, 1, 1], 2),
+    "depthwise signal": _convolution((3, 4, 10), [5], [2], [2], [1], 4),
+    "uneven padding": _convolution((2, 2, 5, 4), [4, 3], [1, 2], [1, 2, 0, 3], [1, 1]),
+    "causal signal": _convolution((2, 3, 7), [4], [1], [3, 0], [1]),
+    "one pixel kernel": _convolution((2, 5, 3, 3), [1, 1], [2, 2], [0, 0], [1, 1]),
+    "one output": _convolution((2, 3, 3, 3), [3, 3], [1, 1], [0, 0], [1, 1]),
+    "no samples": _convolution((0, 3, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1]),
+    "float64 total": _convolution((2, 3, 6, 6), [3, 3], [1, 1], [1, 1], [1, 1]),
+    "large": _convolution((3, 24, 17, 19), [3, 3], [1, 1], [1, 1], [1, 1]),
+}
+
+
+def _gram_conv_sample(device, dtype, generator, variant):
+    shape, convolution = CONVOLUTIONS[variant]
+    groups = convolution["groups"]
+    d = shape[1] // groups * math.prod(convolution["kernel_size"])
+    gram_shape = (groups, d, d) if groups > 1 else (d, d)
+    gram = _symmetric(gram_shape, _gram_dtype(dtype, variant), device, generator)
+    return [gram, normal(shape, dtype, device, generator)], dict(convolution)
+
+
+def _gram_conv_tolerance(args, kwargs, expected):
+    gram, inputs = args
+    magnitude = torch.zeros_like(gram, dtype=torch.float64)
+    reference.gram_conv_accumulate_(magnitude, inputs.double().abs(), **kwargs)
+    # No more rows than padded positions; at most 6 are added to a dimension here.
+    n_rows = inputs.shape[0] * math.prod(size + 6 for size in inputs.shape[2:])
+    return _gram_bounds(gram, inputs, magnitude, n_rows)
+
+
+# Shape of the gradient, number of groups, columns of the basis.
+PROJECTIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "matrix": ((6, 5), 1, 2),
+    "kernel": ((4, 2, 3, 3), 1, 7),
+    "groups": ((6, 2, 3, 3), 3, 4),
+    "all directions": ((6, 5), 1, 5),
+    "no directions": ((6, 5), 1, 0),
+    "one column": ((3, 1), 1, 1),
+    "no rows": ((0, 5), 1, 2),
+    "float32 basis": ((7, 9), 1, 3),
+    "large": ((130, 257), 1, 67),
+}
+PROJECTION_LISTS = {
+    "mixed": ["matrix", "kernel", "groups", "all directions", "no directions", "matrix"],
+    "empty list": [],
+    "empty first": ["no rows", "matrix"],
+    "empty middle": ["kernel", "no rows", "matrix"],
+    "empty last": ["matrix", "no rows"],
+    "float32 basis": ["float32 basis"],
+    "many": ["matrix", "one column"] * 200,
+    "large": ["large", "matrix", "large"],
+}
+
+
+def _projection(device, dtype, generator, variant):
+    shape, groups, k = PROJECTIONS[variant]
+    basis_dtype = accumulator_dtype(dtype) if variant == "float32 basis" else dtype
+    d = math.prod(shape[1:])
+    bases = [orthonormal(d, k, basis_dtype, device, generator) for _ in range(groups)]
+    return normal(shape, dtype, device, generator), torch.stack(bases) if groups > 1 else bases[0]
+
+
+def _projection_sample(device, dtype, generator, variant):
+    return list(_projection(device, dtype, generator, variant)), {}
+
+
+def _projection_list_sample(device, dtype, generator, variant):
+    pairs = [_projection(device, dtype, generator, name) for name in PROJECTION_LISTS[variant]]
+    return [[grad for grad, _ in pairs], [basis for _, basis in pairs]], {}
+
+
+def _projection_tolerance(args, kwargs, expected):
+    bounds = []
+    for grad, basis in zip(tensors_of([args[0]]), tensors_of([args[1]]), strict=True):
+        # |G| + |G| |U| |U|^T: a sum of d products, then one of k.
+        magnitude = grad.double().abs() + reference.project_onto(grad.double().abs(), basis.double().abs())
+        roundings = basis.shape[-2] + basis.shape[-1] + 3
+        bounds.append(bound(magnitude, grad.dtype, accumulator_dtype(grad.dtype), roundings))
+    return bounds
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+CASES: tuple[OpCase, ...] = (
+    OpCase("fisher_accumulate_", _fisher_sample, _fisher_tolerance, written=(0,)),
+    OpCase("selective_dampen_", _dampen_sample, _dampen_tolerance, written=(0,)),
+    OpCase("selected_counts", _counts_sample, no_error, dtypes=WIDE, exact=True),
+    OpCase("ratio_quantile", _quantile_sample, _quantile_tolerance, dtypes=WIDE, variants=FILLED),
+    OpCase(
+        "pack_mask", _pack_sample, no_error, dtypes=(torch.bool,), variants=tuple(MASK_SHAPES), exact=True
+    ),
+    OpCase(
+        "unpack_mask",
+        _unpack_sample,
+        no_error,
+        dtypes=(torch.uint8,),
+        variants=tuple(MASK_SHAPES),
+        exact=True,
+    ),
+    OpCase("topk_mask", _topk_sample, no_error, exact=True),
+    OpCase("apply_mask_", _apply_mask_sample, no_error, written=(0,), exact=True),
+    OpCase("masked_sgd_", _sgd_sample, _sgd_tolerance, written=(0, 2)),
+    OpCase("masked_adamw_", _adamw_sample, _adamw_tolerance, written=(0, 2, 3)),
+    OpCase("masked_adamw_.tensor_step", _adamw_tensor_step_sample, _adamw_tolerance, written=(0, 2, 3)),
+    OpCase("gram_accumulate_", _gram_sample, _gram_tolerance, written=(0,), variants=tuple(GRAM_SHAPES)),
+    OpCase(
+        "gram_conv_accumulate_",
+        _gram_conv_sample,
+        _gram_conv_tolerance,
+        written=(0,),
+        variants=tuple(CONVOLUTIONS),
+    ),
+    OpCase(
+        "project_out", _projection_sample, _projection_tolerance, widened=(0,), variants=tuple(PROJECTIONS)
+    ),
+    OpCase(
+        "project_out_", _projection_sample, _projection_tolerance, written=(0,), variants=tuple(PROJECTIONS)
+    ),
+    OpCase(
+        "project_out_.list",
+        _projection_list_sample,
+        _projection_tolerance,
+        written=(0,),
+        variants=tuple(PROJECTION_LISTS),
+    ),
+    OpCase(
+        "project_onto", _projection_sample, _projection_tolerance, widened=(0,), variants=tuple(PROJECTIONS)
+    ),
+    OpCase(
+        "project_onto_", _projection_sample, _projection_tolerance, written=(0,), variants=tuple(PROJECTIONS)
+    ),
+    OpCase(
+        "project_onto_.list",
+        _projection_list_sample,
+        _projection_tolerance,
+        written=(0,),
+        variants=tuple(PROJECTION_LISTS),
+    ),
+)

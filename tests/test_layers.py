@@ -1,0 +1,145 @@
+"""Who may use whom: the arrows of the package point one way, and the kernels know nothing of PyTorch."""
+
+import ast
+import graphlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "unlearn_ext"
+CSRC = ROOT / "csrc"
+
+# Module -> modules of the package it may import. A module that is not here does not pass.
+ALLOWED = {
+    "_C": set(),
+    "ops": {"_C"},
+    "reference": set(),
+    "data": set(),
+    "state": set(),
+    "losses": {"data"},
+    "importance": {"ops", "data", "losses", "state"},
+    "subspace": {"ops", "data", "losses", "state"},
+    "optim": {"ops", "data"},
+    "metrics": {"data", "state"},
+    "report": {"data", "metrics"},
+    "methods": {"importance", "subspace", "optim", "ops", "data", "losses", "metrics", "report", "state"},
+    "__init__": {"data", "importance", "losses", "methods", "metrics", "ops", "optim", "report", "subspace"},
+    "demo": {"__init__", "importance", "methods", "metrics", "data", "losses", "ops", "optim", "report"},
+    "cli": {
+        "__init__",
+        "importance",
+        "methods",
+        "metrics",
+        "data",
+        "losses",
+        "ops",
+        "optim",
+        "report",
+        "demo",
+    },
+    "__main__": {"cli"},
+}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _module(path):
+    """Name in ALLOWED: the first component below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path):
+    """Absolute dotted names that a file imports, wherever in it."""
+    package = ["unlearn_ext", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def _edges(path):
+    for name in _imports(path):
+        root, _, rest = name.partition(".")
+        if root == "unlearn_ext":
+            target = rest.partition(".")[0]
+            # What is no module is a name that __init__ gives out.
+            is_module = target == "_C" or any(
+                candidate.exists() for candidate in (PACKAGE / f"{target}.py", PACKAGE / target)
+            )
+            yield target if target and is_module else "__init__"
+
+
+def test_every_allowed_arrow_points_down():
+    graphlib.TopologicalSorter(ALLOWED).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_only_what_lies_below_them(path):
+    module = _module(path)
+    assert module in ALLOWED, f"say in ALLOWED what {module} may import"
+    assert set(_edges(path)) - {module} <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_itself_needs_only_torch_and_numpy(path):
+    if _module(path) == "demo":
+        pytest.skip("the demo comes with its own requirements")
+    imported = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module.partition(".")[0])
+    allowed = {"torch"} if _module(path) == "reference" else {"torch", "numpy", "unlearn_ext"}
+    assert imported - sys.stdlib_module_names <= allowed
+
+
+def _sources(*folders):
+    return [path for folder in folders for path in sorted((CSRC / folder).rglob("*")) if path.is_file()]
+
+
+def _code(path):
+    """A source without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
+
+
+def _lines_with(pattern, paths):
+    return {
+        (str(path.relative_to(CSRC)), line.strip())
+        for path in paths
+        for line in _code(path).splitlines()
+        if re.search(pattern, line)
+    }
+
+
+def test_kernels_are_launched_in_one_place():
+    assert {path for path, _ in _lines_with("<<<", _sources("core", "kernels", "torch"))} == {"core/simt.h"}
+
+
+def test_kernels_know_nothing_of_torch():
+    assert not _lines_with(
+        r"#include\s*[<\"](torch|ATen|c10|pybind11)\b|\bat::|\bc10::", _sources("core", "kernels")
+    )
+
+
+@pytest.mark.parametrize("folder, layers", [("core", {"core"}), ("kernels", {"core", "kernels"})])
+def test_sources_include_only_their_own_layer_and_those_below(folder, layers):
+    own = _lines_with(r"#include\s*\"", _sources(folder))
+    # The stand-in for the CUDA runtime in native tests, found through their include path.
+    own.discard(("core/simt.h", '#include "simt_cpu.h"'))
+    assert {re.search(r'"(\w+)/', line).group(1) for _, line in own} <= layers
+
+
+def test_macros_carry_the_name_of_the_package():
+    defined = _lines_with(r"#\s*define", _sources("."))
+    # Static shared memory: its name is shared with the CPU stand-in, and it cannot be anything but a macro.
+    names = {(path, re.search(r"define\s+(\w+)", line).group(1)) for path, line in defined}
+    assert {
+        name for path, name in names - {("core/simt.h", "SIMT_SHARED")} if not name.startswith("UNLEARN_")
+    } == set()
