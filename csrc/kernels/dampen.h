@@ -3,28 +3,42 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "core/lists.h"
 
 namespace unlearn_ext {
 
-// forget > alpha * full, decided exactly: the product is never rounded, so every CPU and GPU selects alike.
-// A fused multiply-add rounds once, which keeps the sign of alpha * full - forget unless the difference underflows;
-// tiny values are therefore scaled up first. (kTiny leaves room for the digits of the product above the smallest
-// number; a `full` so large that it overflows then is too large to be exceeded.) Without the instruction a float pair
-// is compared in double, which holds the product of two floats. Non-finite importances select nothing.
+// An importance pair made ready for comparison with any threshold, see exceeds().
 template <class A>
-UNLEARN_HD bool selects(A alpha, A full, A forget) {
+struct Comparable {
+  A full, forget;
+};
+
+// forget > alpha * full is decided exactly: the product is never rounded, so every CPU and GPU selects alike. A fused
+// multiply-add rounds once, which keeps the sign of alpha * full - forget unless the difference underflows; pairs with
+// a tiny `forget` are therefore scaled up first. kTiny leaves room for the digits of the product above the smallest
+// number; a `full` that overflows then is too large for any positive alpha, and so is the largest number in its place.
+// Non-finite importances become a pair that no threshold selects.
+template <class A>
+UNLEARN_HD Comparable<A> comparable(A full, A forget) {
+  constexpr bool kDouble = std::is_same_v<A, double>;
+  constexpr A kTiny = kDouble ? A(0x1p-950) : A(0x1p-100f), kBoost = kDouble ? A(0x1p110) : A(0x1p50f);
+  constexpr A kLargest = std::numeric_limits<A>::max();
   const bool finite = is_finite(full) & is_finite(forget);
-#if !defined(__CUDA_ARCH__) && !defined(__FMA__) && !defined(__aarch64__)
-  if constexpr (std::is_same_v<A, float>)
-    return finite & (static_cast<double>(forget) > static_cast<double>(alpha) * static_cast<double>(full));
-#endif
-  constexpr A kTiny = std::is_same_v<A, double> ? A(0x1p-950) : A(0x1p-100f);
-  constexpr A kBoost = std::is_same_v<A, double> ? A(0x1p110) : A(0x1p50f);
   const A scale = forget < kTiny ? kBoost : A(1);
-  const A excess = fused_multiply_add(-alpha, full * scale, forget * scale);
-  return finite & ((excess > A(0)) | ((alpha == A(0)) & (forget > A(0))));
+  const A scaled = full * scale < kLargest ? full * scale : kLargest;
+  return {finite ? scaled : A(0), finite ? forget * scale : A(-1)};
+}
+
+template <class A>
+UNLEARN_HD bool exceeds(A alpha, const Comparable<A>& pair) {
+#if !defined(__CUDA_ARCH__) && !defined(__FMA__) && !defined(__aarch64__)
+  // Without the instruction: a double holds the product of two floats.
+  if constexpr (std::is_same_v<A, float>)
+    return static_cast<double>(pair.forget) > static_cast<double>(alpha) * static_cast<double>(pair.full);
+#endif
+  return fused_multiply_add(-alpha, pair.full, pair.forget) > A(0);
 }
 
 template <class A>
@@ -40,7 +54,7 @@ struct SelectiveDampen {
 
   // False where theta keeps its bits.
   UNLEARN_HD bool operator()(A& theta, A full, A forget) const {
-    const bool selected = selects(constants.alpha, full, forget);
+    const bool selected = exceeds(constants.alpha, comparable(full, forget));
     // The quotient is only read where forget > alpha * full >= 0; a divisor of 1 elsewhere keeps it finite.
     A beta = constants.lambda * full / (selected ? forget : A(1));
     if constexpr (kPower) beta = std::pow(beta, constants.exponent);

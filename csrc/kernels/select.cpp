@@ -216,11 +216,17 @@ int selected_counts<kBackend>(DType dtype, const Slice<2>* slices, int64_t count
       const A* full = static_cast<const A*>(slices[t].data[0]);
       const A* forget = static_cast<const A*>(slices[t].data[1]);
       for (int64_t from = begin; from < end; from += kBlock) {
-        const int64_t to = std::min(from + kBlock, end);
+        const int64_t to = std::min(from + kBlock, end), n = to - from;
+        A fulls[kBlock], forgets[kBlock];
+        for (int64_t i = 0; i < n; ++i) {
+          const Comparable<A> pair = comparable(full[from + i], forget[from + i]);
+          fulls[i] = pair.full;
+          forgets[i] = pair.forget;
+        }
         for (int64_t a = 0; a < n_alphas; ++a) {
           const A alpha = static_cast<A>(alphas[a]);
           int32_t found = 0;
-          for (int64_t i = from; i < to; ++i) found += selects(alpha, full[i], forget[i]);
+          for (int64_t i = 0; i < n; ++i) found += exceeds(alpha, Comparable<A>{fulls[i], forgets[i]});
           if (found != 0) atomic_add(counts[a * count + t], int64_t{found});
         }
       }

@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     unsigned found[kAlphaTile] = {};
     for (int64_t i = place.begin + threadIdx.x; i < place.end; i += kThreads) {
-      const A d = full[i], f = forget[i];
+      const Comparable<A> pair = comparable(full[i], forget[i]);
 #pragma unroll
       for (int a = 0; a < kAlphaTile; ++a)
-        if (tile + a < alphas.count) found[a] += selects(static_cast<A>(alphas.value[tile + a]), d, f);
+        if (tile + a < alphas.count) found[a] += exceeds(static_cast<A>(alphas.value[tile + a]), pair);
     }
 #pragma unroll
     for (int a = 0; a < kAlphaTile; ++a) {
