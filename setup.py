@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install one CMake tree per Python and torch version, so that environments can share it."""
+    """One CMake tree per Python and torch version, so that environments can share a checkout."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure, build and install into the package folder."""
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
         build = ROOT / "build" / f"{python}-torch{torch.__version__}"

@@ -10,8 +10,6 @@ Tensors are checked in C++, behind both ``torch.ops.unlearn_ext`` and ``unlearn_
 only bring their arguments into the form of the schema.
 """
 
-# ruff: noqa: DOC502 (the errors named below are raised by the compiled ops)
-
 import json
 import platform
 from collections.abc import Sequence

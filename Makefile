@@ -1,0 +1,104 @@
+# From a fresh clone, `make demo` and `make test` do all set-up. Every target may be called first.
+#
+# The Python used is PYTHON=... or the active virtual environment, if torch is installed there; else .venv, which is made
+# on the first run (seeing the system's packages if torch is among them). An installed torch is never replaced.
+
+SHELL := /bin/bash
+TORCH := torch==2.13.0
+CMAKE := cmake==3.31.10
+EXTRAS := test,bench
+
+PYTHON ?= python3
+# Looking for torch instead of importing it keeps a call with nothing to do under a second.
+HAS_TORCH := -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)" 2>/dev/null
+VENV := $(CURDIR)/.venv
+CANDIDATES := $(if $(filter-out default file,$(origin PYTHON)),$(PYTHON)) \
+  $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python) $(if $(CONDA_PREFIX),$(CONDA_PREFIX)/bin/python)
+PY := $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) $(HAS_TORCH) && command -v $(p))) $(VENV)/bin/python)
+
+# Tools installed beside that Python (ninja, perhaps cmake) come first.
+export PATH := $(dir $(PY)):$(PATH)
+PREFIX := $(shell $(PY) -c "import sys; print(sys.prefix)" 2>/dev/null || echo $(VENV))
+READY := $(PREFIX)/.unlearn_ext_ready
+LINTED := $(PREFIX)/.unlearn_ext_lint
+
+# The module in the package folder serves one environment: the stamp names it, and another one builds anew.
+BUILT := build/built
+BUILD_KEY = $$($(PY) -c "import importlib.metadata as m, sys; print(sys.prefix, m.version('torch'))" 2>/dev/null) \
+  $(UNLEARN_CUDA) $(UNLEARN_CMAKE_ARGS)
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+ifneq ($(shell echo "$(BUILD_KEY)"),$(shell cat $(BUILT) 2>/dev/null))
+  SOURCES += always
+endif
+
+NATIVE_FILES := git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh'
+
+.PHONY: help setup build test demo bench lint mypy format check-native check-kernels check-cuda-build clean always
+help:
+	@echo "make demo              forget a class and 50 samples of handwritten digits, compare with retraining"
+	@echo "make test              every test; ARGS='-k dampen' chooses, ARGS='-m slow' runs the slow ones"
+	@echo "make bench             the benchmarks; rewrites bench/RESULTS.md"
+	@echo "make lint, format      ruff, mypy, clang-format"
+	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make check-kernels     CUDA kernels, executed on the CPU"
+	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
+
+setup: $(READY)
+build: $(BUILT)
+always:
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
+
+# What the environment lacks, torch by its exact version so that no other build of it is ever fetched.
+$(READY): pyproject.toml | $(PY)
+	$(PY) $(HAS_TORCH) || $(PY) -m pip install -q $(TORCH)
+	cmake --version 2>/dev/null | awk 'NR == 1 {split($$3, v, "."); ok = v[1] > 3 || v[2] >= 24} END {exit !ok}' \
+	  || $(PY) -m pip install -q $(CMAKE)
+	$(PY) -m pip install -q ninja wheel "setuptools>=68" $$($(PY) .ci/requirements.py $(EXTRAS))
+	@touch $@
+
+$(LINTED): pyproject.toml $(READY)
+	$(PY) -m pip install -q $$($(PY) .ci/requirements.py dev)
+	@touch $@
+
+$(BUILT): $(SOURCES) $(READY)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@mkdir -p $(@D) && echo "$(BUILD_KEY)" >$@
+
+test: build
+	$(PY) -m pytest -q $(ARGS)
+
+demo: build
+	$(PY) -m unlearn_ext demo $(ARGS)
+
+bench: build
+	$(PY) -m bench $(ARGS)
+
+lint: $(LINTED) mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(NATIVE_FILES) | xargs clang-format --dry-run -Werror
+
+mypy: $(LINTED)
+	$(PY) -m mypy
+
+format: $(LINTED)
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(NATIVE_FILES) | xargs clang-format -i
+
+check-native: $(READY)
+	tests/native/run.sh asan
+
+check-kernels: $(READY)
+	tests/native/run.sh emulate
+
+check-cuda-build: $(READY)
+	cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE=$(PY) -DUNLEARN_CUDA=ON \
+	  "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real;120" >/dev/null
+	cmake --build build/cuda-check
+	$(PY) .ci/import_build.py build/cuda-check
+
+clean:
+	rm -rf build dist unlearn_ext/_C.*.so unlearn_ext/_build_info.json unlearn_ext.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: every op against its floor and its peers."""

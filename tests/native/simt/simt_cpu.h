@@ -1,0 +1,401 @@
+// CUDA C++ for a CPU compiler: the names a kernel file uses, executed by engine.h. Tests only; core/simt.h includes it
+// under UNLEARN_EMULATE. Needs nothing of the CUDA toolkit.
+//
+// What the values of a run cannot show: timing, the weak memory order of a GPU, the last bit of fused or approximate
+// arithmetic. A block that spins on a later block hangs. Branches under __CUDA_ARCH__ are not compiled.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "engine.h"
+
+// ---- Language
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+#define threadIdx (::simt::cur->tid)
+#define blockIdx (::simt::machine.bid)
+#define blockDim (::simt::machine.block)
+#define gridDim (::simt::machine.grid)
+#define warpSize 32
+
+// Last parameters of every collective: where it was called.
+#define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+#define SIMT_SHARED(type, name, dims) \
+  static char simt_key_##name;        \
+  typedef type simt_type_##name dims; \
+  simt_type_##name& name =            \
+      *static_cast<simt_type_##name*>(::simt::shared_alloc(&simt_key_##name, sizeof(simt_type_##name)))
+#define SIMT_DYN_SHARED(type, name) type* name = static_cast<type*>(::simt::shared_dynamic())
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+
+// ---- The runtime calls a launcher may make
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
+  if (bytes) std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+namespace simt {
+
+// The signature of core/simt.h. Throws simt::error on a misuse the engine can see.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A&&... args) {
+  const uint64_t n_threads = uint64_t{block.x} * block.y * block.z;
+  if (!n_threads || n_threads > kMaxThreads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu ||
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > 227 * 1024)
+    return cudaErrorInvalidConfiguration;
+  static_assert((sizeof(std::decay_t<P>) + ... + 0) <= 4096, "kernel parameters exceed what every driver takes");
+  struct Call {
+    void (*kernel)(P...);
+    std::tuple<std::decay_t<P>...> args;
+  } call{kernel, std::tuple<std::decay_t<P>...>(std::forward<A>(args)...)};
+  run_grid(
+      grid, block, shared_bytes,
+      [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->args); }, &call);
+  return cudaSuccess;
+}
+
+// ---- Warp collectives
+
+template <class T>
+struct ShuffleArg {
+  T in, out;
+  int source;
+};
+template <class T>
+void shuffle_op(Rendezvous& r) {
+  for (uint32_t m = r.arrived; m; m &= m - 1) {
+    auto* a = static_cast<ShuffleArg<T>*>(r.arg[__builtin_ctz(m)]);
+    if (r.arrived >> a->source & 1)
+      std::memcpy(&a->out, &static_cast<ShuffleArg<T>*>(r.arg[a->source])->in, sizeof(T));
+    else
+      std::memset(static_cast<void*>(&a->out), kPoison, sizeof(T));  // undefined on the device
+  }
+}
+template <class T>
+T shuffle(uint32_t mask, T value, int source, const char* what, const char* file, int line) {
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8));
+  ShuffleArg<T> a{value, value, source & 31};
+  collective(mask, &a, &shuffle_op<T>, what, file, line);
+  return a.out;
+}
+
+struct VoteArg {
+  uint64_t in;
+  uint32_t out;
+};
+inline void ballot_op(Rendezvous& r) {
+  uint32_t set = 0;
+  for (uint32_t m = r.arrived; m; m &= m - 1)
+    if (static_cast<VoteArg*>(r.arg[__builtin_ctz(m)])->in) set |= m & -m;
+  for (uint32_t m = r.arrived; m; m &= m - 1) static_cast<VoteArg*>(r.arg[__builtin_ctz(m)])->out = set;
+}
+inline void match_op(Rendezvous& r) {
+  for (uint32_t m = r.arrived; m; m &= m - 1) {
+    auto* a = static_cast<VoteArg*>(r.arg[__builtin_ctz(m)]);
+    a->out = 0;
+    for (uint32_t n = r.arrived; n; n &= n - 1)
+      if (static_cast<VoteArg*>(r.arg[__builtin_ctz(n)])->in == a->in) a->out |= n & -n;
+  }
+}
+inline void sync_op(Rendezvous&) {}
+inline uint32_t vote(uint32_t mask, uint64_t value, void (*op)(Rendezvous&), const char* what, const char* file,
+                     int line) {
+  VoteArg a{value, 0};
+  collective(mask, &a, op, what, file, line);
+  return a.out;
+}
+inline void warp_sync(uint32_t mask, const char* file, int line) {
+  happens_before(cur->warp->sync);
+  collective(mask, nullptr, &sync_op, "__syncwarp", file, line);
+  happens_after(cur->warp->sync);
+}
+template <class T>
+struct ReduceArg {
+  T in, out;
+};
+template <class T, T (*F)(T, T)>
+void reduce_op(Rendezvous& r) {
+  T total = static_cast<ReduceArg<T>*>(r.arg[__builtin_ctz(r.arrived)])->in;
+  for (uint32_t m = r.arrived & (r.arrived - 1); m; m &= m - 1)
+    total = F(total, static_cast<ReduceArg<T>*>(r.arg[__builtin_ctz(m)])->in);
+  for (uint32_t m = r.arrived; m; m &= m - 1) static_cast<ReduceArg<T>*>(r.arg[__builtin_ctz(m)])->out = total;
+}
+template <auto F, class T>
+T reduce(uint32_t mask, T value, const char* what, const char* file, int line) {
+  ReduceArg<T> a{value, value};
+  collective(mask, &a, &reduce_op<T, F>, what, file, line);
+  return a.out;
+}
+template <class T>
+T sum_of(T a, T b) {
+  return a + b;
+}
+template <class T>
+T larger_of(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+T smaller_of(T a, T b) {
+  return a < b ? a : b;
+}
+
+// ---- Matrix instructions and asynchronous copies, which CUDA C++ has no portable name for
+
+struct MmaArg {
+  float* d;
+  const uint32_t *a, *b;
+  const float* c;
+};
+inline float bf16_at(uint32_t pair, int high) {
+  const uint32_t bits = high ? pair & 0xffff0000u : pair << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void mma_op(Rendezvous& r) {  // fragment layout of mma.m16n8k16, PTX ISA
+  float A[16][16], B[16][8], D[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* x = static_cast<MmaArg*>(r.arg[lane]);
+    const int g = lane >> 2, t = (lane & 3) * 2;
+    for (int h = 0; h < 2; ++h) {
+      A[g][t + h] = bf16_at(x->a[0], h), A[g + 8][t + h] = bf16_at(x->a[1], h);
+      A[g][t + 8 + h] = bf16_at(x->a[2], h), A[g + 8][t + 8 + h] = bf16_at(x->a[3], h);
+      B[t + h][g] = bf16_at(x->b[0], h), B[t + 8 + h][g] = bf16_at(x->b[1], h);
+      D[g][t + h] = x->c[h], D[g + 8][t + h] = x->c[2 + h];
+    }
+  }
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j)
+      for (int k = 0; k < 16; ++k) D[i][j] += A[i][k] * B[k][j];
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* x = static_cast<MmaArg*>(r.arg[lane]);
+    const int g = lane >> 2, t = (lane & 3) * 2;
+    for (int h = 0; h < 2; ++h) x->d[h] = D[g][t + h], x->d[2 + h] = D[g + 8][t + h];
+  }
+}
+// D(16x8, f32) = A(16x16, bf16, row) * B(16x8, bf16, column) + C, by one warp.
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                              SIMT_SITE) {
+  if (cur->warp->alive != ~0u) fail("mma in a warp with exited or missing lanes, at " + at(file, line));
+  MmaArg x{d, a, b, c};
+  collective(~0u, &x, &mma_op, "mma", file, line);
+}
+
+inline void cp_async16(void* to, const void* from) {  // performed at the wait, so that a missing one shows
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) fail("cp.async: not 16-byte aligned");
+  Quiet q;
+  cur->copies.push_back({to, from, cur->copy_group});
+}
+inline void cp_async_commit() {
+  Quiet q;
+  ++cur->copy_group;
+}
+template <int N>
+void cp_async_wait() {
+  for (;;) {
+    AsyncCopy c{};
+    {
+      Quiet q;
+      auto& pending = cur->copies;
+      if (pending.empty() || pending.front().group >= cur->copy_group - N) return;
+      c = pending.front();
+      pending.erase(pending.begin());
+    }
+    std::memcpy(c.to, c.from, 16);
+  }
+}
+
+// Atomic although no two fibers run at once: ThreadSanitizer must see atomics to tell them from plain accesses.
+template <class T, class F>
+T read_modify_write(T* p, F f) {
+  using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  static_assert(sizeof(T) == sizeof(U));
+  order_atomic(p);
+  U bits = __atomic_load_n(reinterpret_cast<U*>(p), __ATOMIC_RELAXED), updated;
+  T old;
+  do {
+    std::memcpy(&old, &bits, sizeof(T));
+    const T wanted = f(old);
+    std::memcpy(&updated, &wanted, sizeof(T));
+  } while (
+      !__atomic_compare_exchange_n(reinterpret_cast<U*>(p), &bits, updated, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+
+}  // namespace simt
+
+// ---- Device functions
+
+inline void __syncthreads(SIMT_SITE) { simt::barrier(0, file, line); }
+inline int __syncthreads_count(int p, SIMT_SITE) { return simt::barrier(p, file, line); }
+inline int __syncthreads_or(int p, SIMT_SITE) { return simt::barrier(p, file, line) != 0; }
+inline int __syncthreads_and(int p, SIMT_SITE) { return simt::barrier(!p, file, line) == 0; }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) { simt::warp_sync(mask, file, line); }
+inline void __threadfence() { simt::fence(); }
+inline void __threadfence_block() { simt::fence(); }
+[[noreturn]] inline void __trap() { simt::fail("__trap()"); }
+unsigned __activemask() = delete;  // means nothing under independent scheduling: pass masks explicitly
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_SITE) {
+  const int lane = static_cast<int>(simt::cur->lane);
+  return simt::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync", file, line);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, SIMT_SITE) {
+  const int lane = static_cast<int>(simt::cur->lane), source = lane ^ lane_mask;
+  return simt::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, "__shfl_xor_sync", file, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
+  const int lane = static_cast<int>(simt::cur->lane), d = static_cast<int>(delta);
+  return simt::shuffle(mask, value, (lane & (width - 1)) + d < width ? lane + d : lane, "__shfl_down_sync", file, line);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE) {
+  const int lane = static_cast<int>(simt::cur->lane), d = static_cast<int>(delta);
+  return simt::shuffle(mask, value, (lane & (width - 1)) >= d ? lane - d : lane, "__shfl_up_sync", file, line);
+}
+inline unsigned __ballot_sync(unsigned mask, int p, SIMT_SITE) {
+  return simt::vote(mask, p != 0, &simt::ballot_op, "__ballot_sync", file, line);
+}
+inline int __any_sync(unsigned mask, int p, SIMT_SITE) {
+  return simt::vote(mask, p != 0, &simt::ballot_op, "__any_sync", file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int p, SIMT_SITE) {
+  return simt::vote(mask, p == 0, &simt::ballot_op, "__all_sync", file, line) == 0;
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, SIMT_SITE) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return simt::vote(mask, bits, &simt::match_op, "__match_any_sync", file, line);
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, SIMT_SITE) {
+  return simt::reduce<simt::sum_of<T>>(mask, value, "__reduce_add_sync", file, line);
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, SIMT_SITE) {
+  return simt::reduce<simt::larger_of<T>>(mask, value, "__reduce_max_sync", file, line);
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value, SIMT_SITE) {
+  return simt::reduce<simt::smaller_of<T>>(mask, value, "__reduce_min_sync", file, line);
+}
+
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return old + value; });
+}
+template <class T>
+T atomicSub(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return old - value; });
+}
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return old < value ? value : old; });
+}
+template <class T>
+T atomicMin(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return value < old ? value : old; });
+}
+template <class T>
+T atomicOr(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return old | value; });
+}
+template <class T>
+T atomicAnd(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T old) { return old & value; });
+}
+template <class T>
+T atomicExch(T* p, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [value](T) { return value; });
+}
+template <class T>
+T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  return simt::read_modify_write(p, [expected, value](T old) { return old == expected ? value : old; });
+}
+inline unsigned atomicInc(unsigned* p, unsigned limit) {
+  return simt::read_modify_write(p, [limit](unsigned old) { return old >= limit ? 0u : old + 1; });
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, std::type_identity_t<T> value) {
+  *p = value;
+}
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}

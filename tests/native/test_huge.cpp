@@ -1,0 +1,205 @@
+// Indices past 2^31. Tensors live in sparse memory, and only the first and last parts of the work are run: those touch
+// the ends of every tensor, which is where a truncated index shows.
+#if !defined(UNLEARN_TEST_GPU)
+
+#include <stdexcept>
+
+#include <sys/mman.h>
+
+#include "harness.h"
+#include "kernels/fisher.h"
+#include "kernels/gram.h"
+#include "kernels/masked.h"
+#include "kernels/pack.h"
+#include "kernels/project.h"
+#include "kernels/select.h"
+
+namespace unlearn_ext::test {
+namespace {
+
+constexpr int64_t kHuge = (int64_t{1} << 31) + 4096 + 77;
+
+// n zeros, of which only the touched pages exist.
+template <class T>
+class Sparse {
+ public:
+  explicit Sparse(int64_t n) : n_(n) {
+    p_ = static_cast<T*>(
+        mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (p_ == MAP_FAILED) throw std::runtime_error("cannot map " + std::to_string(bytes()) + " bytes");
+  }
+  ~Sparse() { munmap(p_, bytes()); }
+  Sparse(const Sparse&) = delete;
+  Sparse& operator=(const Sparse&) = delete;
+
+  T* data() { return p_; }
+  T& operator[](int64_t i) { return p_[i]; }
+  T& last(int64_t i) { return p_[n_ - 1 - i]; }
+
+ private:
+  size_t bytes() const { return static_cast<size_t>(n_) * sizeof(T); }
+  int64_t n_;
+  T* p_;
+};
+
+#if defined(UNLEARN_EMULATE)
+template <class F>
+void on_ends(const F& f) {
+  simt::config().ends_only = true;
+  f.template operator()<Backend::cuda>(Exec{});
+  simt::config().ends_only = false;
+}
+#else
+void ends(int64_t n, int64_t, Body body, const void* context) {
+  body(context, 0, std::min<int64_t>(n, 2));
+  if (n > 2) body(context, std::max<int64_t>(n - 2, 2), n);
+}
+template <class F>
+void on_ends(const F& f) {
+  on_backends([&]<Backend B>(const Exec& exec) {
+    if (exec.parallel_for == &whole) f.template operator()<B>(Exec{nullptr, &ends});
+  });
+}
+#endif
+
+const Case lists_case("huge lists", [] {
+  on_ends([]<Backend B>(const Exec& exec) {
+    Sparse<float> fisher(kHuge);
+    Sparse<BFloat16> grads(kHuge);
+    const Slice<2> slice{{fisher.data(), grads.data()}, kHuge};
+    for (int64_t i = 0; i < 40; ++i) grads[i] = grads.last(i) = nearest<BFloat16>(static_cast<double>(i));
+    CHECK(fisher_accumulate<B>(DType::bf16, &slice, 1, 1.0, 1.0, 2, exec) == 0, "error code");
+    for (int64_t i = 0; i < 40; ++i)
+      CHECK(fisher[i] == static_cast<float>(i * i) && fisher.last(i) == fisher[i], "scalar " + std::to_string(i));
+  });
+});
+
+const Case masked_case("huge masked lists", [] {
+  on_ends([]<Backend B>(const Exec& exec) {
+    Sparse<float> params(kHuge), buffers(kHuge), grads(kHuge);
+    Sparse<uint8_t> mask((kHuge + 7) / 8);
+    const auto set = [&](int64_t i) { mask[i / 8] = static_cast<uint8_t>(mask[i / 8] | 1 << i % 8); };
+    for (int64_t i = 0; i < 40; ++i) grads[i] = grads.last(i) = 1.f;
+    for (int64_t i = 0; i < 40; i += 3) set(i), set(kHuge - 1 - i);
+    const Slice<4> step{{params.data(), buffers.data(), grads.data(), mask.data()}, kHuge};
+    CHECK(masked_sgd<B>(DType::f32, &step, 1, SgdConstants{0.5, 0.9, 0, 0, false, false}, exec) == 0, "error code");
+    const Slice<2> clear{{grads.data(), mask.data()}, kHuge};
+    CHECK(apply_mask<B>(DType::f32, &clear, 1, exec) == 0, "error code");
+    for (int64_t i = 0; i < 40; ++i) {
+      const float kept = i % 3 == 0 ? 1.f : 0.f;
+      CHECK(params[i] == -0.5f * kept && params.last(i) == params[i], "param " + std::to_string(i));
+      CHECK(buffers[i] == kept && buffers.last(i) == kept, "buffer " + std::to_string(i));
+      CHECK(grads[i] == kept && grads.last(i) == kept, "grad " + std::to_string(i));
+    }
+  });
+});
+
+const Case pack_case("huge masks", [] {
+  on_ends([]<Backend B>(const Exec& exec) {
+    Sparse<uint8_t> mask(kHuge), packed((kHuge + 7) / 8), unpacked(kHuge);
+    for (int64_t i = 0; i < 16; i += 3) mask[i] = mask.last(i) = 1;
+    CHECK(pack_mask<B>(mask.data(), packed.data(), kHuge, exec) == 0, "error code");
+    CHECK(unpack_mask<B>(packed.data(), unpacked.data(), kHuge, exec) == 0, "error code");
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t far = kHuge - 1 - i;
+      CHECK((packed[far / 8] >> far % 8 & 1) == (i % 3 == 0), "bit " + std::to_string(i));
+      CHECK(unpacked[i] == (i % 3 == 0) && unpacked.last(i) == unpacked[i], "flag " + std::to_string(i));
+    }
+  });
+});
+
+const Case counts_case("huge selections", [] {
+  on_ends([]<Backend B>(const Exec& exec) {
+    Sparse<float> full(kHuge), forget(kHuge);
+    for (int64_t i = 0; i < 40; ++i) {
+      full[i] = full.last(i) = 1.f;
+      forget[i] = static_cast<float>(1 + i), forget.last(i) = static_cast<float>(101 + i);
+    }
+    const Slice<2> slice{{full.data(), forget.data()}, kHuge};
+    const double alpha = 11.5;
+    Buf<int64_t> counts(1), n_finite(1);
+    counts[0] = 0;
+    CHECK(selected_counts<B>(DType::f32, &slice, 1, &alpha, 1, counts.device(), exec) == 0, "error code");
+    counts.fetch();
+    CHECK(counts[0] == 29 + 40, std::to_string(counts[0]) + " selected");
+
+    Buf<float> result(1);
+    Sparse<char> scratch(select_scratch_bytes(kHuge, 1));
+    CHECK(ratio_quantile<B>(DType::f32, &slice, 1, 1.0, result.device(), n_finite.device(), scratch.data(), exec) == 0,
+          "error code");
+    result.fetch(), n_finite.fetch();
+    CHECK(n_finite[0] == 80 && result[0] == 140.f, "quantile " + std::to_string(result[0]));
+  });
+});
+
+#if defined(UNLEARN_EMULATE)  // the CPU kernel tells NaN by what it has not counted, and so has to see every score
+const Case topk_case("huge top-k", [] {
+  on_ends([]<Backend B>(const Exec& exec) {
+    Sparse<float> scores(kHuge);
+    Sparse<uint8_t> mask((kHuge + 7) / 8);
+    Sparse<char> scratch(select_scratch_bytes(kHuge, 1));
+    // Ten scores of 2 at the end, and ties of 1 at both ends for the other places: the near ones win.
+    for (int64_t i = 0; i < 30; ++i) scores[i] = 1.f, scores.last(i) = i < 10 ? 2.f : 1.f;
+    const Slice<2> slice{{scores.data(), mask.data()}, kHuge};
+    int64_t n_nan = 0;
+    CHECK(topk_mask<B>(DType::f32, &slice, 1, 45, true, &n_nan, scratch.data(), exec) == 0, "error code");
+    for (int64_t i = 0; i < 30; ++i) {
+      const int64_t far = kHuge - 1 - i;
+      CHECK(mask[i / 8] >> i % 8 & 1, "near " + std::to_string(i));
+      // Five ties remain for the far end: the lowest indices among its last 30 that are not 2.
+      CHECK((mask[far / 8] >> far % 8 & 1) == (i < 10 || i >= 25), "far " + std::to_string(i));
+    }
+  });
+});
+
+const Case table_case("huge unfold", [] {
+  constexpr int64_t kStride = kHuge / 2;
+  Sparse<float> data(2 * kStride + 8);
+  Patches p{DType::f32, 3,         8,       {1, 1, 1}, {1, 1, 1}, {1, 1, 1},  {1, 1, 1},
+            {},         {1, 1, 1}, kStride, 1,         {8, 8, 8}, data.data()};
+  for (int64_t j = 0; j < 8; ++j) data[2 * kStride + j] = static_cast<float>(j);
+  Buf<float> rows(24);
+  CHECK(unfold_rows<Backend::cuda>(p, 0, 3, rows.device(), Exec{}) == 0, "error code");
+  rows.fetch();
+  for (int64_t j = 0; j < 8; ++j) CHECK(rows[16 + j] == static_cast<float>(j), std::to_string(j));
+});
+
+#else
+
+const Case gram_case("huge strides", [] {
+  constexpr int64_t kStride = kHuge / 2;
+  Sparse<float> data(2 * kStride + 8);
+  const Patches p{DType::f32, 3,         8,       {1, 1, 1}, {1, 1, 1}, {1, 1, 1},  {1, 1, 1},
+                  {},         {1, 1, 1}, kStride, 1,         {8, 8, 8}, data.data()};
+  for (int64_t j = 0; j < 8; ++j) data[2 * kStride + j] = static_cast<float>(j);
+  on_backends([&]<Backend B>(const Exec& exec) {
+    Buf<double> gram(64);
+    for (int64_t i = 0; i < 64; ++i) gram[i] = 0;
+    CHECK(gram_accumulate<B>(p, 1, 0, DType::f64, gram.device(), nullptr, exec) == 0, "error code");
+    gram.fetch();
+    for (int64_t i = 0; i < 64; ++i) CHECK(gram[i] == static_cast<double>((i / 8) * (i % 8)), std::to_string(i));
+  });
+});
+
+const Case project_case("huge gradient", [] {
+  constexpr int64_t kD = 1024, kRows = kHuge / kD;
+  Sparse<float> grad(kRows * kD);
+  Buf<float> basis(kD);
+  for (int64_t j = 0; j < kD; ++j) basis[j] = j == 0 ? 1.f : 0.f;
+  on_ends([&]<Backend B>(const Exec& exec) {
+    for (int64_t j = 0; j < kD; ++j) grad[j] = grad.last(j) = 1.f;
+    const Projection layer{grad.data(), basis.device(), 1, kRows, kD, 1, {kD, 1, 1}};
+    CHECK(project<B>(DType::f32, DType::f32, &layer, 1, false, exec) == 0, "error code");
+    for (int64_t j = 0; j < kD; ++j) {
+      CHECK(grad[j] == (j == 0 ? 0.f : 1.f), "first row " + std::to_string(j));
+      CHECK(grad.last(j) == (j == kD - 1 ? 0.f : 1.f), "last row " + std::to_string(j));
+    }
+  });
+});
+
+#endif
+
+}  // namespace
+}  // namespace unlearn_ext::test
+
+#endif

@@ -1,0 +1,71 @@
+"""Borrowing a user's model: whatever a pass changes about it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode and, on the way out, restore everything but its parameters' values.
+
+    Restored, also after an exception or an interrupt: the training flag of every module, ``requires_grad``
+    and ``.grad`` of every parameter (the same tensor with the same content), identity and values of every
+    buffer, and the global random states of torch (CPU and the model's CUDA devices). Inside, gradients are
+    None and autograd works even where the caller has turned it off.
+
+    Args:
+        model: The user's model.
+
+    Yields:
+        Nothing; the model is ready for a pass.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        >>> with borrowed(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+    devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
+    with (
+        torch.random.fork_rng([device.index for device in devices]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        try:
+            model.eval()
+            for parameter, _, _ in parameters:
+                parameter.grad = None
+            yield
+        finally:
+            # train() first, for modules that do more in it than set the flag (merging adapters, say).
+            model.train(training[0])
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer
+                    if buffer is not None and value is not None and not _same_values(buffer, value):
+                        buffer.copy_(value)
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # NaN counts as equal to NaN: an unchanged buffer must not be written.
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
