@@ -460,8 +460,8 @@ class MaskedAdamW(_MaskedOptimizer):
         v <- beta2 * v + (1 - beta2) * g^2
         theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    A scalar whose mask bit is 0 keeps its bits, and so do its two averages. Parameters that have always been
-    stepped together share one ``step`` tensor in their state.
+    A scalar whose mask bit is 0 keeps its bits, and so do its two averages. Parameters that have been stepped
+    equally often share one ``step`` tensor in their state.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups with such pairs under ``"params"``. Plain
@@ -525,9 +525,9 @@ class MaskedAdamW(_MaskedOptimizer):
         super().__init__(params, defaults, masks)
 
     # Note [Shared steps]
-    # The op takes one step number per call, and while a CUDA graph is captured the numbers cannot be read to
-    # sort the parameters by them. So parameters that start in the same step share one tensor, and equal
-    # tensors mean one call. A parameter that sits a step out gets a copy of its own.
+    # The op takes one step number per call, so parameters with the same number go into one call and share one
+    # tensor. While a CUDA graph is captured, numbers cannot be read: then only those that share already, as
+    # all do that started together. A parameter that sits a step out gets a tensor of its own.
     def _plan(self, group: dict[str, Any]) -> Callable[[], None]:
         calls: dict[int, tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
         new: dict[Tensor, dict[str, Tensor]] = {}
@@ -542,10 +542,10 @@ class MaskedAdamW(_MaskedOptimizer):
                     "exp_avg": _zeros_like(param),
                     "exp_avg_sq": _zeros_like(param),
                 }
-            step = state["step"]
+            key = id(state["step"]) if group["capturable"] else int(state["step"])
+            state["step"], rows = calls.setdefault(key, (state["step"], []))
             tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
-            row = (*(_view(tensor, mask.order) for tensor in tensors), mask.tensor)
-            calls.setdefault(id(step), (step, []))[1].append(row)
+            rows.append((*(_view(tensor, mask.order) for tensor in tensors), mask.tensor))
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         if any(p.is_cuda for p in group["params"]) and not group["capturable"]:
             _refuse_capture()
@@ -568,8 +568,9 @@ class MaskedAdamW(_MaskedOptimizer):
                     weight_decay=float(group["weight_decay"]),
                     maximize=group["maximize"],
                 )
+            counted = {id(step) for step, _ in calls.values()}
             for state in idle:
-                if id(state["step"]) in calls:
+                if id(state["step"]) in counted:
                     state["step"] = state["step"].clone()
             for step, _ in calls.values():
                 step.add_(1)
