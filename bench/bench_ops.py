@@ -383,10 +383,13 @@ def with_state(
     optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], **state: Sequence[Tensor] | float
 ) -> Callable:
     """Give an optimizer gradients and state, so that it steps on the tensors that the ops are given."""
-    for index, p in enumerate(optimizer.param_groups[0]["params"]):
+    group = optimizer.param_groups[0]
+    for index, p in enumerate(group["params"]):
         p.grad = grads[index]
+        device = p.device if group.get("fused") else "cpu"  # of the step count, as torch.optim keeps it
         for key, value in state.items():
-            optimizer.state[p][key] = torch.tensor(value) if isinstance(value, float) else value[index]
+            scalar = isinstance(value, float)
+            optimizer.state[p][key] = torch.tensor(value, device=device) if scalar else value[index]
     return optimizer.step
 
 

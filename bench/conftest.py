@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def environment(config: pytest.Config) -> dict[str, object]:
         "build": {k: v for k, v in ops.build_info().items() if k != "schemas"},
     }
     if device == "cuda":
-        info["driver"] = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else None
         info["cuda"] = torch.version.cuda
+        info["driver"], info["clock"] = _driver_and_clock()
     return info
 
 
@@ -71,6 +72,17 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _driver_and_clock() -> tuple[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader", "--id=0"]
+    try:
+        driver, clock = (
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        )
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return "unknown", "unknown"
+    return driver, clock
 
 
 class Races:

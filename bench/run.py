@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "-k", metavar="EXPRESSION", help="run only matching contenders, such as 'topk_mask and ours'"
+        "-k", metavar="EXPRESSION", help="run only what matches, such as 'topk_mask and float32'"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")

@@ -137,7 +137,7 @@ def _section(name: str, document: Mapping[str, Any]) -> str:
 def _device(document: Mapping[str, Any]) -> str:
     info = document["machine_info"]
     if info["device"] == "cpu":
-        return f"CPU: {info['cpu']}, {info['threads']} threads"
+        return f"CPU: {info['cpu']}, {info['threads']} thread(s)"
     return f"GPU: {info['device']}"
 
 
@@ -148,12 +148,14 @@ def _environment(name: str, document: Mapping[str, Any]) -> str:
     lines = [
         f"commit {str(commit.get('id', 'unknown'))[:12]}{dirty}, {document['datetime'][:10]}, `{name}`",
         f"torch {info['torch']}, Python {info['python']}, {info['system']}",
-        f"CPU {info['cpu']}, {info['threads']} threads, load average {info['load']} when the run began",
+        f"CPU {info['cpu']}, {info['threads']} thread(s), load average {info['load']} when the run began",
         f"kernels for {build['cpu_capability']}, compiled by {build['compiler']}",
         f"reproduce with `{info['command']}`",
     ]
     if info["device"] != "cpu":
-        lines.insert(2, f"{info['device']}, CUDA {info['cuda']}, driver {info['driver']}")
+        lines.insert(
+            2, f"{info['device']} at up to {info['clock']}, CUDA {info['cuda']}, driver {info['driver']}"
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -463,6 +463,20 @@ def test_one_op_call_per_group(cls, options, monkeypatch):
     assert calls == [len(list(model.parameters()))] * 3
 
 
+def test_equal_step_counts_come_together_in_one_call(monkeypatch):
+    params = make_params()
+    optimizer = MaskedAdamW(params, lr=0.1)
+    run(optimizer, params, 2)
+    for p in params:  # as a tool leaves them that writes the state itself
+        optimizer.state[p]["step"] = optimizer.state[p]["step"].clone()
+    calls = []
+    real = ops.masked_adamw_
+    monkeypatch.setattr(ops, "masked_adamw_", lambda *a, **k: (calls.append(k["step"]), real(*a, **k)))
+    run(optimizer, params, 2)
+    assert calls == [3, 4]
+    assert [float(optimizer.state[p]["step"]) for p in params] == [4.0] * len(params)
+
+
 @pytest.mark.parametrize("cls, options", MASKED)
 def test_a_step_is_visible_to_autograd(cls, options):
     weight = nn.Parameter(torch.ones(3))

@@ -27,15 +27,24 @@ void pack_patches(const Patches& p, const T* data, int64_t first_row, int64_t ro
       const int64_t run = std::min(p.out[2] - at2, rows - k);
       const int64_t y0 = p.source(0, at0, tap0), y1 = p.source(1, at1, tap1), y2 = p.source(2, at2, tap2);
       const bool inside = y0 >= 0 && y0 < p.in[0] && y1 >= 0 && y1 < p.in[1];
+      // Of the run, positions [low, high) look at the image and the others at padding.
+      const auto first_from = [&](int64_t y) {
+        const int64_t i = (y - y2 + p.stride[2] - 1) / p.stride[2];
+        return y <= y2 ? int64_t{0} : std::min(i, run);
+      };
+      const int64_t low = inside ? first_from(0) : run, high = std::max(low, inside ? first_from(p.in[2]) : run);
       acc_t<T>* to = panel + k * width + j;
-      if (inside) {
+      for (int64_t i = 0; i < low; ++i) to[i * width] = 0;
+      if (low < high) {
         const T* from = data + sample * p.sample_stride + channel * p.channel_stride + y0 * p.space_stride[0] +
-                        y1 * p.space_stride[1];
-        for (int64_t i = 0, y = y2; i < run; ++i, y += p.stride[2], to += width)
-          *to = y >= 0 && y < p.in[2] ? acc_t<T>(from[y * p.space_stride[2]]) : acc_t<T>(0);
-      } else {
-        for (int64_t i = 0; i < run; ++i, to += width) *to = 0;
+                        y1 * p.space_stride[1] + (y2 + low * p.stride[2]) * p.space_stride[2];
+        const int64_t step = p.stride[2] * p.space_stride[2];
+        if (step == 1)
+          for (int64_t i = low; i < high; ++i) to[i * width] = acc_t<T>(from[i - low]);
+        else
+          for (int64_t i = low; i < high; ++i) to[i * width] = acc_t<T>(from[(i - low) * step]);
       }
+      for (int64_t i = high; i < run; ++i) to[i * width] = 0;
       k += run;
     }
   }

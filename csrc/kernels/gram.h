@@ -15,7 +15,7 @@ int gram_accumulate(const Patches& patches, int64_t groups, int64_t group_stride
 
 // Output tiles of the CPU kernel, and the runs of rows it shares among threads where tiles are few. Depends on the
 // shape alone, so that results do not depend on the number of threads.
-inline constexpr int64_t kGramTile = 192;
+inline constexpr int64_t kGramTile = 288;
 inline constexpr int64_t kGramDepth = 256;  // rows multiplied before the totals are added to
 
 constexpr int64_t gram_partials(int64_t rows, int64_t columns, int64_t groups) {
