@@ -754,7 +754,7 @@ def _flat_padding(padding: int | Sequence[int | tuple[int, int]], n_dims: int) -
 
 
 # Fakes: shape, dtype and device of what an op returns, for torch.compile and FakeTensorMode. Ops that only
-# write in # place need none.
+# write in place need none.
 
 
 def _fake_selected_counts(
@@ -796,7 +796,7 @@ torch.library.register_fake("unlearn_ext::project_onto", _fake_projection)
 
 
 # A projection G -> G P with symmetric P is its own adjoint, so the backward pass is the op itself, and
-# calling the # public op there makes higher derivatives work too.
+# calling the public op there makes higher derivatives work too.
 
 
 class _BasisContext(Protocol):

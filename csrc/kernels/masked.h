@@ -97,7 +97,8 @@ struct MaskedAdamw {
 
   UNLEARN_HD void operator()(A& param, A& average, A& square, A grad) const {
     const A g = sign * grad;
-    average = multiply_add(rest1, g - average, average);
+    // As torch.lerp: from the nearer end, exact for beta1 = 0.
+    average = rest1 < A(0.5) ? multiply_add(rest1, g - average, average) : multiply_add(rest1 - A(1), g - average, g);
     square = multiply_add(rest2 * g, g, beta2 * square);
     param = multiply_add(-step_size, average / (square_root(square) / root_scale + eps), param * kept);
   }

@@ -1,7 +1,7 @@
 #include "kernels/select.h"
 
 #include "core/apply_cpu.h"
-#include "kernels/pack.h"
+#include "core/bits_cpu.h"
 
 namespace unlearn_ext {
 namespace {
@@ -10,17 +10,6 @@ void atomic_add(unsigned long long& total, unsigned long long value) {
   __atomic_fetch_add(&total, value, __ATOMIC_RELAXED);
 }
 void atomic_add(int64_t& total, int64_t value) { __atomic_fetch_add(&total, value, __ATOMIC_RELAXED); }
-
-// Eight flags per byte of a word, from 64 bytes that are 0 or 1.
-uint64_t gather_word(const uint8_t (&flags)[kWord]) {
-  uint64_t word = 0;
-  for (int byte = 0; byte < 8; ++byte) {
-    uint64_t eight;
-    memcpy(&eight, flags + 8 * byte, 8);
-    word |= uint64_t{gather_flags(eight)} << (8 * byte);
-  }
-  return word;
-}
 
 // Counts of one thread, a histogram per cursor. Several copies, used in turn, keep equal digits that follow one another
 // from waiting for each other's increments.
@@ -79,7 +68,7 @@ __attribute__((always_inline)) inline uint64_t word_digits(void* const* data, in
     bins[j] = digit_of<A>(key, pass) + (in_first ? 0 : kBins);
     found[j] = counted & (in_first | in_second);
   }
-  return gather_word(found);
+  return word_of_flags(found);
 }
 
 // Histograms, [2][kBins], of the digits of pass `pass` of the keys that share a cursor's prefix.
@@ -139,8 +128,8 @@ __attribute__((always_inline)) inline void compare_word(void* const* data, int64
     less[j] = key < threshold;
     equal[j] = key == threshold;
   }
-  *before = gather_word(less);
-  *tied = gather_word(equal);
+  *before = word_of_flags(less);
+  *tied = word_of_flags(equal);
 }
 
 // f(chunk, t, begin, end) for every tie chunk, in parallel.
