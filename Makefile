@@ -1,7 +1,8 @@
 # From a fresh clone, `make demo` and `make test` do all set-up. Every target may be called first.
 #
-# The Python used is PYTHON=... or the active virtual environment, if torch is installed there; else .venv, which is made
-# on the first run (seeing the system's packages if torch is among them). An installed torch is never replaced.
+# The Python used is PYTHON=..., or that of the active environment (also one that is only first on PATH), if torch is
+# installed there; else .venv, which is made on the first run and sees the system's packages if torch is among them. An
+# installed torch is never replaced.
 
 SHELL := /bin/bash
 TORCH := torch==2.13.0
@@ -13,7 +14,8 @@ PYTHON ?= python3
 HAS_TORCH := -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)" 2>/dev/null
 VENV := $(CURDIR)/.venv
 CANDIDATES := $(if $(filter-out default file,$(origin PYTHON)),$(PYTHON)) \
-  $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python) $(if $(CONDA_PREFIX),$(CONDA_PREFIX)/bin/python)
+  $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python) $(if $(CONDA_PREFIX),$(CONDA_PREFIX)/bin/python) \
+  $(shell python3 -c "import sys; sys.exit(sys.prefix == sys.base_prefix)" 2>/dev/null && echo python3)
 PY := $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) $(HAS_TORCH) && command -v $(p))) $(VENV)/bin/python)
 
 # Tools installed beside that Python (ninja, perhaps cmake) come first.

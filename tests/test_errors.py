@@ -501,7 +501,11 @@ def test_a_build_without_cuda_says_so(schema):
 
 
 def _import_ops(folder):
-    code = "import unlearn_ext.ops"
+    # An editable installation would find the compiled library of the checkout.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
+        "import unlearn_ext.ops"
+    )
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -270,12 +270,18 @@ class Importance(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         safetensors = _safetensors()
-        with safetensors.safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"Importance.load: {os.fspath(path)} must hold saved importances")
-            meta = json.loads(metadata["importance"])
-            return cls({name: file.get_tensor(name) for name in meta["coverage"]}, **meta)
+        # Read once: a file that is replaced meanwhile must not give the tensors of one and the facts of another.
+        data = Path(path).read_bytes()
+        try:
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Importance.load: {os.fspath(path)} must be a safetensors file") from error
+        metadata = header.get("__metadata__", {})
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"Importance.load: {os.fspath(path)} must hold saved importances")
+        meta = json.loads(metadata["importance"])
+        return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
 
 
 def fisher_diagonal(

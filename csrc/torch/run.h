@@ -1,20 +1,32 @@
 // Where a launcher runs: the CPU backend of this machine, or the device's current stream.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include "core/capability.h"
 #include "core/cuda_error.h"
 
 namespace unlearn_ext {
 
-inline void torch_parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t),
-                               const void* context) {
-  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+// torch's own thread pool, through the function it exports: the header of at::parallel_for runs on one thread unless
+// whoever includes it is compiled with OpenMP, and with torch's OpenMP at that.
+inline void parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
+  struct Task {
+    void (*body)(const void*, int64_t, int64_t);
+    const void* context;
+  } task{body, context};
+  const AOTITorchError error = torch_parallel_for(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* raw) {
+        const Task& t = *static_cast<const Task*>(raw);
+        t.body(t.context, begin, end);
+      },
+      &task);
+  TORCH_CHECK(error == 0, "unlearn_ext: a CPU kernel ran out of memory");
 }
 
 inline void require_supported(const char* op, c10::Device device) {
@@ -31,7 +43,7 @@ inline void require_supported(const char* op, c10::Device device) {
 
 template <class F>
 void run_on_cpu(const F& launch) {
-  const Exec exec{.parallel_for = &torch_parallel_for};
+  const Exec exec{.parallel_for = &parallel_for};
   int error = 0;
   switch (cpu_backend()) {
 #if defined(__x86_64__)
