@@ -435,7 +435,7 @@ def masked_sgd(group: Group, device: torch.device) -> Race:
     return Race(
         reference=lambda: reference.masked_sgd_(*(x[skip:] for x in (params, grads, momentum, masks)), **SGD),
         contenders=contenders,
-        written=[*written[skip:], *momentum[skip:]],
+        written=list(zip(written[skip:], momentum[skip:], strict=True)),
         bytes_moved=2 * n_bytes(params, momentum) + n_bytes(grads, masks),
         floor=(momentum, spare(momentum)),
         rtol=1e-5 if group.dtype == torch.float32 else 1e-2,
@@ -476,7 +476,7 @@ def density_curve(density: float, unit: str) -> None:
                 "torch.optim.SGD(fused)": Contender(dense["fused"], compared=False),
                 "gradient * mask, fused SGD": Contender(mask_then_step, compared=False),
             },
-            written=[*(p.data for p in params), *momentum],
+            written=list(zip([p.data for p in params], momentum, strict=True)),
             bytes_moved=20 * words_touched(masks) + n_bytes(packed),
             floor=(momentum, grads),
         )
@@ -540,7 +540,7 @@ def masked_adamw(group: Group, device: torch.device) -> Race:
     return Race(
         reference=lambda: reference.masked_adamw_(*(x[skip:] for x in lists), step=step, **ADAMW),
         contenders=contenders,
-        written=[*written[skip:], *averages[skip:], *squares[skip:]],
+        written=list(zip(written[skip:], averages[skip:], squares[skip:], strict=True)),
         bytes_moved=2 * n_bytes(params, averages, squares) + n_bytes(grads, masks),
         floor=(averages, squares),
         rtol=1e-5 if group.dtype == torch.float32 else 1e-2,
