@@ -137,11 +137,12 @@ int gram_accumulate<kBackend>(const Patches& patches, int64_t groups, int64_t gr
       using A = acc_t<T>;
       G* totals = static_cast<G*>(splits > 1 ? partial : gram);
       if (splits > 1) memset(partial, 0, static_cast<size_t>(splits * groups * d * d) * sizeof(G));
+      const Shuffled order(splits * groups * tiles);  // tiles on the diagonal are half the work
       parallel_for(exec, splits * groups * tiles, 1, [&](int64_t begin, int64_t end) {
         const int64_t panel = (kGramTile + kTileCols<A>)*kGramDepth;
         const PanelMemory memory(2 * panel * static_cast<int64_t>(sizeof(A)));
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t group = task / tiles % groups, split = task / tiles / groups;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t task = order[i], group = task / tiles % groups, split = task / tiles / groups;
           const T* data = static_cast<const T*>(patches.data) + group * group_stride;
           G* total = totals + (split * groups + group) * d * d;
           on_tile(task % tiles, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {

@@ -18,7 +18,7 @@ struct MaskedSgd {
   using acc_type = A;
   static constexpr int writes = kMomentum ? 2 : 1;
   A lr, momentum, rest, weight_decay;  // rest = 1 - dampening
-  bool nesterov;
+  A nesterov;                          // 0 or 1: GCC has no vector form of a choice by a bool that does not vary
   A sign;
 
   UNLEARN_HD explicit MaskedSgd(const SgdConstants& c)
@@ -26,13 +26,13 @@ struct MaskedSgd {
         momentum(static_cast<A>(c.momentum)),
         rest(static_cast<A>(1 - c.dampening)),
         weight_decay(static_cast<A>(c.weight_decay)),
-        nesterov(c.nesterov),
+        nesterov(c.nesterov ? A(1) : A(0)),
         sign(c.maximize ? A(-1) : A(1)) {}
 
   UNLEARN_HD void operator()(A& param, A& buffer, A grad) const {
     const A g = decayed(param, grad);
     buffer = multiply_add(rest, g, momentum * buffer);
-    param = multiply_add(-lr, nesterov ? multiply_add(momentum, buffer, g) : buffer, param);
+    param = multiply_add(-lr, nesterov != A(0) ? multiply_add(momentum, buffer, g) : buffer, param);
   }
   UNLEARN_HD void operator()(A& param, A grad) const { param = multiply_add(-lr, decayed(param, grad), param); }
 

@@ -98,19 +98,17 @@ void project_layers(const Projection* layers, int64_t count, bool onto, const Ex
     blocks += blocks_of(layers[l]);
     widest = std::max(widest, layers[l].k);
   }
+  const Shuffled order(blocks);
   parallel_for(exec, blocks, 1, [&](int64_t begin, int64_t end) {
     const PanelMemory memory(panel_elements<A>(widest) * static_cast<int64_t>(sizeof(A)));
-    int64_t start = 0;
-    for (int64_t l = 0; l < count && start < end; ++l) {
-      const Projection& p = layers[l];
-      const int64_t here = blocks_of(p), size = block_rows(p);
-      const Panels<A> panels{memory.at<A>(0), memory.at<A>(kBlockRows * p.k),
-                             memory.at<A>(kBlockRows * p.k + kBlockRows * kDepth)};
-      for (int64_t block = std::max(begin, start); block < std::min(end, start + here); ++block) {
-        const int64_t per_group = here / p.groups, first = (block - start) % per_group * size;
-        project_block<T, U>(p, (block - start) / per_group, first, std::min(size, p.rows - first), onto, panels);
-      }
-      start += here;
+    for (int64_t task = begin; task < end; ++task) {
+      const Projection* p = layers;
+      int64_t block = order[task];
+      for (; block >= blocks_of(*p); ++p) block -= blocks_of(*p);
+      const int64_t size = block_rows(*p), per_group = blocks_of(*p) / p->groups, first = block % per_group * size;
+      const Panels<A> panels{memory.at<A>(0), memory.at<A>(kBlockRows * p->k),
+                             memory.at<A>(kBlockRows * p->k + kBlockRows * kDepth)};
+      project_block<T, U>(*p, block / per_group, first, std::min(size, p->rows - first), onto, panels);
     }
   });
 }
