@@ -270,7 +270,7 @@ class Importance(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         safetensors = _safetensors()
-        # Read once: a file that is replaced meanwhile must not give the tensors of one and the facts of another.
+        # Read once: a file replaced meanwhile must not give the tensors of one and the facts of another.
         data = Path(path).read_bytes()
         try:
             tensors = safetensors.torch.load(data)
