@@ -17,28 +17,6 @@ void parallel_for(const Exec& exec, int64_t n, int64_t grain, const F& f) {
       &f);
 }
 
-// The order in which to hand tasks of unequal size to parallel_for, which gives each thread consecutive ones: steps of
-// the golden ratio spread small and large tasks evenly over every stretch.
-struct Shuffled {
-  int64_t n, step;
-
-  explicit Shuffled(int64_t tasks)
-      : n(tasks), step(std::max<int64_t>(1, static_cast<int64_t>(0.618 * static_cast<double>(tasks)))) {
-    while (greatest_common_divisor(step, n) != 1) ++step;
-  }
-  int64_t operator[](int64_t i) const { return i * step % n; }
-
- private:
-  static int64_t greatest_common_divisor(int64_t a, int64_t b) {
-    while (b != 0) {
-      const int64_t rest = a % b;
-      a = b;
-      b = rest;
-    }
-    return a;
-  }
-};
-
 constexpr int64_t words_of(int64_t numel) { return (numel + kWord - 1) / kWord; }
 
 template <int N>

@@ -2,6 +2,7 @@
 
 #include "core/apply_cpu.h"
 #include "core/gemm_cpu.h"
+#include "core/shuffled.h"
 
 namespace unlearn_ext {
 namespace {
