@@ -113,7 +113,9 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    sections = (_section(name, document) for name, document in documents.items())
+    sections = [_section(name, document) for name, document in documents.items()]
+    if not any(name.startswith("cuda") for name in documents):
+        sections.append("## CUDA\n\nNot yet run on a GPU.")
     return "\n\n".join(["# Results", _READING, *sections]) + "\n"
 
 

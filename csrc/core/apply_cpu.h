@@ -91,6 +91,20 @@ void apply_masked_word(const Op& op, void* const* data, int64_t begin, int64_t e
   }(static_cast<typename R::template at<I>*>(data[I])...);
 }
 
+// Words with up to this many set bits are taken bit by bit: that touches only the cache lines of those scalars.
+constexpr int kFewBits = 3;
+
+template <class R, class Op, size_t... I>
+void apply_bits(const Op& op, void* const* data, int64_t begin, int64_t end, uint64_t word,
+                std::index_sequence<I...> indices) {
+  [&](auto*... list) {
+    for (; word != 0; word &= word - 1) {
+      const int64_t i = begin + __builtin_ctzll(word);
+      if (i < end) apply_at<R>(op, true, indices, list + i...);
+    }
+  }(static_cast<typename R::template at<I>*>(data[I])...);
+}
+
 template <class R, class Op>
 int apply(const Op& op, const Slice<R::size>* slices, int64_t count, const Exec& exec) {
   for_each_range(slices, count, exec, [&](int64_t t, int64_t begin, int64_t end) {
@@ -112,7 +126,11 @@ int apply_masked(const Op& op, const Slice<R::size + 1>* slices, int64_t count, 
       const uint64_t word = kOnCleared<Op> ? ~mask_word(bits, i, numel) : mask_word(bits, i, numel);
       if (~word == 0) continue;
       if (dense < i) apply_range<R>(op, data, dense, i, typename R::indices{});
-      if (word != 0) apply_masked_word<R>(op, data, i, std::min(i + kWord, end), word, typename R::indices{});
+      const int64_t stop = std::min(i + kWord, end);
+      if (__builtin_popcountll(word) <= kFewBits)
+        apply_bits<R>(op, data, i, stop, word, typename R::indices{});
+      else
+        apply_masked_word<R>(op, data, i, stop, word, typename R::indices{});
       dense = i + kWord;
     }
     if (dense < end) apply_range<R>(op, data, dense, end, typename R::indices{});
