@@ -22,9 +22,21 @@ struct Patches {
   UNLEARN_HD int64_t window() const { return kernel[0] * kernel[1] * kernel[2]; }
   UNLEARN_HD int64_t columns() const { return channels * window(); }
 
+  // A column is (channel, tap along every axis), a row (sample, output position along every axis), the last fastest.
+  UNLEARN_HD int64_t channel_of(int64_t column) const { return column / window(); }
+  UNLEARN_HD int64_t sample_of(int64_t row) const { return row / positions(); }
+  UNLEARN_HD int64_t tap(int axis, int64_t column) const { return digit(kernel, axis, column); }
+  UNLEARN_HD int64_t position(int axis, int64_t row) const { return digit(out, axis, row); }
+
   // Where along an axis output position `at` looks through tap `tap`; outside [0, in) is padding.
   UNLEARN_HD int64_t source(int axis, int64_t at, int64_t tap) const {
     return at * stride[axis] - padding[axis] + tap * dilation[axis];
+  }
+
+ private:
+  UNLEARN_HD static int64_t digit(const int64_t (&extent)[kMaxSpatial], int axis, int64_t index) {
+    for (int faster = kMaxSpatial - 1; faster > axis; --faster) index /= extent[faster];
+    return index % extent[axis];
   }
 };
 

@@ -12,21 +12,18 @@ namespace {
 template <class T>
 void pack_patches(const Patches& p, const T* data, int64_t first_row, int64_t rows, int64_t first_column, int width,
                   acc_t<T>* panel) {
-  const int64_t taps[] = {p.kernel[0], p.kernel[1], p.kernel[2]};
   for (int j = 0; j < width; ++j) {
     const int64_t column = first_column + j;
     if (column >= p.columns()) {
       for (int64_t k = 0; k < rows; ++k) panel[k * width + j] = 0;
       continue;
     }
-    const int64_t tap2 = column % taps[2], tap1 = column / taps[2] % taps[1],
-                  tap0 = column / (taps[2] * taps[1]) % taps[0], channel = column / p.window();
+    const int64_t tap[] = {p.tap(0, column), p.tap(1, column), p.tap(2, column)}, channel = p.channel_of(column);
     for (int64_t k = 0; k < rows;) {
-      const int64_t row = first_row + k, position = row % p.positions(), sample = row / p.positions();
-      const int64_t at2 = position % p.out[2], at1 = position / p.out[2] % p.out[1],
-                    at0 = position / (p.out[2] * p.out[1]);
+      const int64_t row = first_row + k, sample = p.sample_of(row), at2 = p.position(2, row);
       const int64_t run = std::min(p.out[2] - at2, rows - k);
-      const int64_t y0 = p.source(0, at0, tap0), y1 = p.source(1, at1, tap1), y2 = p.source(2, at2, tap2);
+      const int64_t y0 = p.source(0, p.position(0, row), tap[0]), y1 = p.source(1, p.position(1, row), tap[1]),
+                    y2 = p.source(2, at2, tap[2]);
       const bool inside = y0 >= 0 && y0 < p.in[0] && y1 >= 0 && y1 < p.in[1];
       // Of the run, positions [low, high) look at the image and the others at padding.
       const auto first_from = [&](int64_t y) {

@@ -12,15 +12,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t d = p.columns(), element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (element >= n * d) return;
   const int64_t column = element % d, row = first + element / d;
-  const int64_t tap2 = column % p.kernel[2], tap1 = column / p.kernel[2] % p.kernel[1],
-                tap0 = column / (p.kernel[2] * p.kernel[1]) % p.kernel[0], channel = column / p.window();
-  const int64_t position = row % p.positions(), sample = row / p.positions();
-  const int64_t y0 = p.source(0, position / (p.out[2] * p.out[1]), tap0),
-                y1 = p.source(1, position / p.out[2] % p.out[1], tap1), y2 = p.source(2, position % p.out[2], tap2);
+  const int64_t y0 = p.source(0, p.position(0, row), p.tap(0, column)),
+                y1 = p.source(1, p.position(1, row), p.tap(1, column)),
+                y2 = p.source(2, p.position(2, row), p.tap(2, column));
   const bool inside = y0 >= 0 && y0 < p.in[0] && y1 >= 0 && y1 < p.in[1] && y2 >= 0 && y2 < p.in[2];
   acc_t<T> value = 0;
   if (inside)
-    value = static_cast<const T*>(p.data)[sample * p.sample_stride + channel * p.channel_stride +
+    value = static_cast<const T*>(p.data)[p.sample_of(row) * p.sample_stride + p.channel_of(column) * p.channel_stride +
                                           y0 * p.space_stride[0] + y1 * p.space_stride[1] + y2 * p.space_stride[2]];
   rows[element] = value;
 }
