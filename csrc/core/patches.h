@@ -40,4 +40,14 @@ struct Patches {
   }
 };
 
+// A strided tensor of one value per (sample, position, channel). Unused leading position axes have extent 1.
+struct Positions {
+  DType dtype;
+  int64_t samples, channels, extent[kMaxSpatial];
+  int64_t sample_stride, channel_stride, space_stride[kMaxSpatial];  // in elements
+  const void* data;
+
+  UNLEARN_HD int64_t positions() const { return extent[0] * extent[1] * extent[2]; }
+};
+
 }  // namespace unlearn_ext

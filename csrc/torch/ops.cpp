@@ -1,6 +1,7 @@
 // The module: every op of the package behind both doors. The one translation unit that sees torch; its host functions
 // lie in the headers beside it, one per family of ops.
 #include "torch/importances.h"
+#include "torch/layers.h"
 #include "torch/masked.h"
 #include "torch/pack.h"
 #include "torch/subspaces.h"
@@ -8,7 +9,7 @@
 namespace unlearn_ext {
 namespace {
 
-using Ops = Joined<ImportanceOps, PackOps, MaskOps, SubspaceOps>;
+using Ops = Joined<ImportanceOps, LayerOps, PackOps, MaskOps, SubspaceOps>;
 
 pybind11::dict build_info() {
   pybind11::dict info;
