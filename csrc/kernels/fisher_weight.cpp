@@ -6,24 +6,32 @@
 //   few positions    half tiles, whose totals stay in registers while the samples pass
 //   one position     |g a|^p = |g|^p |a|^p: one product of the powers, with the samples as its depth
 //
+// Convolutions of tiny groups take another way: see fisher_grouped_cpu.h.
+//
 // Flops: 2 N T O I, those of the plain weight gradient. Packing moves an input once per kBlockRows outputs, a gradient
 // once per kBlockCells / kBlockRows columns, and F once.
 #include "core/apply_cpu.h"
 #include "core/layer_panels_cpu.h"
 #include "core/shuffled.h"
+#include "kernels/fisher_grouped_cpu.h"
 #include "kernels/fisher_layers.h"
 
 namespace unlearn_ext {
 namespace {
 
-constexpr int64_t kDepth = 256;             // of the panels, unless one line has to be longer
-constexpr int64_t kFewPositions = 12;       // products shorter than this are squared in registers
+constexpr int64_t kDepth = 192;             // of the panels, unless one line has to be longer
+constexpr int64_t kFewPositions = 20;       // products shorter than this are squared in registers
 constexpr int64_t kBlockRows = 192;         // outputs of a task, and
 constexpr int64_t kBlockCells = 192 * 288;  // outputs x columns: with its products and panels they fill an L2 cache
 constexpr int64_t kGathered = 65536;        // scalars of transposed input lines
 constexpr int64_t kTasks = 16;              // wanted, so that threads share the work evenly
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The size of equal parts of n that are no larger than `most`, or 1 if that is none.
+constexpr int64_t evenly(int64_t n, int64_t most) {
+  return n == 0 ? 0 : divide_up(n, divide_up(n, std::max<int64_t>(1, most)));
+}
 
 // How F is cut into blocks and the samples into runs.
 struct Plan {
@@ -42,13 +50,13 @@ struct Plan {
     channel_blocks = channels == 0 ? 0 : divide_up(p.channels, channels);
 
     const int64_t all_lines = p.out[0] * p.out[1];
-    width = std::min(p.out[2], kDepth);
-    lines = width < p.out[2] ? 1 : std::min(all_lines, std::max<int64_t>(1, kDepth / std::max<int64_t>(width, 1)));
+    width = evenly(p.out[2], kDepth);
+    lines = width < p.out[2] ? 1 : evenly(all_lines, kDepth / std::max<int64_t>(width, 1));
     samples = 1;
     if (lines == all_lines && width == p.out[2] && width > 0) samples = std::max<int64_t>(1, kDepth / p.positions());
     const int64_t tasks = layer.groups * row_blocks * channel_blocks;
-    // A run has a product's worth of work per scalar of F that it writes.
-    const int64_t longest = divide_up(std::max<int64_t>(1, p.samples * p.positions()), 64);
+    // A run has far more products than the scalars of F that it writes.
+    const int64_t longest = std::max<int64_t>(1, p.samples * p.positions() / 1024);
     runs = tasks == 0 ? 1 : std::clamp<int64_t>(kTasks / tasks, 1, std::min(longest, std::max<int64_t>(1, p.samples)));
   }
 };
@@ -338,6 +346,7 @@ void accumulate(const LayerProduct& layer, void* fisher, void* partial, const Ex
 
 template <>
 int64_t fisher_weight_partials<kBackend>(const LayerProduct& layer) {
+  if (has_tiny_groups(layer)) return 1;
   const int lanes = layer.inputs.dtype == DType::f64 ? kLanes<double> : kLanes<float>;
   return Plan(layer, kTileRows, lanes).runs;
 }
@@ -346,7 +355,9 @@ template <>
 int fisher_weight<kBackend>(const LayerProduct& layer, void* fisher, void* partial, const Exec& exec) {
   if (layer.inputs.rows() == 0 || layer.grads.channels == 0 || layer.inputs.columns() == 0) return 0;
   visit(layer.inputs.dtype, [&]<class T>(Tag<T>) {
-    if (layer.power == 1)
+    if (has_tiny_groups(layer))
+      accumulate_groups<T>(layer, fisher, exec);
+    else if (layer.power == 1)
       accumulate<1, T>(layer, fisher, partial, exec);
     else
       accumulate<2, T>(layer, fisher, partial, exec);
