@@ -144,6 +144,9 @@ class ImagePanels {
     return order_ == Order::taps_fastest ? q : q % channels_ * p_.window() + q / channels_;
   }
 
+  // Whether natural() changes nothing.
+  bool is_natural() const { return order_ == Order::taps_fastest || p_.window() == 1 || channels_ == 1; }
+
   // Elements that load() needs for one sample of a stretch.
   static int64_t scratch(const Patches& p, int64_t channels, int64_t lines, int64_t width) {
     const int64_t looked_at = std::min(p.in[0], p.out[0] * p.kernel[0]) * std::min(p.in[1], p.out[1] * p.kernel[1]);

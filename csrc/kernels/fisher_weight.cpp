@@ -284,18 +284,24 @@ class Block {
 
   void store(A weight, bool adds, A* fisher) const {
     const int64_t all = layer_.inputs.columns(), columns = image_.columns(), window = layer_.inputs.window();
-    std::vector<int64_t> places(static_cast<size_t>(columns));
-    for (int64_t q = 0; q < columns; ++q) places[static_cast<size_t>(q)] = image_.natural(q);
+    std::vector<int64_t> places(static_cast<size_t>(image_.is_natural() ? 0 : columns));
+    for (size_t q = 0; q < places.size(); ++q) places[q] = image_.natural(static_cast<int64_t>(q));
     for (int64_t r = 0; r < rows_; ++r) {
       A* to = fisher + (first_output_ + r) * all + first_channel_ * window;
       for (int64_t j = 0; j < panels_; ++j) {
         const A* from = totals_ + (j * tiles_ + r / kTileRows) * kTileCells + r % kTileRows * kTileCols<A>;
-        const int64_t stop = std::min<int64_t>(kTileCols<A>, columns - j * kTileCols<A>);
-        const int64_t* place = places.data() + j * kTileCols<A>;
-        for (int64_t c = 0; c < stop; ++c) to[place[c]] = weight * from[c] + (adds ? to[place[c]] : A(0));
+        const int64_t begin = j * kTileCols<A>, stop = std::min<int64_t>(kTileCols<A>, columns - begin);
+        if (!places.empty())
+          for (int64_t c = 0; c < stop; ++c) add(to[places[static_cast<size_t>(begin + c)]], weight * from[c], adds);
+        else if (stop == kTileCols<A>)
+          for (int64_t c = 0; c < kTileCols<A>; ++c) add(to[begin + c], weight * from[c], adds);
+        else
+          for (int64_t c = 0; c < stop; ++c) add(to[begin + c], weight * from[c], adds);
       }
     }
   }
+
+  static void add(A& to, A value, bool adds) { to = adds ? to + value : value; }
 
   const LayerProduct& layer_;
   const Plan& plan_;

@@ -1,0 +1,92 @@
+// Tensor cores, asynchronous copies and large shared memory, which CUDA C++ has no portable name for. Everything here
+// is in every architecture since sm_80. The CUDA checker has its own version of the same functions (tests/native/simt).
+#pragma once
+
+#include "core/simt.h"
+
+#if !defined(UNLEARN_EMULATE)
+
+#include <cstdint>
+
+// The block's dynamic shared memory, as many bytes as its launch asks for.
+#define SIMT_DYN_SHARED(type, name)                             \
+  extern __shared__ __align__(16) unsigned char simt_dynamic[]; \
+  type* name = reinterpret_cast<type*>(simt_dynamic)
+
+namespace simt {
+
+// Copies kBytes (4, 8 or 16, both addresses aligned to it) from global to shared memory; zeros if not `valid`, and
+// then `from` is not read. Done when the group that the copy is committed to has been waited for.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* to, const void* from, bool valid) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all but the last kPending groups of this thread. Other threads see the copies after the next barrier.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements, transposed. Lane l gives the address of row l % 8 of matrix l / 8 and gets from
+// matrix i, in r[i], column l / 4 of rows 2 * (l % 4) and the one behind it.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+}
+
+// c (16 x 8, float) += a (16 x depth) * b (depth x 8) by one warp, laid out as the PTX ISA says for mma.m16n8k*.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace simt
+
+#endif
+
+namespace simt {
+
+// launch() with dynamic shared memory beyond the 48 KiB that a kernel has to be allowed to ask for.
+template <class... P, class... A>
+cudaError_t launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                          A&&... args) {
+#if !defined(UNLEARN_EMULATE)
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)))
+    return error;
+#endif
+  return launch(kernel, grid, block, shared_bytes, stream, std::forward<A>(args)...);
+}
+
+// A float for mma_tf32, which ignores the low 13 bits: half of what they can hold is added so that dropping them
+// rounds to nearest. (cvt.rna.tf32 also clears them, for twice the instructions.) Infinities and NaNs stay.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return fabsf(x) < __builtin_huge_valf() ? bits + 0x1000u : bits;
+}
+
+}  // namespace simt
