@@ -203,7 +203,7 @@ def train(
                 loss = objective(run.model, batch).mean()
                 if not bool(torch.isfinite(loss.detach())):
                     raise FloatingPointError(
-                        f"{run.method}: the loss must be finite, got {float(loss)} in phase {phase!r}, "
+                        f"{run.method}: the loss must be finite, got {loss.item()} in phase {phase!r}, "
                         f"epoch {epoch}, batch {index}"
                     )
                 optimizer.zero_grad()
