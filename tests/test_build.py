@@ -30,6 +30,8 @@ def test_no_code_of_a_cpu_variant_can_replace_another(variant):
     assert len(objects) == len(kernel_objects("baseline"))
     listing = subprocess.run(["nm", "-A", "-C", *objects], check=True, capture_output=True, text=True).stdout
     symbols = [line for line in listing.splitlines() if line.split(":", 1)[1][17:18] in "WVu"]
+    # The address of the unwinder's routine: data, and the same in every variant.
+    symbols = [line for line in symbols if not line.endswith(" V DW.ref.__gxx_personality_v0")]
     assert symbols == []
 
 
