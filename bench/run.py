@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes ``bench/results/<device>.json`` and ``bench/RESULTS.md``.
 
-``python -m bench`` takes under eight minutes on two CPU cores. A selection (``-k``) is printed and not
+``python -m bench`` takes under eleven minutes on two CPU cores. A selection (``-k``) is printed and not
 written.
 """
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pytest_arguments(options: argparse.Namespace, output: Path) -> list[str]:
     arguments = [
-        str(table.FOLDER / "bench_ops.py"),
+        *(str(table.FOLDER / name) for name in ("bench_ops.py", "bench_fisher_ops.py")),
         # The repository's options are for tests: they collect doctests too.
         *("-o", "addopts="),
         *("-p", "no:cacheprovider"),

@@ -28,6 +28,9 @@ class Entry:
     best: float
     spread: float  # interquartile range, as a share of the median
     bytes_moved: float
+    samples: int = 0
+    positions: int = 0
+    operations: float = 0.0  # multiplications and additions; 0 where memory is the limit
 
     def ratio(self, other: "Entry", scale: float = 1.0) -> str:
         """Show this time as a multiple of ``scale`` times another: by medians, and by best laps."""
@@ -70,6 +73,7 @@ def entries(document: Mapping[str, Any]) -> Iterator[Entry]:
             best=stats["min"],
             spread=stats["iqr"] / stats["median"],
             bytes_moved=extra["bytes_moved"],
+            **{name: extra[name] for name in ("samples", "positions", "operations") if name in extra},
         )
 
 
@@ -121,7 +125,8 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _section(name: str, document: Mapping[str, Any]) -> str:
     found = standings(entries(document))
-    plain = [s for s in found if not CURVE.fullmatch(s.ours.op)]
+    layers = [s for s in found if s.ours.operations]
+    plain = [s for s in found if not CURVE.fullmatch(s.ours.op) and s not in layers]
     curve = [s for s in found if CURVE.fullmatch(s.ours.op)]
     parts = [f"## {_device(document)}", _environment(name, document)]
     if plain:
@@ -133,6 +138,14 @@ def _section(name: str, document: Mapping[str, Any]) -> str:
             "`torch.optim.SGD`, whose steps are dense."
         )
         parts.append(_curve_table(curve))
+    if layers:
+        parts.append("### Per-sample Fisher kernels")
+        parts.append(
+            "One layer with T output positions per sample, in a batch of N. The last columns are times as "
+            "multiples of ours. The plain weight gradient is that of a training step, summed over samples: "
+            "as many operations, of another result."
+        )
+        parts.append(_layer_table(layers))
     return "\n\n".join(parts)
 
 
@@ -211,6 +224,25 @@ def _curve_table(found: list[Standing]) -> str:
             ]
         )
     return _markdown(["free scalars", "ours, ms", "floor, ms", "of floor", *peers], rows)
+
+
+def _layer_table(found: list[Standing]) -> str:
+    peers = list(dict.fromkeys(other.contender for s in found for other in s.others))
+    rows = []
+    for s in found:
+        others = {other.contender: other for other in s.others}
+        rows.append(
+            [
+                s.ours.model,
+                s.ours.dtype,
+                str(s.ours.samples),
+                str(s.ours.positions),
+                _milliseconds(s.ours.median),
+                f"{s.ours.operations / s.ours.median / 1e9:.3g}",
+                *(others[peer].ratio(s.ours) if peer in others else "" for peer in peers),
+            ]
+        )
+    return _markdown(["layer", "dtype", "N", "T", "ours, ms", "GFLOP/s", *peers], rows)
 
 
 def load(files: Iterable[Path]) -> dict[str, Mapping[str, Any]]:

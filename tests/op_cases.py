@@ -549,6 +549,197 @@ def _gram_conv_tolerance(args, kwargs, expected):
     return _gram_bounds(gram, inputs, magnitude, n_rows)
 
 
+# Fisher diagonals of layers. In all five ops samples are the first axis, and the gradients of the outputs the
+# last tensor.
+
+LAYER_OPS = ("fisher_linear_", "fisher_conv_", "fisher_bias_", "fisher_affine_", "fisher_embedding_")
+
+
+def per_sample_bounds(op: Callable, args: Args, kwargs: Kwargs) -> list[Tensor]:
+    """Greatest error of a sum over samples of powers of sums over positions."""
+    fisher, *tensors = args
+    grads, weight, power = tensors[-1], abs(kwargs.get("weight", 1.0)), kwargs.get("power", 2)
+    channels = fisher.shape[1] if op is reference.fisher_embedding_ else fisher.shape[0]
+    samples, positions = grads.shape[0], grads.numel() // max(1, grads.shape[0] * channels)
+
+    def total(of: Sequence[Tensor]) -> Tensor:
+        out = torch.zeros(fisher.shape, dtype=torch.float64, device=fisher.device)
+        op(out, *of, **(kwargs | {"weight": 1.0}))
+        return out
+
+    # A sum of products errs by a roundoff per term, relative to the sum of their magnitudes. An error e of x
+    # gives one of e in |x| and one of 2 |x| e + e^2 in x^2, whose sum over samples is bounded as Cauchy and
+    # Schwarz do.
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    values = total(wide)
+    magnitudes = total([tensor.abs() if tensor.is_floating_point() else tensor for tensor in wide])
+    computed = accumulator_dtype(grads.dtype)
+    error = (positions + 2) * unit_roundoff(computed)
+    powers = error * magnitudes
+    if power == 2:
+        powers = 2 * error * (values * magnitudes).sqrt() + error * powers
+    # The samples may be added to the total one by one; the weight and the power are rounded as well.
+    magnitude = fisher.abs() + weight * (values + powers)
+    return [weight * powers + bound(magnitude, fisher.dtype, computed, samples + 8)]
+
+
+# Samples, positions, inputs, outputs.
+LINEARS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
+    "sequence": (3, (5,), 7, 6),
+    "vectors": (33, (), 13, 9),
+    "one sample": (1, (), 5, 6),
+    "one position": (33, (1,), 65, 40),
+    "two positions": (3, (2,), 33, 31),
+    "image": (2, (3, 4), 6, 5),
+    "volume": (2, (2, 3, 2), 5, 4),
+    "tall": (3, (64,), 65, 33),
+    "long": (1, (300,), 17, 34),
+    "one by one": (33, (5,), 1, 1),
+    "one input": (3, (64,), 1, 130),
+    "one output": (3, (64,), 130, 1),
+    "wide": (3, (5,), 130, 129),
+    "wide vectors": (33, (), 130, 129),
+    "long and wide": (3, (300,), 129, 130),
+    "many samples": (500, (2,), 9, 8),
+    "no samples": (0, (5,), 7, 6),
+    "no positions": (3, (2, 0), 7, 6),
+    "no inputs": (3, (5,), 0, 6),
+    "no outputs": (3, (5,), 7, 0),
+    "large": (33, (64,), 130, 97),
+}
+
+
+def _fisher_linear_sample(device, dtype, generator, variant):
+    n, positions, inputs, outputs = LINEARS[variant]
+    fisher = importance((outputs, inputs), dtype, device, generator)
+    tensors = [normal((n, *positions, width), dtype, device, generator) for width in (inputs, outputs)]
+    power = 1 if variant in ("vectors", "image", "tall", "one input", "long and wide") else 2
+    return [fisher, *tensors], {"weight": 0.3, "power": power}
+
+
+def _fisher_linear_tolerance(args, kwargs, expected):
+    return per_sample_bounds(reference.fisher_linear_, args, kwargs)
+
+
+# Convolution and outputs per group.
+FISHER_CONVOLUTIONS: dict[str, tuple[tuple[tuple[int, ...], dict], int]] = {
+    **{name: (CONVOLUTIONS[name], 3) for name in CONVOLUTIONS if name != "float64 total"},
+    "depthwise": (_convolution((3, 9, 6, 7), [3, 3], [1, 2], [1, 1], [1, 1], 9), 1),
+    "depthwise with a multiplier": (_convolution((3, 4, 6, 7), [3, 3], [1, 1], [1, 1], [1, 1], 4), 2),
+    "patches": (_convolution((3, 3, 8, 12), [4, 4], [4, 4], [0, 0], [1, 1]), 35),
+    "large kernel": (_convolution((2, 3, 12, 11), [9, 7], [1, 1], [4, 3], [1, 1]), 7),
+    "long signal": (_convolution((1, 5, 304), [5], [1], [0], [1]), 9),
+    "many samples": (_convolution((150, 3, 5, 4), [3, 3], [1, 1], [1, 1], [1, 1]), 17),
+    "many outputs": (_convolution((2, 15, 4, 5), [3, 3], [1, 1], [1, 1], [1, 1]), 130),
+    "positions in the padding alone": (_convolution((2, 3, 4), [2], [1], [3], [1]), 5),
+    "input past the last position": (_convolution((2, 3, 8, 9), [2, 3], [3, 4], [0, 0], [1, 1]), 5),
+    "no outputs": (_convolution((2, 3, 5), [2], [1], [0], [1]), 0),
+}
+
+
+def convolved(size: Sequence[int], kernel_size, stride, padding, dilation, groups=1) -> list[int]:
+    """The size of what a convolution gives, without its channels."""
+    pairs = zip(padding[::2], padding[1::2], strict=True) if len(padding) == 2 * len(size) else None
+    total = [sum(pair) for pair in pairs] if pairs else [2 * amount for amount in padding]
+    return [
+        (extent + pad - d * (k - 1) - 1) // s + 1
+        for extent, k, s, pad, d in zip(size, kernel_size, stride, total, dilation, strict=True)
+    ]
+
+
+def _fisher_conv_sample(device, dtype, generator, variant):
+    (shape, convolution), per_group = FISHER_CONVOLUTIONS[variant]
+    groups, outputs = convolution["groups"], per_group * convolution["groups"]
+    fisher_shape = (outputs, shape[1] // groups, *convolution["kernel_size"])
+    fisher = importance(fisher_shape, dtype, device, generator)
+    inputs = normal(shape, dtype, device, generator)
+    grads = normal((shape[0], outputs, *convolved(shape[2:], **convolution)), dtype, device, generator)
+    constants = {name: value for name, value in convolution.items() if name != "kernel_size"}
+    power = 1 if variant in ("volume", "depthwise", "one output", "long signal") else 2
+    return [fisher, inputs, grads], constants | {"weight": 0.3, "power": power}
+
+
+def _fisher_conv_tolerance(args, kwargs, expected):
+    return per_sample_bounds(reference.fisher_conv_, args, kwargs)
+
+
+# Shape of the gradients, axis of the channels.
+CHANNELS: dict[str, tuple[tuple[int, ...], int]] = {
+    "sequence": ((3, 5, 6), -1),
+    "vectors": ((33, 7), 1),
+    "image": ((2, 6, 4, 5), 1),
+    "volume": ((2, 3, 4, 2, 3), 1),
+    "tall": ((3, 300, 65), -1),
+    "groups": ((3, 4, 5, 6), 2),
+    "channels from the back": ((3, 4, 5, 6), -2),
+    "planes": ((3, 17, 16, 19), 1),
+    "one sample": ((1, 64, 33), -1),
+    "one channel": ((5, 9, 1), -1),
+    "many samples": ((500, 3, 5), -1),
+    "one plane": ((5, 1, 9), 1),
+    "wide vectors": ((33, 130), -1),
+    "no samples": ((0, 5, 6), -1),
+    "no positions": ((3, 0, 6), -1),
+    "no channels": ((3, 5, 0), -1),
+    "large": ((33, 97, 9, 7), 1),
+}
+
+
+def _fisher_bias_sample(device, dtype, generator, variant):
+    shape, channel_dim = CHANNELS[variant]
+    fisher = importance((shape[channel_dim],), dtype, device, generator)
+    power = 1 if variant in ("vectors", "image", "tall") else 2
+    grads = normal(shape, dtype, device, generator)
+    return [fisher, grads], {"channel_dim": channel_dim, "weight": 0.3, "power": power}
+
+
+def _fisher_bias_tolerance(args, kwargs, expected):
+    return per_sample_bounds(reference.fisher_bias_, args, kwargs)
+
+
+def _fisher_affine_sample(device, dtype, generator, variant):
+    args, kwargs = _fisher_bias_sample(device, dtype, generator, variant)
+    return [args[0], normal(args[1].shape, dtype, device, generator), args[1]], kwargs
+
+
+def _fisher_affine_tolerance(args, kwargs, expected):
+    return per_sample_bounds(reference.fisher_affine_, args, kwargs)
+
+
+# Rows and columns of the table, shape of the indices, constants.
+EMBEDDINGS: dict[str, tuple[int, int, tuple[int, ...], dict]] = {
+    "sequence": (9, 6, (3, 5), {}),
+    "vectors": (5, 7, (33,), {"power": 1}),
+    "image": (20, 3, (2, 4, 5), {}),
+    "tall": (7, 65, (3, 64), {}),
+    "long": (3, 17, (1, 300), {"power": 1}),
+    "one row": (1, 5, (3, 5), {}),
+    "one column": (11, 1, (3, 20), {}),
+    "many samples": (6, 9, (500, 2), {}),
+    "padding": (4, 6, (3, 20), {"padding_idx": 2}),
+    "nothing but padding": (1, 6, (3, 5), {"padding_idx": 0}),
+    "large table": (5000, 16, (4, 30), {"padding_idx": 4999}),
+    "no samples": (9, 6, (0, 5), {}),
+    "no positions": (9, 6, (3, 0), {}),
+    "no columns": (9, 0, (3, 5), {}),
+    "no rows": (0, 6, (3, 0), {}),
+    "large": (50, 97, (33, 64), {}),
+}
+
+
+def _fisher_embedding_sample(device, dtype, generator, variant):
+    n_rows, width, shape, constants = EMBEDDINGS[variant]
+    index_dtype = torch.int32 if variant in ("image", "padding") else torch.int64
+    indices = torch.randint(0, max(1, n_rows), shape, generator=generator).to(index_dtype).to(device)
+    fisher = importance((n_rows, width), dtype, device, generator)
+    grads = normal((*shape, width), dtype, device, generator)
+    return [fisher, indices, grads], {"weight": 0.3} | constants
+
+
+def _fisher_embedding_tolerance(args, kwargs, expected):
+    return per_sample_bounds(reference.fisher_embedding_, args, kwargs)
+
+
 # Shape of the gradient, number of groups, columns of the basis.
 PROJECTIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "matrix": ((6, 5), 1, 2),
@@ -606,6 +797,37 @@ def _to_double(tensor: Tensor) -> Tensor:
 
 CASES: tuple[OpCase, ...] = (
     OpCase("fisher_accumulate_", _fisher_sample, _fisher_tolerance, written=(0,)),
+    OpCase(
+        "fisher_linear_",
+        _fisher_linear_sample,
+        _fisher_linear_tolerance,
+        written=(0,),
+        variants=tuple(LINEARS),
+    ),
+    OpCase(
+        "fisher_conv_",
+        _fisher_conv_sample,
+        _fisher_conv_tolerance,
+        written=(0,),
+        variants=tuple(FISHER_CONVOLUTIONS),
+    ),
+    OpCase(
+        "fisher_bias_", _fisher_bias_sample, _fisher_bias_tolerance, written=(0,), variants=tuple(CHANNELS)
+    ),
+    OpCase(
+        "fisher_affine_",
+        _fisher_affine_sample,
+        _fisher_affine_tolerance,
+        written=(0,),
+        variants=tuple(CHANNELS),
+    ),
+    OpCase(
+        "fisher_embedding_",
+        _fisher_embedding_sample,
+        _fisher_embedding_tolerance,
+        written=(0,),
+        variants=tuple(EMBEDDINGS),
+    ),
     OpCase("selective_dampen_", _dampen_sample, _dampen_tolerance, written=(0,)),
     OpCase("selected_counts", _counts_sample, no_error, dtypes=WIDE, exact=True),
     OpCase("ratio_quantile", _quantile_sample, _quantile_tolerance, dtypes=WIDE, variants=FILLED),

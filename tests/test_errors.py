@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, bits, mapped, tensors_of
+from op_cases import CASES, LAYER_OPS, bits, mapped, tensors_of
 
 from unlearn_ext import _C, ops
 
@@ -33,6 +33,26 @@ def parameters(dtype=torch.float32):
 # Valid arguments of every op, by name; a bad call changes some of them.
 VALID: dict[str, Callable[[], dict]] = {
     "fisher_accumulate_": lambda: {"fisher": parameters(), "grads": parameters()},
+    "fisher_linear_": lambda: {
+        "fisher": zeros(4, 3),
+        "inputs": ones(2, 5, 3),
+        "grad_outputs": ones(2, 5, 4),
+    },
+    "fisher_conv_": lambda: {
+        "fisher": zeros(4, 3, 2, 2),
+        "inputs": ones(2, 3, 5, 6),
+        "grad_outputs": ones(2, 4, 4, 5),
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+    },
+    "fisher_bias_": lambda: {"fisher": zeros(4), "grad_outputs": ones(2, 5, 4)},
+    "fisher_affine_": lambda: VALID["fisher_bias_"]() | {"normalized": ones(2, 5, 4)},
+    "fisher_embedding_": lambda: {
+        "fisher": zeros(4, 3),
+        "indices": torch.tensor([[0, 1, 3, 1], [2, 0, 0, 3]]),
+        "grad_outputs": ones(2, 4, 3),
+    },
     "selective_dampen_": lambda: {
         "params": parameters(),
         "importance_full": parameters(),
@@ -214,6 +234,57 @@ def _shared_within(schema, written, others):
         yield BadCall(schema, f"{written} {why}", change, ValueError, _must(rf"{written}\[\d\]"))
 
 
+# Where a shape or a dtype does not fit the others', any of them may be named.
+TENSORS = r"(fisher|inputs|normalized|indices|grad_outputs)(\[0\])?"
+
+
+def _layer_calls(op):
+    """What all Fisher ops of layers refuse."""
+    yield from _out_of_range(op, weight=(NAN, INF, -INF, 1e39), power=(0, 3, -1))
+    valid = VALID[op]()
+    floats = [name for name in valid if name in ("inputs", "normalized", "grad_outputs")]
+
+    def converted(name, dtype):
+        return {name: lambda valid: valid[name].to(dtype)}
+
+    for dtype in (*NOT_FLOATS, *HALVES, torch.float64):
+        yield BadCall(op, f"fisher {dtype}", converted("fisher", dtype), TypeError, _must(TENSORS))
+    for name in floats:
+        for dtype in (*NOT_FLOATS, torch.float64):
+            yield BadCall(op, f"{name} {dtype}", converted(name, dtype), TypeError, _must(TENSORS))
+        if len(floats) == 2:
+            yield BadCall(op, f"{name} half", converted(name, torch.float16), TypeError, _must(TENSORS))
+
+    fisher = _must(r"fisher(\[0\])?")
+    overlapping = {"fisher": lambda valid: valid["fisher"].flatten()[:1].expand(valid["fisher"].shape)}
+    yield BadCall(op, "fisher expanded", overlapping, ValueError, fisher)
+    windows = {
+        "fisher": lambda valid: zeros(99).as_strided(valid["fisher"].shape, [1] * valid["fisher"].dim())
+    }
+    if valid["fisher"].dim() > 1:
+        yield BadCall(op, "fisher of windows", windows, ValueError, fisher)
+    none = {name: lambda valid, name=name: valid[name][:0] for name in (*floats, "indices") if name in valid}
+    yield BadCall(op, "fisher expanded, no samples", overlapping | none, ValueError, fisher)
+    for name in floats:
+        one = {name: lambda valid, name=name: valid["fisher"].flatten()[-1].expand(valid[name].shape)}
+        yield BadCall(op, f"fisher and {name} shared", one, ValueError, _must(TENSORS))
+
+    # Axes added, removed, longer and shorter, as far as no valid call comes of it.
+    free = {"fisher_bias_": {"grad_outputs": 2}, "fisher_embedding_": {"fisher": 1}}.get(op, {})
+    for name in (one for one in valid if one in ("fisher", "indices", *floats)):
+        shape = valid[name].shape
+        shapes = [(), (*shape, 1), shape[:-1]]
+        shapes += [] if len(shape) == 1 else [(math.prod(shape),)]
+        shapes += [] if name in free else [(1, *shape)]
+        for axis in range(free.get(name, 0), len(shape)):
+            shapes += [
+                (*shape[:axis], size, *shape[axis + 1 :]) for size in (shape[axis] + 1, shape[axis] - 1)
+            ]
+        for other in shapes:
+            change = {name: lambda valid, name=name, other=other: zeros(other, dtype=valid[name].dtype)}
+            yield BadCall(op, f"{name} of shape {list(other)}", change, ValueError, _must(TENSORS))
+
+
 def _bad_calls():
     infinite = (NAN, INF, -INF)
 
@@ -225,9 +296,67 @@ def _bad_calls():
     for name in ("fisher", "grads"):
         yield from _wrong_dtype(op, name, 1, [torch.float64], ANY)
     # Two rows that share an element, between the rows of a third tensor that shares none with them.
-    base = ones(4, 8)
+    base = zeros(4, 8)
     between = {"fisher": [base[:, :4], base[1, 4:7], base[1, 5:]], "grads": [ones(4, 4), ones(3), ones(3)]}
     yield BadCall(op, "fisher between the rows of another", between, ValueError, _must(r"fisher\[\d\]"))
+
+    for op in LAYER_OPS:
+        yield from _layer_calls(op)
+
+    op = "fisher_conv_"
+    wrong = {
+        "stride": ([1], [1, 1, 1], [0, 1], [-1, 1], []),
+        "dilation": ([1], [1, 1, 1], [0, 1], [1, -1], []),
+        "padding": ([0], [0, 0, 0], [0] * 5, [-1, 0], [0, 0, -1, 0], []),
+        "groups": (0, -1, 2, 3, 4, 2**40),
+    }
+    for name, values in wrong.items():
+        other = f"({name}|{TENSORS})" if name == "groups" else name
+        for value in values:
+            yield BadCall(op, f"{name} {value}", {name: value}, ValueError, _must(other))
+    # Of the right form, but the gradients are not of the size they give.
+    wrong = {
+        "stride": ([2, 1], [1, 2], [2**62, 1]),
+        "dilation": ([2, 1], [1, 5], [1, 6], [2**62, 1]),
+        "padding": ([1, 0], [0, 0, 0, 1], [2, 2, 2, 2], [2**61, 0]),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            message = _must(f"({name}|{TENSORS})")
+            yield BadCall(op, f"{name} {value}", {name: value}, ValueError, message)
+    for n_dims in (0, 4):
+        change = {name: ones(1, 1, *[1] * n_dims) for name in ("fisher", "inputs", "grad_outputs")}
+        change |= {"stride": [1] * n_dims, "padding": [0] * n_dims, "dilation": [1] * n_dims}
+        yield BadCall(op, f"{n_dims} spatial dimensions", change, ValueError, _must(TENSORS))
+    no_taps = {"fisher": zeros(4, 3, 2, 0), "grad_outputs": ones(2, 4, 4, 7)}
+    yield BadCall(op, "kernel without taps", no_taps, ValueError, _must(TENSORS))
+
+    for op in ("fisher_bias_", "fisher_affine_"):
+        yield from _out_of_range(op, channel_dim=(0, -3, 3, -4, 2**40, -(2**63)))
+        change = {"channel_dim": 1}
+        yield BadCall(op, "channels of another axis", change, ValueError, _must(TENSORS))
+        vectors = {name: ones(4) for name in VALID[op]() if name != "fisher"}
+        yield BadCall(op, "no axis of samples", vectors, ValueError, _must(f"({TENSORS}|channel_dim)"))
+
+    op = "fisher_embedding_"
+    for dtype in (torch.float32, torch.bool, torch.uint8, torch.int16, torch.complex64):
+        change = {"indices": lambda valid, dtype=dtype: valid["indices"].to(dtype)}
+        yield BadCall(op, f"indices {dtype}", change, TypeError, _must(r"indices(\[0\])?"))
+    for dtype, values in {torch.int64: (-1, 4, -(2**63), 2**40), torch.int32: (-1, 4)}.items():
+        for value in values:
+            indices = torch.tensor([[0, 1, 3, 1], [2, 0, value, 3]], dtype=dtype)
+            message = rf"indices must .+, got {value}$"
+            for padding_idx in (-1, 2):
+                change = {"indices": indices, "padding_idx": padding_idx}
+                why = f"index {value} {dtype}, padding {padding_idx}"
+                yield BadCall(op, why, change, ValueError, message)
+    yield from _out_of_range(op, padding_idx=(-2, 4, 2**40, -(2**63)))
+    bits_shared = {
+        "fisher": base,
+        "indices": base.view(torch.int64)[:2, :2],
+        "grad_outputs": ones(2, 2, 8),
+    }
+    yield BadCall(op, "fisher and indices shared", bits_shared, ValueError, _must(TENSORS))
 
     op = "selective_dampen_"
     importances = ["importance_full", "importance_forget"]

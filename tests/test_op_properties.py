@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
 from op_cases import (
+    CASES,
     FLOATS,
     WIDE,
     accumulator_dtype,
@@ -20,6 +21,7 @@ from op_cases import (
     bound,
     channels_last,
     contiguous,
+    convolved,
     copied,
     expanded,
     importance,
@@ -78,6 +80,85 @@ def test_fisher_of_any_lists(shapes, dtype, generator, power, data):
         fisher, expected, [bound(e, f.dtype, f.dtype, 5) for e, f in zip(expected, fisher, strict=True)]
     )
     assert_gaps_untouched(fisher)
+
+
+def _assert_as_specified(name, args, kwargs):
+    """For ops that write their first argument."""
+    case = next(case for case in CASES if case.schema == name)
+    expected, bounds = case.expect(args, kwargs)
+    assert_within(case.run(getattr(ops, name), args, kwargs), expected, bounds)
+    assert_gaps_untouched(args[:1])
+
+
+@given(
+    st.integers(0, 5),
+    st.lists(st.integers(0, 6), max_size=5),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    floats,
+    generators,
+    st.data(),
+)
+def test_fisher_of_any_linear_layer(n, positions, inputs, outputs, dtype, generator, data):
+    fisher = data.draw(layouts)(importance((outputs, inputs), dtype, "cpu", generator))
+    tensors = [
+        data.draw(read_only_layouts)(normal((n, *positions, width), dtype, "cpu", generator))
+        for width in (inputs, outputs)
+    ]
+    kwargs = {"weight": data.draw(st.floats(-2, 2)), "power": data.draw(st.sampled_from([1, 2]))}
+    _assert_as_specified("fisher_linear_", [fisher, *tensors], kwargs)
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), generators, st.data())
+def test_fisher_of_any_convolution(n_dims, n, channels, groups, generator, data):
+    def draw(low, high):
+        return [data.draw(st.integers(low, high)) for _ in range(n_dims)]
+
+    kernel, stride, dilation = draw(1, 4), draw(1, 3), draw(1, 2)
+    padding = [data.draw(st.integers(0, 2)) for _ in range(2 * n_dims)]
+    sums = map(sum, zip(padding[::2], padding[1::2], strict=True))
+    least = [max(1, d * (k - 1) + 1 - pad) for k, d, pad in zip(kernel, dilation, sums, strict=True)]
+    spatial = [size + data.draw(st.integers(0, 3)) for size in least]
+    outputs, dtype = groups * data.draw(st.integers(1, 9)), data.draw(floats)
+    out = convolved(spatial, kernel, stride, padding, dilation)
+    fisher = data.draw(layouts)(importance((outputs, channels, *kernel), dtype, "cpu", generator))
+    tensors = [
+        data.draw(read_only_layouts)(normal(shape, dtype, "cpu", generator))
+        for shape in ((n, channels * groups, *spatial), (n, outputs, *out))
+    ]
+    kwargs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    kwargs["power"] = data.draw(st.sampled_from([1, 2]))
+    _assert_as_specified("fisher_conv_", [fisher, *tensors], kwargs)
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=6), floats, generators, st.data())
+def test_fisher_of_any_channels(shape, dtype, generator, data):
+    channel_dim = data.draw(st.integers(1, len(shape) - 1))
+    fisher = data.draw(layouts)(importance((shape[channel_dim],), dtype, "cpu", generator))
+    tensors = [data.draw(read_only_layouts)(normal(shape, dtype, "cpu", generator)) for _ in range(2)]
+    if data.draw(st.booleans()):
+        channel_dim -= len(shape)
+    kwargs = {"channel_dim": channel_dim, "power": data.draw(st.sampled_from([1, 2]))}
+    _assert_as_specified("fisher_bias_", [fisher.clone(), tensors[1]], kwargs)
+    _assert_as_specified("fisher_affine_", [fisher, *tensors], kwargs)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.integers(0, 20),
+    floats,
+    generators,
+    st.data(),
+)
+def test_fisher_of_any_embedding(shape, n_rows, width, dtype, generator, data):
+    fisher = data.draw(layouts)(importance((n_rows, width), dtype, "cpu", generator))
+    indices = torch.randint(0, n_rows, shape, generator=generator)
+    indices = data.draw(read_only_layouts)(indices.to(data.draw(st.sampled_from([torch.int64, torch.int32]))))
+    grads = data.draw(read_only_layouts)(normal((*shape, width), dtype, "cpu", generator))
+    kwargs = {"padding_idx": data.draw(st.integers(-1, n_rows - 1))}
+    kwargs["power"] = data.draw(st.sampled_from([1, 2]))
+    _assert_as_specified("fisher_embedding_", [fisher, indices, grads], kwargs)
 
 
 @given(shapes, floats, generators, st.floats(0, 1), st.data())

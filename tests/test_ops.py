@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_calls import LAYERS
 from op_cases import (
     CASES,
     FLOATS,
+    LAYER_OPS,
     LAYOUTS,
     SHAPES,
     SIZES,
@@ -25,6 +27,7 @@ from op_cases import (
     assert_within,
     bits,
     bound,
+    convolved,
     copied,
     importance,
     laid_out,
@@ -495,6 +498,47 @@ def test_accumulate_more_than_two_billion_scalars():
         assert bool((fisher[begin:end] == 5.0).all()), begin
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fisher_linear_", "fisher_bias_", "fisher_affine_"])
+def test_fisher_of_more_than_two_billion_positions(name):
+    grads = torch.zeros(3, HUGE // 3 + 1, 1, dtype=torch.float16)
+    for sample, position in ((0, 0), (2, 5), (2, -1), (2, -2)):
+        grads[sample, position] = 2.0
+    args = {"fisher_linear_": [grads.new_ones(1, 1, 1).expand_as(grads), grads], "fisher_bias_": [grads]}
+    fisher = torch.zeros((1, 1) if name == "fisher_linear_" else (1,))
+    getattr(ops, name)(fisher, *args.get(name, [grads, grads]))
+    # Sums of 2 and of 6, or of 4 and of 12.
+    assert fisher.item() == (4 + 36 if name in args else 16 + 144)
+
+
+@pytest.mark.slow
+def test_fisher_of_an_embedding_of_more_than_two_billion_scalars():
+    n_rows = HUGE // 64 + 1
+    fisher = torch.zeros(n_rows, 64)
+    ops.fisher_embedding_(fisher, torch.tensor([[0, n_rows - 1, n_rows - 1]]), torch.ones(1, 3, 64))
+    assert bool((fisher[0] == 1.0).all())
+    assert bool((fisher[-1] == 4.0).all())
+    for begin, end in _chunks(n_rows, 2**20):
+        rows = fisher[max(begin, 1) : min(end, n_rows - 1)]
+        assert not rows.any(), begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", [1, 2])
+def test_fisher_of_a_linear_layer_of_more_than_two_billion_scalars(positions):
+    outputs, inputs = 2**15 + 3, 2**16
+    fisher = torch.zeros(outputs, inputs)
+    steps = torch.arange(inputs) % 5
+    ops.fisher_linear_(
+        fisher,
+        steps.to(torch.bfloat16).expand(1, positions, inputs),
+        torch.ones(1, positions, outputs, dtype=torch.bfloat16),
+    )
+    expected = (positions * steps.float()) ** 2
+    for begin, end in _chunks(outputs, 2**10):
+        assert bool((fisher[begin:end] == expected).all()), begin
+
+
 # ---- Fisher accumulation
 
 
@@ -528,6 +572,269 @@ def test_fisher_keeps_subnormal_squares(dtype, device):
     ops.fisher_accumulate_([fisher], [grads])
     assert torch.equal(fisher, grads * grads)
     assert ((fisher > 0) & (fisher < smallest)).all()
+
+
+# ---- Fisher diagonals of layers
+
+LAYER_CASES = [case for case in CASES if case.name in LAYER_OPS]
+LAYER_SAMPLES = [(case, variant) for case in LAYER_CASES for variant in case.variants]
+each_layer_sample = pytest.mark.parametrize("case, variant", LAYER_SAMPLES, ids=_id)
+
+
+def _small_integers(case, variant, dtype, device, generator):
+    """Arguments of which every product and sum is a number of the accumulator."""
+    args, kwargs = case.sample(device, dtype, generator, variant)
+
+    def drawn(tensor):
+        integers = torch.randint(-2, 3, tensor.shape, generator=generator)
+        return integers.to(tensor.dtype).to(device) if tensor.is_floating_point() else tensor
+
+    return [drawn(args[0]).abs(), *map(drawn, args[1:])], kwargs
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("power", [1, 2])
+def test_layers_are_those_of_autograd(name, power, device, generator):
+    layer = LAYERS[name](device, generator)
+    fisher = torch.ones(layer.gradients.shape[1:], dtype=torch.float64, device=device)
+    getattr(ops, layer.name)(fisher, *layer.tensors, weight=0.5, power=power, **layer.constants)
+    expected = 1 + 0.5 * (layer.gradients.abs() ** power).sum(0)
+    assert torch.allclose(fisher, expected, rtol=1e-12, atol=0)
+
+
+@each_layer_sample
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_small_integers_give_exact_diagonals(case, variant, dtype, device, generator):
+    args, kwargs = _small_integers(case, variant, dtype, device, generator)
+    for weight, power in ((1.0, 1), (1.0, 2), (-0.5, 2), (0.0, 1)):
+        constants = kwargs | {"weight": weight, "power": power}
+        fisher, expected = args[0].clone(), args[0].double()
+        case.reference(expected, *args[1:], **constants)
+        getattr(ops, case.name)(fisher, *args[1:], **constants)
+        assert_same_bits(fisher.double(), expected)
+
+
+@pytest.mark.parametrize(
+    "case, variant", [(c, v) for c, v in LAYER_SAMPLES if v in ("long", "long and wide", "large")], ids=_id
+)
+def test_long_sums_in_float32_err_by_less_than_a_hundred_thousandth(case, variant, device, generator):
+    args, kwargs = case.sample(device, torch.float32, generator, variant)
+    (expected,), _ = case.expect(args, kwargs)
+    (fisher,) = case.run(getattr(ops, case.name), args, kwargs)
+    assert (fisher - expected).abs().max() < 1e-5 * expected.max()
+
+
+@each_layer_sample
+def test_samples_add_up_in_any_order_and_in_any_batches(case, variant, device, generator):
+    args, kwargs = case.sample(device, torch.float32, generator, variant)
+    expected, bounds = case.expect(args, kwargs)
+    n = args[1].shape[0]
+    order = torch.randperm(n, generator=generator)
+    shuffled = [tensor[order] for tensor in args[1:]]
+    for sizes in ([1] * n, [n // 3, n - n // 3]):
+        fisher = args[0].clone()
+        for batch in zip(*(tensor.split(sizes) for tensor in shuffled), strict=True):
+            getattr(ops, case.name)(fisher, *batch, **kwargs)
+        assert_within([fisher], expected, bounds)
+
+
+@each_layer_sample
+def test_diagonals_have_the_same_bits_for_any_number_of_threads(case, variant, device, generator):
+    args, kwargs = case.sample(device, torch.float32, generator, variant)
+    results = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        results.append(args[0].clone())
+        getattr(ops, case.name)(results[-1], *args[1:], **kwargs)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@each_layer_sample
+def test_values_may_be_repeated_by_strides_of_zero(case, variant, device, generator):
+    args, kwargs = case.sample(device, torch.float32, generator, variant)
+    n_dims = args[1].dim()
+    # The gradient of a sum repeats one number, that of a mean over positions one row.
+    for axes in (range(n_dims), range(1, n_dims), range(1, n_dims - 1), [n_dims - 1]):
+        repeated = [args[0].clone()]
+        for tensor in args[1:]:
+            one = tensor
+            for axis in axes:
+                one = one[(slice(None),) * axis + (slice(0, 1),)] if axis < one.dim() else one
+            repeated.append(one.expand(tensor.shape))
+        expected, bounds = case.expect(repeated, kwargs)
+        assert_within(case.run(getattr(ops, case.name), repeated, kwargs), expected, bounds)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "case, variant",
+    [
+        (c, v)
+        for c, v in LAYER_SAMPLES
+        if v in ("sequence", "vectors", "tall", "image", "groups", "depthwise")
+    ],
+    ids=_id,
+)
+@each_float
+def test_nan_and_inf_reach_what_depends_on_them(dtype, case, variant, value, device, generator):
+    args, kwargs = _small_integers(case, variant, dtype, device, generator)
+    if "padding" in kwargs:
+        # Whether a gradient meets the zeros around an image is left to the kernel, and 0 * inf is NaN.
+        kwargs["padding"] = [0] * len(kwargs["stride"])
+        convolution = {name: kwargs[name] for name in ("stride", "padding", "dilation")}
+        size = convolved(args[1].shape[2:], kernel_size=args[0].shape[2:], **convolution)
+        args[2] = args[2][(..., *map(slice, size))]
+    for i, tensor in enumerate(args):
+        if not tensor.is_floating_point():
+            continue
+        for place in (0, tensor.numel() // 2, tensor.numel() - 1):
+            changed = copied(args)
+            changed[i].view(-1)[place] = value
+            expected = changed[0].double()
+            case.reference(expected, *changed[1:], **kwargs)
+            assert not expected.isfinite().all()
+            assert expected.numel() < 5 or expected.isfinite().any()
+            limits = [expected.abs().nan_to_num() * 8 * torch.finfo(changed[0].dtype).eps]
+            assert_within(case.run(getattr(ops, case.name), changed, kwargs), [expected], limits)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**15], ids=["small", "large"])
+def test_half_precision_gradients_are_multiplied_and_squared_in_float32(size, positions, device):
+    # The squares, and the products of large ones, are out of the range of float16.
+    grads = torch.full((2, positions, 70), size, dtype=torch.float16, device=device)
+    ones = torch.ones_like(grads)
+    square = (positions * size) ** 2
+    for name, tensors, shape, each in (
+        ("fisher_linear_", (ones, grads), (70, 70), square),
+        ("fisher_linear_", (grads, grads), (70, 70), square * size**2),
+        ("fisher_bias_", (grads,), (70,), square),
+        ("fisher_affine_", (ones, grads), (70,), square),
+        ("fisher_affine_", (grads, grads), (70,), square * size**2),
+    ):
+        fisher = torch.zeros(shape, device=device)
+        getattr(ops, name)(fisher, *tensors)
+        assert torch.equal(fisher, torch.full_like(fisher, 2 * each))
+    fisher = torch.zeros(1, 70, device=device)
+    ops.fisher_embedding_(fisher, torch.zeros(2, positions, dtype=torch.int64, device=device), grads)
+    assert torch.equal(fisher, torch.full_like(fisher, 2 * square))
+
+
+@pytest.mark.parametrize(
+    "convolution, lists",
+    [
+        ({"stride": 2, "padding": 1, "dilation": 1}, ([2, 2], [1, 1], [1, 1])),
+        ({"stride": (1, 1), "padding": [(1, 0), (2, 1)], "dilation": 1}, ([1, 1], [1, 0, 2, 1], [1, 1])),
+        ({"stride": [1, 2], "padding": [(1, 2), 1], "dilation": [2, 1]}, ([1, 2], [1, 2, 1, 1], [2, 1])),
+        ({"stride": 1, "padding": [0, 2], "dilation": 1}, ([1, 1], [0, 2], [1, 1])),
+    ],
+    ids=["ints", "pairs", "an int among pairs", "one int per dimension"],
+)
+def test_constants_of_a_fisher_convolution_may_be_ints_and_pairs(convolution, lists, device, generator):
+    inputs = normal((2, 3, 7, 6), torch.float32, device, generator)
+    schema = dict(zip(("stride", "padding", "dilation"), lists, strict=True))
+    size = convolved((7, 6), kernel_size=(2, 3), **schema)
+    grads = normal((2, 4, *size), torch.float32, device, generator)
+    diagonals = [torch.zeros(4, 3, 2, 3, device=device) for _ in range(3)]
+    ops.fisher_conv_(diagonals[0], inputs, grads, **convolution)
+    _C.fisher_conv_(diagonals[1], inputs, grads, **schema)
+    reference.fisher_conv_(diagonals[2], inputs, grads, **convolution)
+    assert_same_bits(diagonals[0], diagonals[1])
+    assert torch.allclose(diagonals[0], diagonals[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_diagonal_may_lie_between_the_values_that_are_read(device, generator):
+    base = normal((4, 9), torch.float32, device, generator)
+    expected = base.clone()
+    reference.fisher_linear_(expected[:, ::3], base[:, 1::3], base[:, 2::3].repeat(1, 2)[:, :4])
+    ops.fisher_linear_(base[:, ::3], base[:, 1::3], base[:, 2::3].repeat(1, 2)[:, :4])
+    assert torch.allclose(base, expected, rtol=1e-5, atol=1e-5)
+    assert_same_bits(base[:, 1::3], expected[:, 1::3])
+
+
+def test_lazily_negated_diagonals_are_written_or_refused(device):
+    fisher = _lazily_negated(4, device)
+    before, ones = fisher.clone(), torch.ones(2, 4, device=device)
+    with pytest.raises(ValueError, match=r"^fisher_bias_: fisher(\[0\])? must .*negated"):
+        _C.fisher_bias_(fisher, ones)
+    assert torch.equal(fisher, before)
+    # torch's dispatcher hands the op a copy, and writes that back.
+    ops.fisher_bias_(fisher, ones)
+    assert torch.equal(fisher, before + 2)
+
+
+@pytest.mark.cuda
+def test_a_gpu_skips_indices_out_of_range(device):
+    if device != "cuda":
+        pytest.skip("an error on the CPU")
+    indices = torch.tensor([[0, -1, 3], [2**40, 2, 2], [-(2**63), 3, 4]], device=device)
+    fisher = torch.zeros(4, 1, device=device)
+    ops.fisher_embedding_(fisher, indices, torch.ones(3, 3, 1, device=device))
+    assert fisher.flatten().tolist() == [1.0, 0.0, 4.0, 2.0]
+
+
+def _peak_memory(call, device):
+    """Most bytes in use during a call beyond those in use before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError as error:
+        pytest.skip(f"no way to reset the peak of memory: {error}")
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def _memory_calls(device):
+    def rand(*shape):
+        return torch.rand(shape, device=device)
+
+    images, image_grads = rand(16, 32, 64, 64), rand(16, 4, 64, 64)
+    same = {"stride": 1, "padding": 2, "dilation": 1}
+    indices = torch.randint(0, 20_000, (64, 8), device=device)
+    return {
+        # What must not be stored: the gradients of all samples, or all patches.
+        "vectors": (ops.fisher_linear_, rand(512, 512), (rand(256, 512), rand(256, 512)), {}, 256 * 512**2),
+        "sequences": (
+            ops.fisher_linear_,
+            rand(512, 512),
+            (rand(256, 4, 512), rand(256, 4, 512)),
+            {},
+            256 * 512**2,
+        ),
+        "patches": (
+            ops.fisher_conv_,
+            rand(4, 32, 5, 5),
+            (images, image_grads),
+            same,
+            images.numel() * 25,
+        ),
+        "tables": (
+            ops.fisher_embedding_,
+            rand(20_000, 16),
+            (indices, rand(64, 8, 16)),
+            {},
+            64 * 20_000 * 16,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["vectors", "sequences", "patches", "tables"])
+def test_neither_gradients_of_samples_nor_patches_are_stored(name, device):
+    op, fisher, tensors, kwargs, n_scalars = _memory_calls(device)[name]
+    assert _peak_memory(lambda: op(fisher, *tensors, **kwargs), device) < n_scalars * 4 / 4
 
 
 # ---- Selective dampening

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_calls import LAYERS
 from torch import tensor
 
 from unlearn_ext import reference
@@ -33,6 +34,94 @@ def test_fisher_of_a_running_mean_of_equal_gradients_is_their_square():
     for step in range(1, 6):
         reference.fisher_accumulate_(fisher, [tensor([3.0])], weight=1 / step, decay=1 - 1 / step)
         assert fisher[0].item() == pytest.approx(9.0, rel=1e-15)
+
+
+# Two samples of two positions, whose weight gradients are [[4, 6], [-1, 0]] and [[3, 0], [-3, 6]].
+ROWS = tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]]])
+GRADS = tensor([[[1.0, 2.0], [1.0, -1.0]], [[3.0, -3.0], [0.0, 3.0]]])
+
+
+@pytest.mark.parametrize(
+    "power, weights, biases, scales",
+    [
+        (2, [[25.0, 36.0], [10.0, 36.0]], [13.0, 1.0], [25.0, 36.0]),
+        (1, [[7.0, 6.0], [4.0, 6.0]], [5.0, 1.0], [7.0, 6.0]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_fisher_of_a_linear_layer_and_of_its_bias_and_of_a_scale(power, weights, biases, scales, dtype):
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    rows, grads = ROWS.to(dtype), GRADS.to(dtype)
+    fisher = torch.ones(2, 2, dtype=total)
+    reference.fisher_linear_(fisher, rows, grads, weight=0.5, power=power)
+    assert fisher.tolist() == [[1 + value / 2 for value in row] for row in weights]
+    for channel_dim in (-1, 1):
+        g, x = (t if channel_dim == -1 else t.mT for t in (grads, rows))
+        fisher = torch.zeros(2, dtype=total)
+        reference.fisher_bias_(fisher, g, channel_dim=channel_dim, power=power)
+        assert fisher.tolist() == biases
+        reference.fisher_affine_(fisher, x, g, channel_dim=channel_dim, weight=-2.0, power=power)
+        assert fisher.tolist() == [b - 2 * s for b, s in zip(biases, scales, strict=True)]
+
+
+def test_fisher_of_positions_in_several_axes_is_that_of_one():
+    torch.manual_seed(0)
+    rows, grads = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 6)
+    several, one = torch.zeros(6, 5), torch.zeros(6, 5)
+    reference.fisher_linear_(several, rows, grads)
+    reference.fisher_linear_(one, rows.view(3, 8, 5), grads.view(3, 8, 6))
+    assert torch.equal(several, one)
+
+
+def test_fisher_without_an_axis_of_positions_is_that_of_one_position_each():
+    fisher, expected = torch.zeros(2, 2), torch.zeros(2, 2)
+    reference.fisher_linear_(fisher, ROWS[:, 0], GRADS[:, 0])
+    reference.fisher_linear_(expected, ROWS[:, :1], GRADS[:, :1])
+    assert torch.equal(fisher, expected)
+    assert fisher.tolist() == [[10.0, 4.0], [13.0, 16.0]]
+
+
+def test_fisher_of_a_convolution():
+    # Patches (0 1), (1 2), (2 3) with gradients 1, 2, -1: 0 and 2.
+    fisher = torch.zeros(1, 1, 2)
+    signal, grads = tensor([[[1.0, 2.0, 3.0]]]), tensor([[[1.0, 2.0, -1.0]]])
+    reference.fisher_conv_(fisher, signal, grads, stride=1, padding=[(1, 0)], dilation=1)
+    assert fisher.tolist() == [[[0.0, 4.0]]]
+
+
+def test_fisher_of_a_grouped_strided_dilated_convolution():
+    # One output pixel per channel, which sees pixels (0, 0) and (0, 2) of its own channel.
+    image, fisher = torch.arange(18.0).view(1, 2, 3, 3), torch.zeros(2, 1, 1, 2)
+    grads = tensor([2.0, -1.0]).view(1, 2, 1, 1)
+    reference.fisher_conv_(fisher, image, grads, stride=[3, 1], padding=0, dilation=[1, 2], groups=2, power=1)
+    assert fisher.flatten().tolist() == [0.0, 4.0, 9.0, 11.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_fisher_of_an_embedding(dtype):
+    indices = tensor([[0, 2, 0], [2, 1, 1]], dtype=dtype)
+    grads = tensor([[[1.0], [5.0], [2.0]], [[-4.0], [1.0], [-1.0]]])
+    fisher = torch.zeros(4, 1)
+    reference.fisher_embedding_(fisher, indices, grads)
+    assert fisher.flatten().tolist() == [9.0, 0.0, 41.0, 0.0]
+    fisher = torch.zeros(4, 1)
+    reference.fisher_embedding_(fisher, indices, grads, padding_idx=2, power=1)
+    assert fisher.flatten().tolist() == [3.0, 0.0, 0.0, 0.0]
+    for bad in (-1, 4):
+        with pytest.raises(
+            ValueError, match=rf"^fisher_embedding_: indices must lie in \[0, 4\), got {bad}$"
+        ):
+            reference.fisher_embedding_(fisher, tensor([[0, bad, 0], [0, 0, 0]]), grads)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("power", [1, 2])
+def test_fisher_of_layers_is_that_of_autograd(name, power):
+    layer = LAYERS[name]("cpu", torch.Generator().manual_seed(0))
+    fisher = torch.zeros(layer.gradients.shape[1:], dtype=torch.float64)
+    getattr(reference, layer.name)(fisher, *layer.tensors, power=power, **layer.constants)
+    assert torch.allclose(fisher, (layer.gradients.abs() ** power).sum(0), rtol=1e-12, atol=0)
 
 
 def test_dampening():

@@ -23,6 +23,11 @@ from torch import Tensor
 __all__ = [
     "apply_mask_",
     "fisher_accumulate_",
+    "fisher_affine_",
+    "fisher_bias_",
+    "fisher_conv_",
+    "fisher_embedding_",
+    "fisher_linear_",
     "gram_accumulate_",
     "gram_conv_accumulate_",
     "masked_adamw_",
@@ -52,6 +57,94 @@ def fisher_accumulate_(
     """Compute ``fisher <- decay * fisher + weight * |grads|^power``."""
     for total, grad in zip(fisher, grads, strict=True):
         total.copy_(decay * total + weight * grad.to(total.dtype).abs() ** power)
+
+
+@torch.no_grad()
+def fisher_linear_(
+    fisher: Tensor, inputs: Tensor, grad_outputs: Tensor, *, weight: float = 1.0, power: int = 2
+) -> None:
+    """Add the powers of ``g_n^T a_n``, the weight gradient of sample n."""
+    dtype = _compute_dtype(fisher, inputs)
+    rows, grads = _channels_last(inputs.to(dtype), -1), _channels_last(grad_outputs.to(dtype), -1)
+    _add_powers(fisher, torch.einsum("nto,nti->noi", grads, rows), weight, power)
+
+
+@torch.no_grad()
+def fisher_conv_(
+    fisher: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    *,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int | tuple[int, int]],
+    dilation: int | Sequence[int],
+    groups: int = 1,
+    weight: float = 1.0,
+    power: int = 2,
+) -> None:
+    """Add the powers of ``g_n^T x_n``, per group of channels, with the patches of sample n as rows of x_n."""
+    dtype, n = _compute_dtype(fisher, inputs), inputs.shape[0]
+    patches = _patches(inputs.to(dtype), fisher.shape[2:], stride, padding, dilation, groups)
+    grads = _channels_last(grad_outputs.to(dtype), 1)
+    grads = grads.reshape(n, grads.shape[1], groups, fisher.shape[0] // groups)
+    gradients = torch.einsum("ntgo,ntgi->ngoi", grads, patches)
+    _add_powers(fisher, gradients.reshape(n, *fisher.shape), weight, power)
+
+
+@torch.no_grad()
+def fisher_bias_(
+    fisher: Tensor, grad_outputs: Tensor, *, channel_dim: int = -1, weight: float = 1.0, power: int = 2
+) -> None:
+    """Add the powers of every sample's sum over positions."""
+    grads = _channels_last(grad_outputs.to(_compute_dtype(fisher, grad_outputs)), channel_dim)
+    _add_powers(fisher, grads.sum(1), weight, power)
+
+
+@torch.no_grad()
+def fisher_affine_(
+    fisher: Tensor,
+    normalized: Tensor,
+    grad_outputs: Tensor,
+    *,
+    channel_dim: int = -1,
+    weight: float = 1.0,
+    power: int = 2,
+) -> None:
+    """Add the powers of every sample's sum of products over positions."""
+    dtype = _compute_dtype(fisher, normalized)
+    products = grad_outputs.to(dtype) * normalized.to(dtype)
+    _add_powers(fisher, _channels_last(products, channel_dim).sum(1), weight, power)
+
+
+@torch.no_grad()
+def fisher_embedding_(
+    fisher: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    *,
+    padding_idx: int = -1,
+    weight: float = 1.0,
+    power: int = 2,
+) -> None:
+    """Add the powers of every sample's sums of equal rows.
+
+    Raises:
+        ValueError: If an index on the CPU is out of range.
+    """
+    n, n_rows = indices.shape[0], fisher.shape[0]
+    within = (indices >= 0) & (indices < n_rows)
+    if indices.device.type == "cpu" and not within.all():
+        first = int(indices[~within][0])
+        raise ValueError(f"fisher_embedding_: indices must lie in [0, {n_rows}), got {first}")
+    # One table per sample.
+    samples = torch.arange(n, device=indices.device).view(n, *[1] * (indices.dim() - 1))
+    looked_up = within & (indices != padding_idx)
+    grads = grad_outputs.to(_compute_dtype(fisher, grad_outputs))
+    gradients = grads.new_zeros(n, *fisher.shape)
+    gradients.index_put_(
+        (samples.expand_as(indices)[looked_up], indices[looked_up].long()), grads[looked_up], accumulate=True
+    )
+    _add_powers(fisher, gradients, weight, power)
 
 
 @torch.no_grad()
@@ -231,21 +324,9 @@ def gram_conv_accumulate_(
     groups: int = 1,
 ) -> None:
     """Add ``X^T X`` of the patches, per group of channels."""
-    n_dims = inputs.dim() - 2
-    kernel = _per_dimension(kernel_size, n_dims)
-    strides = _per_dimension(stride, n_dims)
-    dilations = _per_dimension(dilation, n_dims)
-    # F.pad counts from the last dimension backwards.
-    patches = F.pad(inputs, list(itertools.chain(*reversed(_padding_pairs(padding, n_dims)))))
-    for dim in range(n_dims):
-        extent = dilations[dim] * (kernel[dim] - 1) + 1
-        patches = patches.unfold(2 + dim, extent, strides[dim])[..., :: dilations[dim]]
-    # [n, channels, *out, *kernel] -> rows (n, out), columns (channel, kernel)
-    n, channels, positions = patches.shape[0], patches.shape[1], math.prod(patches.shape[2 : 2 + n_dims])
-    columns = patches.reshape(n, channels, positions, math.prod(kernel)).transpose(1, 2)
-    rows = columns.reshape(n * positions, groups, channels // groups * math.prod(kernel))
+    patches = _patches(inputs, kernel_size, stride, padding, dilation, groups)
     for group in range(groups):
-        _add_gram(gram[group] if groups > 1 else gram, rows[:, group])
+        _add_gram(gram[group] if groups > 1 else gram, patches[:, :, group].flatten(0, 1))
 
 
 def project_out(grad: Tensor, basis: Tensor) -> Tensor:
@@ -327,6 +408,41 @@ def _write_where(free: Tensor, target: Tensor, value: Tensor) -> None:
 def _add_gram(gram: Tensor, rows: Tensor) -> None:
     wide = rows.to(torch.promote_types(gram.dtype, rows.dtype))
     gram += (wide.mT @ wide).to(gram.dtype)
+
+
+def _channels_last(tensor: Tensor, channel_dim: int) -> Tensor:
+    """View ``[n, *, channels at channel_dim, *]`` as ``[n, positions, channels]``."""
+    moved = tensor.movedim(channel_dim, -1)
+    return moved.reshape(moved.shape[0], math.prod(moved.shape[1:-1]), moved.shape[-1])
+
+
+def _add_powers(fisher: Tensor, gradients: Tensor, weight: float, power: int) -> None:
+    """Add the powers of the samples' gradients ``[n, *fisher.shape]``."""
+    fisher += (weight * (gradients.abs() ** power).sum(0)).to(fisher.dtype)
+
+
+def _patches(
+    inputs: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int | tuple[int, int]],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Unfold ``[n, channels, *spatial]`` into ``[n, positions, groups, channels / groups * kernel]``."""
+    n_dims = inputs.dim() - 2
+    kernel = _per_dimension(kernel_size, n_dims)
+    strides = _per_dimension(stride, n_dims)
+    dilations = _per_dimension(dilation, n_dims)
+    # F.pad counts from the last dimension backwards.
+    patches = F.pad(inputs, list(itertools.chain(*reversed(_padding_pairs(padding, n_dims)))))
+    for dim in range(n_dims):
+        extent = dilations[dim] * (kernel[dim] - 1) + 1
+        patches = patches.unfold(2 + dim, extent, strides[dim])[..., :: dilations[dim]]
+    # Now [n, channels, *out, *kernel].
+    n, channels, positions = patches.shape[0], patches.shape[1], math.prod(patches.shape[2 : 2 + n_dims])
+    columns = patches.reshape(n, channels, positions, math.prod(kernel)).transpose(1, 2)
+    return columns.reshape(n, positions, groups, channels // groups * math.prod(kernel))
 
 
 def _per_dimension(value: int | Sequence[int], n_dims: int) -> list[int]:

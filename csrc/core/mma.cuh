@@ -16,7 +16,7 @@
 namespace simt {
 
 // Copies kBytes (4, 8 or 16, both addresses aligned to it) from global to shared memory; zeros if not `valid`, and
-// then `from` is not read. Done when the group that the copy is committed to has been waited for.
+// then `from` may be anything. Done when the group that the copy is committed to has been waited for.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));

@@ -64,7 +64,7 @@ void on_dense(const at::Tensor& fisher, const F& launch) {
   bump_version(fisher);
 }
 
-// [N, *, C] -> [N, up to three axes, C], as views where strides allow, all tensors alike.
+// [N, *, C] -> [N, up to three axes, C], as views where strides allow, all tensors alike; none is empty.
 template <class... Tensors>
 void collapse(Tensors&... tensors) {
   const auto viewable = [](const at::Tensor& t) {
@@ -72,8 +72,8 @@ void collapse(Tensors&... tensors) {
                              t.size(-1)};
     return at::detail::computeStride(t.sizes(), t.strides(), at::DimVector(sizes, sizes + 3)).has_value();
   };
-  const at::Tensor& lead = std::get<0>(std::tie(tensors...));
-  if (lead.numel() == 0 || (!(viewable(tensors) && ...) && lead.dim() <= 2 + kMaxSpatial)) return;
+  const int64_t dims = std::get<0>(std::tie(tensors...)).dim();
+  if (!(viewable(tensors) && ...) && dims <= 2 + kMaxSpatial) return;
   const auto flat = [](at::Tensor& t) { t = t.reshape({t.size(0), -1, t.size(-1)}); };
   (flat(tensors), ...);
 }
@@ -125,6 +125,7 @@ void fisher_linear_(const at::Tensor& fisher, const at::Tensor& inputs, const at
   TORCH_CHECK_VALUE(fisher.dim() == 2 && fisher.size(0) == grad_outputs.size(-1) && fisher.size(1) == inputs.size(-1),
                     args.op, ": fisher must have shape [O, I] = [", grad_outputs.size(-1), ", ", inputs.size(-1),
                     "], got ", fisher.sizes());
+  if (inputs.numel() == 0 || grad_outputs.numel() == 0) return;
   at::Tensor seen = inputs.detach().resolve_neg(), given = grad_outputs.detach().resolve_neg();
   collapse(seen, given);
   const Positions rows = positions_of(seen);
@@ -148,9 +149,10 @@ void fisher_conv_(const at::Tensor& fisher, const at::Tensor& inputs, const at::
   const LayerArguments args{"fisher_conv_", fisher, "inputs", inputs, grad_outputs, weight, power};
   require_layer_arguments(args);
   require_like_gradients(args);
-  TORCH_CHECK_VALUE(fisher.dim() >= 3 && fisher.dim() <= 2 + kMaxSpatial, args.op,
-                    ": fisher must have shape [O, C / groups, kernel] with 1 to 3 kernel dimensions, got ",
-                    fisher.sizes());
+  TORCH_CHECK_VALUE(
+      fisher.dim() >= 3 && fisher.dim() <= 2 + kMaxSpatial && c10::multiply_integers(fisher.sizes().slice(2)) > 0,
+      args.op, ": fisher must have shape [O, C / groups, kernel] with 1 to 3 positive kernel sizes, got ",
+      fisher.sizes());
   const at::Tensor seen = inputs.detach().resolve_neg(), given = grad_outputs.detach().resolve_neg();
   LayerProduct layer{};
   layer.inputs = patches_of(args.op, seen, fisher.sizes().slice(2), stride, padding, dilation, groups);
@@ -235,7 +237,7 @@ void fisher_embedding_(const at::Tensor& fisher, const at::Tensor& indices, cons
     TORCH_CHECK_VALUE(least >= 0 && most < fisher.size(0), args.op, ": indices must lie in [0, ", fisher.size(0),
                       "), got ", least < 0 ? least : most);
   }
-  if (fisher.numel() == 0) return;
+  if (grad_outputs.numel() == 0) return;
   at::Tensor given = grad_outputs.detach().resolve_neg();
   if (given.dim() == 2) given = given.unsqueeze(1);
   collapse(given);
