@@ -1,0 +1,488 @@
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+from methods.models import FAMILIES, make
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+
+import unlearn_ext as ux
+from unlearn_ext import ActivationGram, activation_gram, demo, pgu
+from unlearn_ext.methods.pgu import forgetting_loss
+from unlearn_ext.metrics import accuracy
+from unlearn_ext.subspace import layer_of, protected
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of this size gain nothing from threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8))
+        for name in a
+    )
+
+
+def full_gram(model, forget, retain):
+    return activation_gram(model, forget) + activation_gram(model, retain)
+
+
+def changes(model, before):
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+def small(stride=1):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, stride=stride, padding=1, groups=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.ConvTranspose2d(8, 4, 3, stride=2, groups=2),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+    x, y = torch.randn(40, 2, 4, 4), torch.arange(40) % 3
+    x[:, :, :, 3] = x[:, :, :, 1]
+    model(x)
+    forget, retain = ux.data.split(TensorDataset(x, y), classes=0)
+    return model, DataLoader(forget, 8, shuffle=True), DataLoader(retain, 8)
+
+
+# What the retain set protects, from the retain set itself.
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("energy", [0.6, 0.9, 0.99])
+def test_the_update_keeps_out_of_the_protected_directions(stride, momentum, energy):
+    model, forget, retain = small(stride)
+    before = bits(model)
+    spaces = {name: protected(total, energy) for name, total in activation_gram(model, retain).items()}
+    gram = full_gram(model, forget, retain)
+    result = pgu(model, forget, gram=gram, energy=energy, epochs=5, lr=0.5, momentum=momentum)
+    for name, space in spaces.items():
+        change = changes(model, before)[f"{name}.weight"].double()
+        basis = space.basis.reshape(-1, *space.basis.shape[-2:])
+        if layer_of(model.get_submodule(name)).side == "right":
+            inside = change.reshape(len(basis), -1, space.d) @ basis
+        else:
+            inside = basis.mT @ change.reshape(len(basis), space.d, -1)
+        if space.k < space.d:
+            assert change.norm() > 1e-2
+            assert inside.norm() / change.norm() < 1e-5
+        else:
+            assert not change.any()
+    recorded = {entry["parameter"]: entry for entry in result.history if entry["phase"] == "subspace"}
+    assert energy != 0.6 or all(entry["free"] > 0 for entry in recorded.values())
+    assert {name: entry["protected"] for name, entry in recorded.items()} == {
+        f"{name}.weight": space.k for name, space in spaces.items()
+    }
+    assert all(entry["free"] == entry["directions"] - entry["protected"] for entry in recorded.values())
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.98])
+def test_both_forms_of_the_projection_give_the_update_worked_out_by_hand(energy):
+    """Below d / 2 directions G - (G U) U^T is computed, above it (G V) V^T with the complement V."""
+    model = nn.Linear(12, 4).double()
+    x, y = torch.randn(30, 12).double(), torch.arange(30) % 4
+    forget, retain = [(x[:10], y[:10])], [(x[10:], y[10:])]
+    space = protected(x[10:].T @ x[10:], energy)
+    assert (space.k > 6) == (energy == 0.98)
+    expected = copy.deepcopy(model)
+    loss = forgetting_loss(expected, forget[0]).mean()
+    (grad,) = torch.autograd.grad(loss, [expected.weight])
+    step = -0.1 * (grad - grad @ space.basis @ space.basis.T)
+    pgu(model, forget, gram=full_gram(model, forget, retain), energy=energy, epochs=1, lr=0.1)
+    torch.testing.assert_close(model.weight, expected.weight + step, rtol=1e-9, atol=1e-12)
+
+
+def test_everything_but_covered_weights_keeps_its_bits_and_everything_its_storage():
+    model, forget, retain = small()
+    model.train()
+    model[5].eval()
+    before, pointers = bits(model), [p.data_ptr() for p in model.parameters()]
+    flags = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    result = pgu(model, forget, gram=full_gram(model, forget, retain), epochs=3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert [module.training for module in model.modules()] == flags
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    covered = {"0.weight", "4.weight", "6.weight"}
+    after = bits(model)
+    assert same_bits(*({n: state[n] for n in state if n not in covered} for state in (before, after)))
+    changed = {name for name in covered if not torch.equal(before[name], after[name])}
+    assert {name for name, share in result.changed_per_parameter.items() if share} == changed != set()
+
+
+def test_frozen_parameters_and_layers_left_out_of_the_gram_stay():
+    model, forget, retain = small()
+    gram = full_gram(model, forget, retain)
+    del gram._tensors["4"]
+    model[0].weight.requires_grad_(False)
+    before = bits(model)
+    result = pgu(model, forget, gram=gram, epochs=2)
+    assert {name for name, share in result.changed_per_parameter.items() if share} == {"6.weight"}
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not model[0].weight.requires_grad
+    assert result.history[0]["frozen"] == "it is not trainable"
+
+
+def test_tokens_that_the_retain_set_uses_keep_their_rows():
+    model = nn.Sequential(nn.Embedding(6, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    forget = [(torch.tensor([[0, 1], [0, 5]]), torch.tensor([0, 0]))]
+    retain = [(torch.tensor([[1, 2], [3, 2]]), torch.tensor([1, 1]))]
+    before = bits(model)
+    pgu(model, forget, gram=full_gram(model, forget, retain), epochs=3)
+    changed = (model[0].weight != before["0.weight"]).all(1).tolist()
+    assert changed == [True, False, False, False, False, True]
+    assert torch.equal(model[0].weight[1:5], before["0.weight"][1:5])
+
+
+def test_a_tied_weight_keeps_to_both_of_its_uses():
+    model, forget, retain = make("gpt")
+    before = bits(model)
+    rest = activation_gram(model, retain)
+    pgu(model, forget, gram=full_gram(model, forget, retain), epochs=9, lr=1.0, energy=0.6)
+    change = changes(model, before)["wte.weight"].double()
+    seen = rest["wte"] > 0.5
+    assert 0 < int(seen.sum()) < 20
+    assert not change[seen].any()
+    assert change.any()
+    assert (change @ protected(rest["lm_head"], 0.6).basis).norm() / change.norm() < 1e-5
+
+
+def test_a_weight_with_a_use_outside_the_gram_is_frozen():
+    model, forget, retain = make("gpt")
+    gram = activation_gram(model, [*forget, *retain], modules=["lm_head", "blocks.0.up"])
+    result = pgu(model, forget, gram=gram, epochs=1)
+    assert {name for name, share in result.changed_per_parameter.items() if share} == {"blocks.0.up.weight"}
+    why = "it has a use that gram lacks"
+    assert {"phase": "subspace", "parameter": "wte.weight", "frozen": why} in result.history
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_steps_on_every_family(family):
+    model, forget, retain = make(family)
+    before = bits(model)
+    rest = activation_gram(model, retain)
+    result = ux.METHODS["pgu"](model, forget, retain, epochs=2, lr=1.0, lr_end=1.0, energy=0.8)
+    changed = {name for name, share in result.changed_per_parameter.items() if share}
+    assert changed
+    assert sum(entry["phase"] == "forget" for entry in result.history) == 2
+    modules = dict(model.named_modules())
+    for name, change in changes(model, before).items():
+        layer, _, attribute = name.rpartition(".")
+        kind = layer_of(modules[layer])
+        if layer not in rest or attribute != kind.weight:
+            assert not change.any(), name
+        elif name in changed and kind.side == "right":
+            basis = protected(rest[layer], 0.8).basis
+            basis = basis.reshape(-1, *basis.shape[-2:])
+            inside = change.double().reshape(len(basis), -1, basis.shape[-2]) @ basis
+            assert inside.norm() / change.norm() < 1e-5
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_a_second_request_starts_from_what_is_left():
+    """gram - part is that of the second forget set and of what stays."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3).double()
+    x, y = torch.randn(30, 10).double(), torch.arange(30) % 3
+    x[10:, 7:] = x[20:, 4:] = 0  # what is to stay uses four directions, the second request three more
+    first, second, stays = [(x[:10], y[:10])], [(x[10:20], y[10:20])], x[20:]
+    outputs = model(x).detach()
+    gram = activation_gram(model, [(x,)])
+    part = activation_gram(model, first)
+    pgu(model, first, gram=gram, gram_forget=part, energy=1.0, epochs=2)
+    gram = gram - part
+    assert gram.n_samples == 20
+    assert (model(x[:10]) - outputs[:10]).abs().max() > 1e-3
+    torch.testing.assert_close(model(x[10:]), outputs[10:], rtol=0, atol=1e-9)
+    pgu(model, second, gram=gram, energy=1.0, epochs=2)
+    assert (model(x[10:20]) - outputs[10:20]).abs().max() > 1e-3
+    torch.testing.assert_close(model(stays), outputs[20:], rtol=0, atol=1e-9)
+
+
+def test_gram_from_sets_stored_gram_and_given_part_agree():
+    model, forget, retain = small()
+    forget = DataLoader(forget.dataset, 16)
+    variants = [copy.deepcopy(model) for _ in range(3)]
+    ux.unlearn("pgu", variants[0], forget, retain, epochs=2)
+    whole = DataLoader(ConcatDataset([forget.dataset, retain.dataset]), 7)
+    gram, part = activation_gram(model, whole), activation_gram(model, forget)
+    pgu(variants[1], forget, gram=gram, epochs=2)
+    pgu(variants[2], forget, gram=gram, gram_forget=part, epochs=2)
+    for variant in variants[1:]:
+        for a, b in zip(variants[0].parameters(), variant.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not same_bits(bits(model), bits(variants[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_and_memory_formats(dtype):
+    model, forget, retain = small()
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+    forget, retain = ([(x.to(dtype), y) for x, y in data] for data in (forget, retain))
+    result = ux.METHODS["pgu"](model, forget, retain, epochs=3, lr=0.5, energy=0.6)
+    changed = {name for name, share in result.changed_per_parameter.items() if share}
+    assert changed == {"0.weight", "4.weight", "6.weight"}
+    assert model[4].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    model, forget, retain = small()
+    gram = full_gram(model, forget, retain)
+    models = [copy.deepcopy(model) for _ in range(3)]
+    for variant, seed in zip(models, (1, 1, 2), strict=True):
+        pgu(variant, forget, gram=gram, epochs=2, generator=torch.Generator().manual_seed(seed))
+        torch.rand(1)
+    assert same_bits(bits(models[0]), bits(models[1]))
+    assert not same_bits(bits(models[0]), bits(models[2]))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, KeyboardInterrupt])
+def test_a_failure_leaves_the_model_as_it_was(error):
+    model, forget, retain = small()
+    gram = full_gram(model, forget, retain)
+    part = activation_gram(model, forget)
+    good = next(iter(DataLoader(forget.dataset, 8)))
+    before, random_state = bits(model), torch.get_rng_state()
+
+    class Failing:
+        def __iter__(self):
+            yield good
+            if error is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            yield (good[0] * math.nan, good[1])
+
+    with pytest.raises(error):
+        pgu(model, Failing(), gram=gram, gram_forget=part, epochs=2)
+    assert same_bits(before, bits(model))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_schedule_is_exponential_and_the_record_is_json():
+    model, forget, retain = small()
+    result = pgu(model, forget, gram=full_gram(model, forget, retain), epochs=3, lr=0.04, lr_end=0.01)
+    rates = [entry["lr"] for entry in result.history if entry["phase"] == "forget"]
+    assert rates == pytest.approx([0.04, 0.02, 0.01])
+    record = json.loads(result.to_json())
+    assert record["hyperparameters"]["energy"] == 0.95
+    assert set(record["seconds"]) == {"subspace", "forget"}
+
+
+# The loss
+
+
+def test_the_loss_is_that_of_the_paper_and_bounded_next_to_one():
+    scores = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    p = scores.softmax(-1)
+    p_label = p.gather(1, labels[:, None])[:, 0]
+    expected = -(1 - p_label + 0.05).log() + 0.2 * (p * p.log()).sum(1)
+    torch.testing.assert_close(forgetting_loss(nn.Identity(), (scores, labels)), expected)
+    sure = torch.tensor([[40.0, 0.0, -math.inf]], requires_grad=True)
+    loss = forgetting_loss(nn.Identity(), (sure, torch.tensor([0])), offset=1e-12, entropy_weight=1.0)
+    (grad,) = torch.autograd.grad(loss.sum(), [sure])
+    # 1 - p = e^-40 = 4e-18, far below float32's 6e-8.
+    assert float(loss.detach()) == pytest.approx(-math.log(1e-12), rel=1e-4)
+    assert bool(grad.isfinite().all())
+
+
+def test_positions_that_do_not_count_do_not_count():
+    scores, labels = torch.randn(2, 3, 4), torch.tensor([[1, 2, -100], [-100, -100, -100]])
+    values = forgetting_loss(nn.Identity(), (scores, labels))
+    pair = forgetting_loss(nn.Identity(), (scores[0, :2], labels[0, :2]))
+    torch.testing.assert_close(values, torch.stack([pair.mean(), torch.tensor(0.0)]))
+
+
+# The stopping rule
+
+
+def run_scripted(monkeypatch, *gaps, epochs=4):
+    """Run with gaps that are made up: before training, then after every epoch."""
+    model, forget, retain = small()
+    states = []
+
+    def measure(model, data, *, shift=None):
+        if data is forget:
+            states.append(bits(model))
+            return 0.5
+        return 0.5 + gaps[len(states) - 1]
+
+    monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "accuracy", measure)
+    result = pgu(model, forget, gram=full_gram(model, forget, retain), epochs=epochs, validation=retain)
+    return model, states, result
+
+
+def test_the_rule_keeps_the_last_model_if_that_is_closer(monkeypatch):
+    model, states, result = run_scripted(monkeypatch, -0.4, -0.3, 0.1)
+    assert same_bits(bits(model), states[2])
+    assert result.history[-1]["reason"] == "the rule held after epoch 1"
+    assert result.hyperparameters["stop"] == "gap"
+
+
+def test_the_rule_keeps_the_model_before_if_that_is_closer(monkeypatch):
+    model, states, result = run_scripted(monkeypatch, -0.4, -0.1, 0.3)
+    assert same_bits(bits(model), states[1])
+    assert not same_bits(states[1], states[2])
+    assert "the model before it was closer" in result.history[-1]["reason"]
+
+
+def test_a_rule_that_never_holds_keeps_the_last_model_and_says_so(monkeypatch):
+    with pytest.warns(UserWarning, match="the rule never held; the last model was kept"):
+        model, states, result = run_scripted(monkeypatch, *[-0.4] * 5)
+    assert same_bits(bits(model), states[4])
+    assert not same_bits(states[0], states[4])
+    assert "never held" in result.history[-1]["reason"]
+
+
+def test_a_rule_that_holds_at_once_changes_nothing(monkeypatch):
+    _, _, result = run_scripted(monkeypatch, 0.1)
+    assert result.changed == 0
+    assert "nothing was changed" in result.history[-1]["reason"]
+
+
+def test_no_rule_is_applied_if_none_is_wanted():
+    model, forget, retain = small()
+    gram = full_gram(model, forget, retain)
+    result = pgu(model, forget, gram=gram, epochs=2, validation=retain, stop=None)
+    assert sum(entry["phase"] == "forget" for entry in result.history) == 2
+    assert {entry["phase"] for entry in result.history} == {"subspace", "forget"}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr_end": -1.0}, "lr_end must be positive"),
+        ({"offset": 0.0}, "offset must be positive"),
+        ({"energy": 0.0}, "energy must lie in"),
+        ({"criterion": "rank"}, "criterion must be"),
+        ({"stop": "early"}, "stop must be"),
+        ({"stop": "gap"}, "validation must be given"),
+        (
+            {"gram": ActivationGram({"9": torch.eye(2).double()}, 100)},
+            "keyed by layers of the model, got '9'",
+        ),
+        ({"gram": ActivationGram({"6": torch.eye(2).double()}, 100)}, r"must have shape \[324, 324\]"),
+        ({"validation": iter([])}, "one-shot"),
+    ],
+)
+def test_what_is_refused(settings, message):
+    model, forget, retain = small()
+    before = bits(model)
+    settings = {"gram": full_gram(model, forget, retain), "epochs": 1, **settings}
+    with pytest.raises(ValueError, match=message):
+        pgu(model, forget, **settings)
+    assert same_bits(before, bits(model))
+
+
+def test_a_gram_of_the_retain_set_alone_is_found_out():
+    model, forget, retain = small()
+    with pytest.warns(UserWarning, match="would be negative after the subtraction"):
+        pgu(model, forget, gram=activation_gram(model, retain), epochs=1)
+    with pytest.raises(ValueError, match="retain or gram must be given"):
+        ux.METHODS["pgu"](model, forget, None)
+
+
+def test_no_free_direction_is_an_error():
+    model = nn.Linear(2, 2)
+    forget, retain = [(torch.randn(4, 2), torch.zeros(4).long())], [(torch.randn(9, 2), torch.ones(9).long())]
+    with pytest.raises(ValueError, match="energy must leave a free direction"):
+        pgu(model, forget, gram=full_gram(model, forget, retain), energy=1.0)
+
+
+# Digits
+
+
+@pytest.fixture(scope="module")
+def digits():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_set, test_set = demo.load_digits()
+    model, _ = demo.train(train_set, epochs=6, seed=0)
+    torch.set_num_threads(n_threads)
+    return train_set, test_set, model
+
+
+def loaded(dataset):
+    return DataLoader(dataset, 64, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("label", [1, 8])
+def test_a_class_of_digits_is_forgotten_by_default(digits, label):
+    train_set, test_set, original = digits
+    model = copy.deepcopy(original)
+    forget, retain = ux.data.split(train_set, classes=label)
+    test_forget, test_retain = ux.data.split(test_set, classes=label)
+    gram = activation_gram(model, DataLoader(train_set, 256))
+    result = pgu(model, loaded(forget), gram=gram)
+    assert accuracy(model, DataLoader(test_forget, 256)) <= 0.2
+    for part in (retain, test_retain):
+        loader = DataLoader(part, 256)
+        assert accuracy(model, loader) >= accuracy(original, loader) - 0.05
+    assert all(entry["clamped"] < 1e-6 for entry in result.history if entry["phase"] == "subspace")
+
+
+def test_random_digits_are_forgotten_as_far_as_the_rule_lets(digits):
+    """An overfitted network: it knows the samples to forget better than others, and should not afterwards."""
+    train_set, _, _ = digits
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(1))
+    few = TensorDataset(*(tensor[order[:200]] for tensor in train_set.tensors))
+    held_out = DataLoader(TensorDataset(*(tensor[order[200:600]] for tensor in train_set.tensors)), 256)
+    model, _ = demo.train(few, epochs=20, seed=1)
+    forget, retain = ux.data.split(few, ids=range(40))
+    gram = activation_gram(model, DataLoader(few, 64))
+
+    def gap():
+        return accuracy(model, DataLoader(forget, 64)) - accuracy(model, held_out)
+
+    before = gap()
+    assert before > 0
+    result = pgu(model, loaded(forget), gram=gram, energy=0.98, validation=held_out)
+    assert abs(gap()) < before
+    assert result.history[-1]["reason"].startswith("the rule held after epoch")
+    assert accuracy(model, DataLoader(retain, 256)) >= 0.95
+
+
+def test_wrong_labels_are_unlearned(digits):
+    """Twelve ones were labelled seven, and learned so. The right labels are not given."""
+    train_set, test_set, _ = digits
+    images, labels = (tensor[:400] for tensor in train_set.tensors)
+    wrong = (labels == 1).nonzero().flatten()[:12]
+    mislabelled = labels.clone()
+    mislabelled[wrong] = 7
+    dataset = TensorDataset(images, mislabelled)
+    model, _ = demo.train(dataset, epochs=30, seed=0)
+    forget, retain = ux.data.split(dataset, ids=wrong)
+    gram = activation_gram(model, DataLoader(dataset, 256))
+    corrected = DataLoader(TensorDataset(images[wrong], labels[wrong]), 256)
+    tested = DataLoader(test_set, 256)
+    before = accuracy(model, tested)
+    assert accuracy(model, DataLoader(forget, 256)) > 0.9
+    pgu(model, loaded(forget), gram=gram, energy=0.98, entropy_weight=0.0)
+    assert accuracy(model, DataLoader(forget, 256)) <= 0.2
+    assert accuracy(model, corrected) >= 0.9
+    assert accuracy(model, DataLoader(retain, 256)) >= 0.95
+    assert accuracy(model, tested) >= before
