@@ -1,0 +1,90 @@
+"""Small parts that several methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from unlearn_ext.data import Batch, Batches, count_samples, device_of, read_batches, scores_and_labels
+from unlearn_ext.state import borrowed
+
+
+def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
+    """Return the parameters that may change.
+
+    Args:
+        model: The model.
+        method: For the message.
+
+    Returns:
+        Those that require grad, at least one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"{method}: model must have a trainable parameter, got none")
+    return parameters
+
+
+def train_with_fixed_statistics(model: nn.Module) -> None:
+    """Put the model in train mode, but every layer that keeps running statistics in eval mode.
+
+    A batch of the forget set alone has statistics that no later batch has: what is learned under them does
+    not carry over to eval mode.
+
+    Args:
+        model: The model.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.eval()
+
+
+def n_classes(model: nn.Module, data: Batches) -> int:
+    """Ask the model for the number of its classes.
+
+    Args:
+        model: The model; left as it was.
+        data: Its first non-empty batch is read.
+
+    Returns:
+        The size of the logits' class dimension.
+
+    Raises:
+        ValueError: If there is no sample.
+    """
+    with borrowed(model), torch.no_grad():
+        for batch in read_batches(data, device_of(model)):
+            if count_samples(batch):
+                return scores_and_labels(model, batch)[0].shape[-1]
+    raise ValueError("data must hold at least one sample, got none")
+
+
+class Paired:
+    """Every batch of one set together with one of another, which starts again when it ends; re-iterable.
+
+    Args:
+        first: Read once per pass.
+        second: Read as often as it takes.
+    """
+
+    def __init__(self, first: Batches, second: Batches) -> None:
+        self._first = first
+        self._second = second
+
+    def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
+        others: Iterator[Batch] = iter([])
+        for batch in self._first:
+            other = next(others, None)
+            if other is None:
+                others = iter(self._second)
+                other = next(others, None)
+                if other is None:
+                    raise ValueError("forget must hold a batch, got none")
+            yield batch, other

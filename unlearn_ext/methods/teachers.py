@@ -1,0 +1,245 @@
+"""Unlearning by distillation: a student that follows a teacher on one set and not on the other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlearn_ext import losses
+from unlearn_ext.data import Batch, Batches, check_batches, scores_and_labels
+from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics, trainable
+from unlearn_ext.report import UnlearnResult
+from unlearn_ext.training import train, unlearning
+
+
+def bad_teacher(
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches,
+    *,
+    incompetent: nn.Module | None = None,
+    retain_share: float = 0.3,
+    epochs: int = 3,
+    lr: float = 3e-4,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> UnlearnResult:
+    """Follow an untrained teacher on the forget set and the original on the retain set, with Adam.
+
+        min   KL(incompetent || student; forget) + KL(original || student; retain)
+
+    Args:
+        model: The model, changed in place; BatchNorm statistics stay.
+        forget: The forget set, with labels (which of them count is all that is read); started again
+            whenever it ends.
+        retain: The retain set.
+        incompetent: The untrained teacher. By default a copy of the model in which every layer is
+            initialised afresh by its ``reset_parameters``, and N(0, 0.02^2) where there is none.
+        retain_share: Share of the retain batches that is used in an epoch, in (0, 1].
+        epochs: Passes over them.
+        lr: Learning rate.
+        temperature: Of both distributions, > 0.
+        generator: Decides every random choice.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        ValueError: If a setting is out of range or a set is empty.
+
+    Source:
+        Chundawat, Tarun, Mandal & Kankanhalli, "Can Bad Teaching Induce Forgetting?", AAAI 2023. One epoch
+        at 1e-4 is published, over more data than small sets have. Their code divides the divergence by the
+        number of classes; here it is the divergence.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> forget = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))]
+        >>> retain = [(torch.randn(4, 2), torch.ones(4, dtype=torch.long))]
+        >>> bad_teacher(model, forget, retain).method
+        'bad_teacher'
+    """
+    check_batches(forget, "forget")
+    check_batches(retain, "retain")
+    if not 0 < retain_share <= 1:
+        raise ValueError(f"bad_teacher: retain_share must lie in (0, 1], got {retain_share}")
+    _check_temperature("bad_teacher", temperature)
+    settings = {
+        "incompetent": "initialised afresh" if incompetent is None else "given",
+        "retain_share": retain_share,
+        "epochs": epochs,
+        "lr": lr,
+        "temperature": temperature,
+    }
+    with unlearning(model, "bad_teacher", settings, generator=generator) as run:
+        competent = _teacher(model)
+        ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
+
+        def objective(model: nn.Module, pair: Batch) -> Tensor:
+            kept, forgotten = cast("tuple[Batch, Batch]", pair)
+            return (
+                divergence(ignorant, model, forgotten, temperature).mean()
+                + divergence(competent, model, kept, temperature).mean()
+            )
+
+        train_with_fixed_statistics(model)
+        optimizer = torch.optim.Adam(trainable(model, "bad_teacher"), lr=lr)
+        pairs = Paired(_Part(retain, retain_share), forget)
+        train(run, "distil", pairs, objective, optimizer, epochs=epochs, progress=progress)
+    return run.result()
+
+
+def scrub(
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches,
+    *,
+    epochs: int = 10,
+    forget_epochs: int = 3,
+    lr: float = 5e-4,
+    weight_decay: float = 0.1,
+    ce_weight: float = 1.0,
+    kl_weight: float = 0.5,
+    temperature: float = 2.0,
+    cap: float | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> UnlearnResult:
+    """Disobey the original on the forget set and follow it on the retain set, epoch by epoch, with Adam.
+
+        max   mean_n min(T^2 KL_n(original || student; forget), cap)            in the first forget_epochs
+        min   ce_weight CE(retain) + kl_weight T^2 KL(original || student; retain)           in all epochs
+
+    Args:
+        model: The model, changed in place; BatchNorm statistics stay.
+        forget: The forget set.
+        retain: The retain set.
+        epochs: Passes over the retain set.
+        forget_epochs: Passes over the forget set, one before each of as many passes over the retain set.
+        lr: Learning rate; divided by 10 after 50 %, 80 % and 90 % of the epochs.
+        weight_decay: Weight decay.
+        ce_weight: Weight of the labels of the retain set.
+        kl_weight: Weight of the original on the retain set.
+        temperature: Of both distributions, > 0.
+        cap: Forget samples with a higher divergence do not count; by default T^2 log(number of classes).
+        generator: Decides every random choice.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        ValueError: If a setting is out of range or a set is empty.
+
+    Source:
+        Kurmanji, Triantafillou, Hayes & Triantafillou, "Towards Unbounded Machine Unlearning", NeurIPS 2023,
+        without a cap. Rewinding (SCRUB+R) is left out.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> forget = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))]
+        >>> retain = [(torch.randn(4, 2), torch.ones(4, dtype=torch.long))]
+        >>> sorted(scrub(model, forget, retain).seconds)
+        ['max', 'min']
+    """
+    check_batches(forget, "forget")
+    check_batches(retain, "retain")
+    _check_temperature("scrub", temperature)
+    limit = temperature**2 * math.log(n_classes(model, forget)) if cap is None else cap
+    settings = {
+        "epochs": epochs,
+        "forget_epochs": forget_epochs,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "ce_weight": ce_weight,
+        "kl_weight": kl_weight,
+        "temperature": temperature,
+        "cap": limit,
+    }
+    with unlearning(model, "scrub", settings, generator=generator) as run:
+        original = _teacher(model)
+
+        def disobey(model: nn.Module, batch: Batch) -> Tensor:
+            return -(temperature**2 * divergence(original, model, batch, temperature)).clamp(max=limit)
+
+        def follow(model: nn.Module, batch: Batch) -> Tensor:
+            distance = temperature**2 * divergence(original, model, batch, temperature)
+            return ce_weight * losses.cross_entropy(model, batch) + kl_weight * distance
+
+        train_with_fixed_statistics(model)
+        optimizer = torch.optim.Adam(trainable(model, "scrub"), lr=lr, weight_decay=weight_decay)
+        for epoch in range(epochs):
+            passed = sum(epoch >= round(share * epochs) for share in (0.5, 0.8, 0.9))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.1**passed
+            if epoch < forget_epochs:
+                train(run, "max", forget, disobey, optimizer, progress=progress)
+            train(run, "min", retain, follow, optimizer, progress=progress)
+    return run.result()
+
+
+def divergence(teacher: nn.Module, student: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence of the student's prediction from the teacher's, KL(teacher || student).
+
+    Args:
+        teacher: Gets no gradient.
+        student: Gets the gradient.
+        batch: A batch with labels; positions with a negative label do not count.
+        temperature: Divides the logits of both.
+
+    Returns:
+        ``[N]``, in nats: the mean over each sample's positions.
+    """
+    with torch.no_grad():
+        goal = F.log_softmax(scores_and_labels(teacher, batch)[0] / temperature, dim=-1)
+    scores, labels = scores_and_labels(student, batch)
+    logs = F.log_softmax(scores / temperature, dim=-1)
+    values = F.kl_div(logs, goal, reduction="none", log_target=True).sum(-1)
+    if labels.ndim == 1:
+        return values
+    counted = labels >= 0
+    return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+
+class _Part:
+    """A share of the batches, spread evenly over a pass, the first of them always; re-iterable."""
+
+    def __init__(self, data: Batches, share: float) -> None:
+        self._data = data
+        self._share = share
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self._data):
+            if math.ceil((index + 1) * self._share - 1e-9) > math.ceil(index * self._share - 1e-9):
+                yield batch
+
+
+def _check_temperature(who: str, temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"{who}: temperature must be finite and > 0, got {temperature}")
+
+
+def _teacher(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _initialised_afresh(model: nn.Module) -> nn.Module:
+    new = copy.deepcopy(model)
+    done: set[int] = set()
+    for module in new.modules():
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if callable(reset):
+            reset()
+            done.update(id(p) for p in module.parameters(recurse=False))
+    for p in new.parameters():
+        if id(p) not in done:
+            nn.init.normal_(p, std=0.02)
+    return new
