@@ -8,7 +8,8 @@ Source:
     Foster, Schoepf & Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
     Dampening", AAAI 2024. The percentile rule for alpha is that of the adaptive variant (ASSD) in Schoepf,
     Foster & Brintrup, "Parameter-tuning-free data entry error unlearning with adaptive selective synaptic
-    dampening", 2024. Its release compares with the retain set; here, as in SSD, it is the full set.
+    dampening", 2024. Its release compares with the retain set; here, as in SSD, it is the full set. The lower
+    bound that the rule gets here, and the default lambda, are ours.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from unlearn_ext.importance import (
     pool,
 )
 from unlearn_ext.report import UnlearnResult, callable_name
+
+# The adaptive rule selects what matters at least this many times as much to a sample to forget as to one to
+# retain. Without it the rule dampens its share of the scalars also where nothing sets the forget set apart.
+_LEAST_ODDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +303,7 @@ def plan_ssd(
     *,
     importance: Importance | None = None,
     alpha: float | Literal["adaptive"] = "adaptive",
-    lambda_: float = 1.0,
+    lambda_: float = 0.1,
     exponent: float = 1.0,
     beta_min: float = 0.0,
     beta_max: float = 1.0,
@@ -323,8 +328,10 @@ def plan_ssd(
         importance: Importances on the full set, forget set included.
         alpha: Select where forget > alpha * full; >= 0. Lower forgets more. Per-sample importances never
             exceed n / n_forget times those of the full set, so a higher alpha selects nothing. ``"adaptive"``
-            takes the quantile of forget / full that selects about ln(1 + 100 n_forget / n) % of the scalars.
-        lambda_: Dampening constant, >= 0. Lower dampens more.
+            takes the quantile of forget / full that selects about ln(1 + 100 n_forget / n) % of the scalars,
+            and of these (but for ``"batch"``) only what is at least twice as important to the forget set as
+            to the retain set.
+        lambda_: Dampening constant, >= 0. Lower dampens more; the papers have 1 or 0.1.
         exponent: Sharpens (> 1) or softens (< 1) the factor; > 0.
         beta_min: Lower bound of the factor, in [0, beta_max].
         beta_max: Upper bound of the factor.
@@ -429,7 +436,7 @@ def ssd(
     *,
     importance: Importance | None = None,
     alpha: float | Literal["adaptive"] = "adaptive",
-    lambda_: float = 1.0,
+    lambda_: float = 0.1,
     exponent: float = 1.0,
     beta_min: float = 0.0,
     beta_max: float = 1.0,
@@ -443,6 +450,17 @@ def ssd(
 
     Buffers (BatchNorm statistics) do not change. A failure leaves the model as it was. This is approximate
     unlearning; see ``plan_ssd`` for what the settings mean and for undoing it.
+
+    The defaults are ours. Each class of scikit-learn's digits was forgotten from eleven networks other than
+    those that lambda was chosen on (convolutional with batch or group norm, residual, transformers, tanh
+    MLPs; 110 requests). Test accuracy of at most 5 % on the class, at no more than 3 points of retain
+    accuracy, was reached 64 times; 50 times with lambda 1 and the plain percentile; 35 times with squared
+    gradients of batch means, alpha 10 and lambda 1, the published setting, which mostly costs too much retain
+    accuracy. What fails is mostly too little forgetting, by networks that know their training set by heart:
+    there the cross entropy's gradients, hence the importances, come from the few samples that are still
+    uncertain. On CIFAR-10 with a small ResNet each class fell to at most 0.5 %, nine of ten at up to 1.3
+    points, the tenth at 7.4 (4.1 with lambda 1). Measure before relying on it. Random
+    samples, which resemble what stays, are hardly forgotten.
 
     Args:
         model: The model, changed in place.
@@ -551,10 +569,14 @@ def _threshold(alpha: float | Literal["adaptive"], full: Importance, forget: Imp
     share = forget.n_samples / full.n_samples
     q = 1 - math.log1p(100 * share) / 100
     quantile = float(ops.ratio_quantile(list(full.values()), list(forget.values()), q))
+    if full.estimator == "batch":
+        return quantile
+    # forget > _LEAST_ODDS * retain, with the retain set's importances written as full less forget.
+    least = _LEAST_ODDS / (1 + (_LEAST_ODDS - 1) * share)
     # What the forget set alone uses (the embedding of a word of its own, say) has the largest possible ratio,
     # 1 / share. Where that is more than the rule selects, the quantile would be this ratio and select
     # nothing.
-    return quantile if full.estimator == "batch" else min(quantile, 0.999 / share)
+    return min(max(quantile, least), 0.999 / share)
 
 
 def _check_batch_sizes(forget: Importance, other: Importance) -> None:
