@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 import unlearn_ext
-from unlearn_ext import cli, demo, ops
+from unlearn_ext import METHODS, cli, demo, ops
 
 
 def test_info_tells_version_build_and_operators(capsys):
@@ -20,6 +21,8 @@ def test_info_tells_version_build_and_operators(capsys):
     assert build["cpu_capability"] in lines["CPU capability"]
     for schema in build["schemas"]:
         assert schema in printed
+    for method in METHODS:
+        assert method in lines["methods"]
 
 
 @pytest.mark.parametrize("architectures, shown", [(["80", "90"], "80, 90"), ([], "none")])
@@ -38,7 +41,29 @@ def test_the_module_runs_as_a_program():
     assert (done.returncode, done.stdout.strip()) == (0, unlearn_ext.__version__)
 
 
-@pytest.mark.parametrize("arguments", [[], ["forget"], ["demo", "--seed", "x"], ["info", "--out", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["forget"],
+        ["demo", "--seed", "x"],
+        ["info", "--out", "x"],
+        ["compare"],
+        [
+            "compare",
+            "--model",
+            "a:b",
+            "--checkpoint",
+            "x",
+            "--data",
+            "a:c",
+            "--train",
+            "a:t",
+            "--reference",
+            "y",
+        ],
+    ],
+)
 def test_wrong_usage_exits_with_2_and_a_hint(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)
@@ -46,7 +71,9 @@ def test_wrong_usage_exits_with_2_and_a_hint(arguments, capsys):
     assert "usage: python -m unlearn_ext" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["info", "--help"], ["demo", "--help"], ["compare", "--help"]]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)
@@ -64,7 +91,7 @@ def test_help(arguments, capsys):
     ],
 )
 def test_errors_are_a_line_and_an_exit_code(monkeypatch, capsys, error, code, message):
-    def failing(out, *, seed):
+    def failing(out, *, methods, seed):
         raise error
 
     monkeypatch.setattr(demo, "run", failing)
@@ -74,8 +101,176 @@ def test_errors_are_a_line_and_an_exit_code(monkeypatch, capsys, error, code, me
     assert len(printed.err.splitlines()) == 1
 
 
-def test_demo_passes_its_options(monkeypatch, tmp_path):
+def test_an_unexpected_error_has_its_kind_told_and_its_place_on_request(monkeypatch, capsys):
+    def failing(out, *, methods, seed):
+        raise KeyError("weight")
+
+    monkeypatch.setattr(demo, "run", failing)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "demo: KeyError: 'weight'\n"
+    assert cli.main(["demo", "--traceback"]) == 1
+    assert "in failing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--methods", "--method"])
+def test_demo_passes_its_options(monkeypatch, tmp_path, option):
     seen = {}
     monkeypatch.setattr(demo, "run", lambda out, **settings: seen.update(out=out, **settings))
-    assert cli.main(["demo", "--out", str(tmp_path / "x"), "--seed", "3"]) == 0
-    assert seen == {"out": tmp_path / "x", "seed": 3}
+    assert cli.main(["demo", "--out", str(tmp_path / "x"), "--seed", "3", option, "ssd", "pgu"]) == 0
+    assert seen == {"out": tmp_path / "x", "seed": 3, "methods": ["ssd", "pgu"]}
+
+
+MINE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from unlearn_ext.data import split
+
+torch.set_num_threads(1)
+value = 3
+
+
+def make_model():
+    return nn.Linear(3, 3)
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    inputs = torch.eye(3)[labels] + 0.1 * torch.randn(60, 3, generator=generator)
+    forget, retain = split(TensorDataset(inputs, labels), classes=2)
+    return DataLoader(forget, 10), DataLoader(retain, 10), DataLoader(TensorDataset(inputs, labels), 30)
+
+
+def make_named_data():
+    return dict(zip(("forget", "retain", "test"), make_data()))
+
+
+def make_wrong_data():
+    return 1
+
+
+def train(model, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for inputs, labels in data:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+
+def broken():
+    raise IndexError("list index\\nout of range")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a user's module and checkpoint, gone into."""
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    torch.save(model.state_dict(), "model.pt")
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def arguments(**changes):
+    given = {"model": "mine:make_model", "checkpoint": "model.pt", "data": "mine:make_data", "out": "result"}
+    flat = [
+        part
+        for name, value in {**given, **changes}.items()
+        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    return ["compare", *flat]
+
+
+def test_compare_writes_its_results(mine, capsys):
+    given = arguments(train="mine:train", methods=["ssd", "ssd:alpha=2,lambda_=0.5"], seeds=["0", "1"])
+    assert cli.main(given) == 0
+    printed = capsys.readouterr()
+    assert "| ssd(alpha=2, lambda_=0.5) " in printed.out
+    assert "retrained, seed 1" in printed.err
+    assert {path.name for path in (mine / "result").iterdir()} == {
+        "comparison.md",
+        "comparison.json",
+        "comparison.html",
+        "cache",
+    }
+    parsed = json.loads((mine / "result" / "comparison.json").read_text(encoding="utf-8"))
+    assert parsed["facts"]["forget_classes"] == [2]
+    assert (mine / "result" / "comparison.md").read_text(encoding="utf-8") in printed.out
+    assert cli.main(given) == 0
+    assert capsys.readouterr().err.count("from the cache") >= 8
+
+
+def test_compare_with_a_reference_and_other_forms(mine, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = torch.load("model.pt", weights_only=True)
+    safetensors.save_file(weights, "model.safetensors")
+    torch.save({"state_dict": weights, "epoch": 3}, "wrapped.pt")
+    given = arguments(data="mine:make_named_data", checkpoint="model.safetensors", reference="wrapped.pt")
+    assert cli.main(given) == 0
+    parsed = json.loads((mine / "result" / "comparison.json").read_text(encoding="utf-8"))
+    (original,) = [entry for entry in parsed["table"] if entry["label"] == "original"]
+    assert original["measures"]["js"]["value"] == pytest.approx(0, abs=1e-12)
+    capsys.readouterr()
+
+
+def test_compare_in_a_process_of_its_own(mine):
+    done = subprocess.run(
+        [sys.executable, "-m", "unlearn_ext", *arguments()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "give reference=" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "mine"}, "--model must be MODULE:NAME, got 'mine'"),
+        ({"model": "mine:nothing"}, "--model: mine must have nothing, and has not"),
+        ({"model": "mine:value"}, "--model: mine:value must be a function, got int"),
+        ({"model": "mine:make_data"}, "--model must return a torch.nn.Module, got tuple"),
+        ({"model": "nowhere:make"}, "No module named 'nowhere'"),
+        ({"data": "mine:make_wrong_data"}, "--data must return (forget, retain, test)"),
+        ({"data": "mine:broken"}, "IndexError: list index out of range"),
+        ({"checkpoint": "missing.pt"}, "No such file or directory"),
+        ({"methods": ["magic"]}, "methods must be among ssd"),
+        ({"methods": ["ssd:alpha"]}, "--methods must be NAME or NAME:key=value,key=value, got 'ssd:alpha'"),
+        ({"methods": ["ssd:alpha=open('x')"]}, "--methods must be NAME"),
+    ],
+)
+def test_mistakes_in_compare_are_a_line(mine, capsys, changes, message):
+    assert cli.main(arguments(**changes)) == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("compare: ")
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_checkpoint_cannot_run_code(mine, capsys):
+    class Trap:
+        def __reduce__(self):
+            return (open, ("trapped", "w"))
+
+    torch.save({"weight": Trap()}, "model.pt")
+    assert cli.main(arguments()) == 1
+    assert not (mine / "trapped").exists()
+    assert capsys.readouterr().err.startswith("compare: ")
+
+
+def test_a_comparison_without_results_fails(mine, capsys):
+    assert cli.main(arguments(methods=["ssd:alpha=-1"])) == 1
+    assert "alpha must be" in capsys.readouterr().out
+
+
+def test_settings_of_methods_are_python_values():
+    assert cli._method("ssd") == ("ssd", {})
+    assert cli._method("ssd:alpha=0.5,estimator=batch") == ("ssd", {"alpha": 0.5, "estimator": "batch"})
+    assert cli._method("unsir:forget_classes=[1,2],x='a,b',y=-3") == (
+        "unsir",
+        {"forget_classes": [1, 2], "x": "a,b", "y": -3},
+    )

@@ -120,3 +120,32 @@ def test_accuracy_leaves_the_model_as_it_was_and_needs_labels():
         metrics.accuracy(model, [])
     with pytest.raises(ValueError, match="re-iterable"):
         metrics.accuracy(model, iter([]))
+
+
+def test_log_odds_is_the_cross_entropy_without_saturation():
+    scores = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(4, (6,))
+    batch = (scores, labels)
+    values = losses.log_odds(nn.Identity(), batch)
+    p = scores.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    assert torch.allclose(values, ((1 - p) / p).log())
+    (own,) = torch.autograd.grad(values.sum(), scores)
+    (plain,) = torch.autograd.grad(losses.cross_entropy(nn.Identity(), batch).sum(), scores)
+    assert torch.allclose(own * (1 - p.detach())[:, None], plain)
+
+
+def test_log_odds_of_certain_and_ignored_labels_is_finite():
+    scores = torch.tensor([[400.0, 0.0], [1.0, 1.0]], requires_grad=True)
+    values = losses.log_odds(nn.Identity(), (scores, torch.tensor([0, -100])))
+    assert values.tolist() == [-400.0, 0.0]
+    values.sum().backward()
+    assert scores.grad.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_log_odds_of_sequences_are_means_over_positions():
+    scores, labels = torch.randn(3, 5, 4), torch.randint(4, (3, 5))
+    labels[0, 2:] = -100
+    values = losses.log_odds(nn.Identity(), (scores, labels))
+    expected = losses.log_odds(nn.Identity(), (scores[0, :2], labels[0, :2])).mean()
+    assert values.shape == (3,)
+    assert torch.allclose(values[0], expected)

@@ -1,12 +1,18 @@
+import copy
 import functools
+import hashlib
+import hmac
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from unlearn_ext import UnlearnResult, losses, report
+import unlearn_ext
+from unlearn_ext import UnlearnResult, losses, report, ssd
 
 
 def result(**changes):
@@ -78,3 +84,193 @@ def test_callables_are_named_without_their_address():
 
 def test_the_wording_promises_no_erasure():
     assert "do not prove" in report.NOTICE
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_digests_know_every_bit_and_nothing_else():
+    model = small_model()
+    digest = report.weights_digest(model)
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert report.weights_digest(copy.deepcopy(model).train().requires_grad_(False)) == digest
+    for change in (
+        lambda m: m[0].weight.data[0, 0].add_(1e-7),
+        lambda m: m[1].running_mean.add_(1e-7),
+        lambda m: m[1].num_batches_tracked.add_(1),
+        lambda m: m.double(),
+        lambda m: m.append(nn.Linear(1, 1)),
+    ):
+        other = copy.deepcopy(model)
+        change(other)
+        assert report.weights_digest(other) != digest
+
+
+def test_digests_do_not_depend_on_the_memory_layout():
+    conv = nn.Conv2d(3, 4, 3)
+    digest = report.weights_digest(conv)
+    assert report.weights_digest(copy.deepcopy(conv).to(memory_format=torch.channels_last)) == digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_digests_of_other_dtypes(dtype):
+    model = small_model().to(dtype)
+    assert report.weights_digest(model) == report.weights_digest(copy.deepcopy(model))
+
+
+def test_ids_are_hashed_with_their_salt():
+    salt, other = bytes(16), bytes([1]) * 16
+    digest = report.forget_digest(["a", "b"], salt)
+    assert digest == report.forget_digest(["b", "a"], salt)
+    assert digest != report.forget_digest(["a", "b"], other)
+    assert digest != report.forget_digest(["ab"], salt)
+    assert report.forget_digest(torch.tensor([1, 2]), salt) == report.forget_digest([1, 2], salt)
+    assert report.forget_digest([1], salt) != report.forget_digest(["1"], salt)
+    # As anyone can work it out from the description.
+    codes = sorted(hmac.new(salt, b"s" + name, "sha256").digest() for name in (b"a", b"b"))
+    assert digest == hashlib.sha256(b"".join(codes)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "ids, salt, error, message",
+    [
+        ([1, 1], bytes(16), ValueError, "ids must be distinct, got 1 repeated"),
+        ([1.5], bytes(16), TypeError, "ids must be strings, bytes or integers, got float"),
+        ([True], bytes(16), TypeError, "got bool"),
+        ([1], b"short", ValueError, "salt must have at least 16 bytes, got 5"),
+    ],
+)
+def test_ids_that_cannot_be_hashed(ids, salt, error, message):
+    with pytest.raises(error, match=message):
+        report.forget_digest(ids, salt)
+
+
+def recorded(**settings):
+    model = small_model()
+    before = report.weights_digest(model)
+    forget = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))]
+    retain = [(torch.randn(12, 3), torch.ones(12, dtype=torch.long))]
+    done = ssd(model, forget, retain, alpha=0.5)
+    given = {"forget_ids": ["anna", "bo"], "seeds": [3], "metrics": {"forget": 0.25}, **settings}
+    return report.evidence(done, model=model, before=before, **given), model, before, done
+
+
+def test_the_evidence_holds_what_is_needed_to_judge_it():
+    record, model, before, done = recorded(reference="a retrained model")
+    parsed = json.loads(record.to_json(), parse_constant=pytest.fail)
+    assert parsed["method"] == "ssd"
+    assert parsed["hyperparameters"]["alpha"] == 0.5
+    assert parsed["weights_before"] == before
+    assert parsed["weights_after"] == report.weights_digest(model) != before
+    assert parsed["environment"]["torch"] == torch.__version__
+    assert parsed["environment"]["unlearn_ext"] == unlearn_ext.__version__
+    assert parsed["environment"]["device"] == "cpu"
+    assert parsed["environment"]["dtype"] == "float32"
+    assert parsed["seeds"] == [3]
+    assert parsed["forget_count"] == 2
+    assert parsed["forget_digest"] == report.forget_digest(["bo", "anna"], record.salt)
+    assert parsed["metrics"] == {"forget": 0.25}
+    assert parsed["reference"] == "a retrained model"
+    assert set(parsed["changed_per_layer"]) == {"0", "1", "2"}
+    assert parsed["changed_per_parameter"] == dict(done.changed_per_parameter)
+    assert any("journal" in entry["what"] for entry in parsed["derived"])
+    assert any("backups" in entry["what"] for entry in parsed["derived"])
+
+
+def test_the_salt_and_the_ids_are_not_in_the_record():
+    record, *_ = recorded()
+    text = record.to_json()
+    assert record.salt.hex() not in text
+    assert "anna" not in text
+    assert "salt" not in json.loads(text)
+    other, *_ = recorded()
+    assert other.forget_digest != record.forget_digest  # a fresh salt each time
+
+
+def test_layers_are_weighed_by_their_size():
+    model = small_model()
+    record = result(changed_per_parameter={"0.weight": 0.5, "0.bias": 1.0, "2.weight": 0.0, "2.bias": 0.0})
+    assert report.changed_per_layer(record, model) == {"0": (6 + 4) / 16, "1": 0.0, "2": 0.0}
+
+
+def test_what_was_not_measured_is_listed():
+    alone = recorded(metrics={})[0]
+    assert alone.not_tested == tuple(report.EXAMINATIONS)
+    failed = {"mia_auc": {"value": None, "why": "scikit-learn is missing"}, "js": 0.1}
+    record = recorded(metrics=failed)[0]
+    assert "membership inference by the loss" in record.not_tested
+    assert not any("distance of the predictions" in what for what in record.not_tested)
+    assert any("shadow models" in what for what in record.not_tested)
+    assert recorded(not_tested=["all of it"])[0].not_tested == ("all of it",)
+
+
+def test_a_reference_model_is_recorded_by_its_digest():
+    reference = small_model()
+    assert report.weights_digest(reference) in recorded(reference=reference)[0].reference
+    assert "none" in recorded()[0].reference
+
+
+def test_purge_destroys_what_derives_from_the_forget_data(tmp_path):
+    class Plan:
+        purged = False
+
+        def purge(self):
+            self.purged = True
+
+    mask, scores, plan = torch.ones(3), {"a": [torch.ones(2)]}, Plan()
+    path = tmp_path / "importances.safetensors"
+    path.write_text("x")
+    record, *_ = recorded(derived={"mask": mask, "scores": scores, "plan": plan, "file": path})
+    told = {entry["what"]: entry["purged_here"] for entry in json.loads(record.to_json())["derived"]}
+    assert not any(told.values())
+    record.purge()
+    record.purge()
+    assert float(mask.sum() + scores["a"][0].sum()) == 0
+    assert plan.purged
+    assert not path.exists()
+    told = {entry["what"]: entry["purged_here"] for entry in json.loads(record.to_json())["derived"]}
+    assert {what for what, purged in told.items() if purged} == {"mask", "scores", "plan", "file"}
+
+
+def test_a_purge_that_stops_half_way_says_how_far_it_came():
+    class Stuck:
+        def purge(self):
+            raise OSError("read-only")
+
+    mask = torch.ones(2)
+    record, *_ = recorded(derived={"mask": mask, "stuck": Stuck(), "later": torch.ones(1)})
+    with pytest.raises(OSError, match="read-only"):
+        record.purge()
+    assert record.derived["mask"]
+    assert not record.derived["stuck"]
+    assert not record.derived["later"]
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"before": "abc"}, ValueError, "before must be a digest of weights_digest"),
+        ({"derived": {"it": 3}}, TypeError, r"derived\['it'\] must be a tensor, a Path"),
+        ({"derived": {"it": [3]}}, TypeError, r"derived\['it'\]"),
+    ],
+)
+def test_wrong_evidence_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        report.evidence(result(), **{"model": small_model(), "before": "0" * 64, **settings})
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "deep" / "x.json"
+    record, *_ = recorded()
+    assert record.to_json(target) + "\n" == target.read_text(encoding="utf-8")
+
+    def failing(self, other):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(target), "replace", failing)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_text(target, "new")
+    assert target.read_text(encoding="utf-8") == record.to_json() + "\n"
+    assert list(target.parent.iterdir()) == [target]

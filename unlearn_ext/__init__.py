@@ -3,28 +3,55 @@
 Importing the package loads its compiled operators, so that ``torch.ops.unlearn_ext`` is there from then on.
 """
 
-from unlearn_ext import data, importance, losses, methods, metrics, ops, optim, report
+from unlearn_ext import comparison, data, importance, losses, methods, metrics, ops, optim, report, subspace
+from unlearn_ext.comparison import Comparison, compare
 from unlearn_ext.importance import Importance, fisher_diagonal
-from unlearn_ext.methods import METHODS, plan_ssd, ssd, unlearn
+from unlearn_ext.methods import (
+    METHODS,
+    gradient_masking,
+    pgu,
+    plan_ssd,
+    prune_neurons,
+    salun,
+    ssd,
+    unlearn,
+    unsir,
+)
 from unlearn_ext.report import UnlearnResult
+from unlearn_ext.saliency import Scores, saliency, select_mask
+from unlearn_ext.subspace import ActivationGram, activation_gram
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "ActivationGram",
+    "Comparison",
     "Importance",
+    "Scores",
     "UnlearnResult",
     "__version__",
+    "activation_gram",
+    "compare",
+    "comparison",
     "data",
     "fisher_diagonal",
+    "gradient_masking",
     "importance",
     "losses",
     "methods",
     "metrics",
     "ops",
     "optim",
+    "pgu",
     "plan_ssd",
+    "prune_neurons",
     "report",
+    "saliency",
+    "salun",
+    "select_mask",
     "ssd",
+    "subspace",
     "unlearn",
+    "unsir",
 ]

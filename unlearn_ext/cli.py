@@ -1,16 +1,41 @@
-"""The command line: ``python -m unlearn_ext info`` and ``python -m unlearn_ext demo``."""
+"""The command line: ``python -m unlearn_ext demo``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import unlearn_ext
 from unlearn_ext import demo, ops
+from unlearn_ext.comparison import Comparison, compare
+from unlearn_ext.data import Batches
+from unlearn_ext.methods import METHODS
+
+_COMPARE = """
+Run unlearning methods on copies of a trained model and set them beside retraining. The user's code:
+
+  --model MODULE:FACTORY   FACTORY() returns the model, untrained
+  --data MODULE:FACTORY    FACTORY() returns (forget, retain, test): batches that can be read more than once
+  --train MODULE:FUNCTION  FUNCTION(model, data) trains a fresh model in place, as the checkpoint was trained
+
+Modules are looked for in the current folder first. Writes comparison.md, comparison.json and comparison.html.
+A comparison that was interrupted continues where it was when it is called again with the same --out.
+"""
+
+_EXAMPLE = """
+example:
+  python -m unlearn_ext compare --model mine:make_model --checkpoint model.pt --data mine:make_data \\
+      --train mine:train --methods ssd "ssd:alpha=5,lambda_=0.1" gradient_masking --seeds 0 1 2 --out result
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,41 +45,200 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; that of this process by default.
 
     Returns:
-        The exit code: 0, 1 after an error that has been reported, 130 after an interrupt. Wrong usage exits
-        with 2, by argparse.
+        The exit code: 0, 1 after an error that has been reported (or if no method of a comparison ran), 130
+        after an interrupt. Wrong usage exits with 2, by argparse.
     """
-    parser = argparse.ArgumentParser(prog="python -m unlearn_ext", description=unlearn_ext.__doc__)
-    parser.add_argument("--version", action="version", version=unlearn_ext.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "info",
-        help="show version, build, devices and operators",
-        description="Show version, torch, build, devices and the operators with their schemas.",
-    )
-    demo_parser = commands.add_parser(
-        "demo", help="unlearn handwritten digits and compare with retraining", description=demo.__doc__
-    )
-    demo_parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo_output"),
-        metavar="DIR",
-        help="folder for the picture (%(default)s)",
-    )
-    demo_parser.add_argument("--seed", type=int, default=0, help="seed of network and batches (%(default)s)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         if options.command == "info":
             print(_info())
+        elif options.command == "demo":
+            demo.run(options.out, methods=options.methods, seed=options.seed)
         else:
-            demo.run(options.out, seed=options.seed)
+            return _run_comparison(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
+    except Exception as error:  # much of what runs here is the user's code, which may raise anything
+        if options.traceback:
+            traceback.print_exc()
+        else:
+            expected = isinstance(error, (ImportError, OSError, RuntimeError, ValueError))
+            kind = "" if expected else f"{type(error).__name__}: "
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"{options.command}: {kind}{text}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m unlearn_ext", description=unlearn_ext.__doc__)
+    parser.add_argument("--version", action="version", version=unlearn_ext.__version__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "info",
+        parents=[common],
+        help="show version, build, devices, operators and methods",
+        description="Show version, torch, build, devices, methods and the operators with their schemas.",
+    )
+    shown = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="unlearn handwritten digits and compare with retraining",
+        description=demo.__doc__,
+    )
+    _add_methods(shown, "those of the four families")
+    _add_out(shown, "demo_output", "folder for the pages and the record")
+    shown.add_argument(
+        "--seed", type=int, default=0, help="seed of network, batches and methods (%(default)s)"
+    )
+    compared = commands.add_parser(
+        "compare",
+        parents=[common],
+        help="compare methods on a model of yours",
+        description=_COMPARE,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compared.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="makes the model")
+    compared.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="its trained weights: a state_dict saved by torch.save, or .safetensors",
+    )
+    compared.add_argument("--data", required=True, metavar="MODULE:FACTORY", help="makes the three sets")
+    reference = compared.add_mutually_exclusive_group()
+    reference.add_argument(
+        "--train", metavar="MODULE:FUNCTION", help="retrains without the forget set, once per seed"
+    )
+    reference.add_argument(
+        "--reference", type=Path, metavar="FILE", help="weights of a model retrained without the forget set"
+    )
+    _add_methods(compared, "ssd")
+    compared.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run of each method per seed (0)"
+    )
+    compared.add_argument("--device", default="cpu", help="where to run (%(default)s)")
+    _add_out(compared, "comparison", "folder for the results")
+    return parser
+
+
+def _add_methods(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--methods",
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        help=f"methods to run ({default}); all: {', '.join(METHODS)}"
+        + ("" if default != "ssd" else "; settings as NAME:key=value,key=value"),
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), metavar="DIR", help=f"{what} (%(default)s)"
+    )
+
+
+def _run_comparison(options: argparse.Namespace) -> int:
+    methods = [_method(text) for text in options.methods or ["ssd"]]
+    factory = _named(options.model, "model")
+    model = _loaded(factory, options.checkpoint).to(options.device)
+    sets = _sets(_named(options.data, "data")())
+    reference = None
+    if options.reference is not None:
+        reference = _loaded(factory, options.reference).to(options.device)
+    train = None if options.train is None else _named(options.train, "train")
+    comparison = compare(
+        model,
+        *sets,
+        methods=methods,
+        reference=reference,
+        seeds=options.seeds,
+        make_model=None if train is None else factory,
+        train=train,
+        cache=options.out / "cache",
+        progress=True,
+    )
+    (options.out / "comparison.md").write_text(comparison.to_markdown(), encoding="utf-8")
+    comparison.to_json(options.out / "comparison.json")
+    comparison.to_html(options.out / "comparison.html")
+    print(comparison.to_markdown())
+    print(f"written: {options.out}/comparison.md, comparison.json, comparison.html")
+    return _exit_code(comparison)
+
+
+def _exit_code(comparison: Comparison) -> int:
+    ran = [row.why is None for row in comparison.rows if row.kind == "method"]
+    return 0 if any(ran) else 1
+
+
+def _method(text: str) -> tuple[str, Mapping[str, Any]]:
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    # Parsed as the arguments of a call, so that values may hold commas and quotes.
+    try:
+        call = ast.parse(f"f({rest})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                raise ValueError
+            value = keyword.value
+            settings[keyword.arg] = value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"--methods must be NAME or NAME:key=value,key=value, got {text!r}") from error
+    return name, settings
+
+
+def _named(text: str, option: str) -> Any:  # noqa: ANN401 - the user's function
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"--{option} must be MODULE:NAME, got {text!r}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    found: Any = importlib.import_module(module_name)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--{option}: {module_name} must have {name}, and has not")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"--{option}: {text} must be a function, got {type(found).__name__}")
+    return found
+
+
+def _loaded(factory: Any, path: Path) -> nn.Module:  # noqa: ANN401 - the user's function
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model must return a torch.nn.Module, got {type(model).__name__}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights: Any = load_file(path)
+    else:
+        # Weights only: a checkpoint must not be able to run code.
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+        weights = weights["state_dict"]
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{path} must hold a state_dict, got {type(weights).__name__}")
+    model.load_state_dict(weights)
+    return model
+
+
+def _sets(returned: Any) -> tuple[Batches, Batches, Batches]:  # noqa: ANN401 - the user's data
+    if isinstance(returned, Mapping) and {"forget", "retain", "test"} <= set(returned):
+        return returned["forget"], returned["retain"], returned["test"]
+    if isinstance(returned, (tuple, list)) and len(returned) == 3:
+        return returned[0], returned[1], returned[2]
+    raise ValueError(
+        "--data must return (forget, retain, test), or a mapping with these names, got "
+        f"{type(returned).__name__}"
+    )
 
 
 def _info() -> str:
@@ -70,6 +254,7 @@ def _info() -> str:
         or "none",
         "CPU capability": f"{build['cpu_capability']} (of {_listed(build['cpu_capabilities'])})",
         "CPU threads": str(torch.get_num_threads()),
+        "methods": _listed(METHODS),
     }
     width = max(map(len, lines))
     report = [f"{name:<{width}}  {value}" for name, value in lines.items()]

@@ -1,31 +1,34 @@
-"""Unlearn handwritten digits with selective synaptic dampening and compare with retraining.
+"""Unlearn handwritten digits with every method and compare with retraining.
 
-A small convolutional network learns scikit-learn's digits. Then it forgets a class and, starting again from
-the trained network, 50 random training samples, with default settings; a network retrained without them shows
-what there was to reach. Needs scikit-learn; with matplotlib there is a picture.
+A small convolutional network learns scikit-learn's digits. Then copies of it forget a class, and 50 random
+training samples, each method with its default settings. A network retrained without them shows what there was
+to reach, and a random mask of neurons what choosing them is worth. Needs scikit-learn. Writes one page per
+request, and the record of one run.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from unlearn_ext import page
+from unlearn_ext.comparison import Comparison, Methods, compare
 from unlearn_ext.data import split
 from unlearn_ext.importance import Importance, fisher_diagonal
+from unlearn_ext.methods import METHODS
 from unlearn_ext.methods.ssd import ssd
-from unlearn_ext.metrics import accuracy
-from unlearn_ext.report import NOTICE
+from unlearn_ext.metrics import accuracy, mia
+from unlearn_ext.report import NOTICE, Evidence, evidence, weights_digest
 
 Samples = Dataset[tuple[Tensor, ...]]
 
@@ -33,38 +36,7 @@ FORGET_CLASS = 3
 N_RANDOM = 50
 EPOCHS = 10
 BATCH_SIZE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one network knows.
-
-    Attributes:
-        network: ``"original"``, ``"SSD"`` or ``"retrained"``.
-        accuracies: Measure to accuracy in [0, 1].
-        changed: Share of the parameters changed; None where the network was trained from scratch.
-        seconds: What it took to get there: training, unlearning, training again.
-    """
-
-    network: str
-    accuracies: dict[str, float]
-    changed: float | None
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One request to forget, and the networks before and after.
-
-    Attributes:
-        title: What is forgotten.
-        rows: Original, SSD, retrained.
-        note: What the figures mean.
-    """
-
-    title: str
-    rows: tuple[Row, ...]
-    note: str
+SHOWN = ("ssd", "unsir", "pgu", "gradient_masking")
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:
@@ -151,49 +123,97 @@ def forget_class(
     train_set: TensorDataset,
     test_set: TensorDataset,
     original: nn.Module,
-    seconds: float,
     *,
-    full: Importance,
+    methods: Sequence[str],
     epochs: int,
     seed: int,
     label: int = FORGET_CLASS,
-) -> Case:
+) -> Comparison:
     """Forget every sample of one class.
 
     Args:
         train_set: What the original was trained on.
         test_set: Samples it has not seen.
         original: The trained network; left as it is.
-        seconds: What its training took.
-        full: Importances on the training set.
+        methods: Names of ``METHODS``.
         epochs: For retraining.
-        seed: For retraining.
+        seed: For retraining and for the methods.
         label: The class.
 
     Returns:
         The comparison.
     """
     forget, retain = split(train_set, classes=label)
-    test_forget, test_retain = split(test_set, classes=label)
-    measures = {
-        "retain": retain,
-        "forget": forget,
-        "test, other classes": test_retain,
-        f"test, class {label}": test_forget,
-    }
-    return _compare(f"Forget class {label}", original, seconds, measures, full, epochs, seed, _CLASS_NOTE)
+    return _compare(forget, retain, test_set, original, methods, epochs, seed)
 
 
-def each_class(
-    train_set: TensorDataset, test_set: TensorDataset, original: nn.Module, *, full: Importance
-) -> str:
-    """Forget every class in turn, each time from the original, to tell one class's luck from the rule.
+def forget_samples(
+    train_set: TensorDataset,
+    test_set: TensorDataset,
+    original: nn.Module,
+    *,
+    methods: Sequence[str],
+    epochs: int,
+    seed: int,
+    count: int = N_RANDOM,
+) -> Comparison:
+    """Forget training samples drawn at random.
+
+    PGU needs a validation set to know when random samples are forgotten; it gets a third of the test set,
+    and the figures are those of the rest.
 
     Args:
         train_set: What the original was trained on.
         test_set: Samples it has not seen.
         original: The trained network; left as it is.
-        full: Importances on the training set.
+        methods: Names of ``METHODS``.
+        epochs: For retraining.
+        seed: For retraining, for the methods and for the draw.
+        count: How many.
+
+    Returns:
+        The comparison.
+    """
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(seed))
+    forget, retain = split(train_set, ids=order[:count])
+    validation, unseen = split(test_set, ids=range(len(test_set) // 3))
+    stopping = {"pgu": {"validation": DataLoader(validation, 256)}}
+    chosen = {name: (name, stopping.get(name, {})) for name in methods}
+    return _compare(forget, retain, unseen, original, chosen, epochs, seed)
+
+
+def _compare(
+    forget: Samples,
+    retain: Samples,
+    test_set: Samples,
+    original: nn.Module,
+    methods: Methods,
+    epochs: int,
+    seed: int,
+) -> Comparison:
+    return compare(
+        original,
+        DataLoader(forget, BATCH_SIZE),
+        DataLoader(retain, BATCH_SIZE, shuffle=True),
+        DataLoader(test_set, 256),
+        methods=methods,
+        make_model=lambda: make_model(seed),
+        train=lambda _, __: train(retain, epochs=epochs, seed=seed)[0],
+        seeds=(seed,),
+        progress=sys.stderr.isatty(),
+    )
+
+
+def each_class(
+    train_set: TensorDataset, test_set: TensorDataset, original: nn.Module, *, full: Importance
+) -> str:
+    """Forget every class in turn with SSD, each time from the original: one class's luck is not the rule.
+
+    Args:
+        train_set: What the original was trained on.
+        test_set: Samples it has not seen.
+        original: The trained network; left as it is.
+        full: Importances on the training set, stored once: SSD then reads the forget set only.
 
     Returns:
         The worst figures over the ten classes, as a sentence.
@@ -208,43 +228,10 @@ def each_class(
         lost.append(accuracy(original, loader) - accuracy(unlearned, loader))
         still_known.append(accuracy(unlearned, DataLoader(test_forget, 256)))
     return (
-        f"Each of the ten classes in turn: test accuracy on the forgotten class {sum(still_known) / 10:.1%} "
-        f"on average, {max(still_known):.1%} at worst; retain accuracy lost {100 * max(lost):.1f} points at "
-        "worst."
+        "SSD on each of the ten classes in turn: test accuracy on the forgotten class "
+        f"{sum(still_known) / 10:.1%} on average, {max(still_known):.1%} at worst; retain accuracy lost "
+        f"{100 * max(lost):.1f} points at worst."
     )
-
-
-def forget_samples(
-    train_set: TensorDataset,
-    test_set: TensorDataset,
-    original: nn.Module,
-    seconds: float,
-    *,
-    full: Importance,
-    epochs: int,
-    seed: int,
-    count: int = N_RANDOM,
-) -> Case:
-    """Forget training samples drawn at random.
-
-    Args:
-        train_set: What the original was trained on.
-        test_set: Samples it has not seen.
-        original: The trained network; left as it is.
-        seconds: What its training took.
-        full: Importances on the training set.
-        epochs: For retraining.
-        seed: For retraining and for the draw.
-        count: How many.
-
-    Returns:
-        The comparison.
-    """
-    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(seed))
-    forget, retain = split(train_set, ids=order[:count])
-    measures = {"retain": retain, "forget": forget, "test": test_set}
-    title = f"Forget {count} random samples"
-    return _compare(title, original, seconds, measures, full, epochs, seed, _SAMPLES_NOTE)
 
 
 _CLASS_NOTE = "The forgotten class should drop to 0 %, as after retraining, and the rest should stay."
@@ -253,133 +240,69 @@ _SAMPLES_NOTE = (
     "seen them, so there is little to forget, and approximate unlearning often changes little. Accuracy "
     "alone cannot tell whether such samples have been forgotten."
 )
+_SHORT = {
+    "retain": ("retain", "percent"),
+    "forget": ("forget", "percent"),
+    "test": ("test", "percent"),
+    "test_retained": ("test, kept", "percent"),
+    "test_forgotten": ("test, forgotten", "percent"),
+    "gap": ("gap, points", "points"),
+    "changed": ("changed", "percent"),
+    "seconds": ("seconds", "seconds"),
+}
 
 
-def _compare(
-    title: str,
-    original: nn.Module,
-    seconds: float,
-    measures: Mapping[str, Samples],
-    full: Importance,
-    epochs: int,
-    seed: int,
-    note: str,
-) -> Case:
-    def measured(model: nn.Module) -> dict[str, float]:
-        return {name: accuracy(model, DataLoader(data, 256)) for name, data in measures.items()}
-
-    unlearned = copy.deepcopy(original)
-    result = ssd(unlearned, DataLoader(measures["forget"], BATCH_SIZE), importance=full)
-    retrained, seconds_again = train(measures["retain"], epochs=epochs, seed=seed)
-    rows = (
-        Row("original", measured(original), None, seconds),
-        Row("SSD", measured(unlearned), result.changed, sum(result.seconds.values())),
-        Row("retrained", measured(retrained), None, seconds_again),
-    )
-    return Case(title, rows, note)
-
-
-def table(case: Case) -> str:
-    """Lay out a comparison as text.
+def table(title: str, comparison: Comparison, note: str) -> str:
+    """Lay out the main figures of a comparison as text; the page has all of them.
 
     Args:
-        case: The comparison.
+        title: What is forgotten.
+        comparison: The comparison.
+        note: What the figures mean.
 
     Returns:
-        Title, one line per network, note.
+        Title, one line per network, the errors of methods that did not run, note.
     """
-    names = list(case.rows[0].accuracies)
-    heads = ["network", *names, "parameters changed", "seconds"]
-    body = [
-        [
-            row.network,
-            *(f"{row.accuracies[name]:.1%}" for name in names),
-            "-" if row.changed is None else f"{row.changed:.2%}",
-            f"{row.seconds:.2f}",
-        ]
-        for row in case.rows
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(heads, *body, strict=True)]
-    lines = [
+    names = [name for name in _SHORT if name in comparison.columns]
+    lines, failures = [], []
+    for row in comparison.rows:
+        cells = []
+        for name in names:
+            measure, unit = row.measures.get(name), _SHORT[name][1]
+            known = measure is not None and measure.value is not None
+            cells.append(page.figure({"value": measure.value}, unit) if measure and known else "-")
+        lines.append([row.label, *cells])
+        if row.why is not None:
+            failures.append(row.why if row.why.startswith(row.label) else f"{row.label}: {row.why}")
+    heads = ["network", *(_SHORT[name][0] for name in names)]
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *lines, strict=True)]
+    text = [
         "  ".join(
             cell.ljust(width) if position == 0 else cell.rjust(width)
             for position, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
-        for line in [heads, ["-" * width for width in widths], *body]
+        for line in [heads, ["-" * width for width in widths], *lines]
     ]
-    return "\n".join([case.title, "", *lines, "", *textwrap.wrap(case.note, 100)])
-
-
-_COLORS = {"original": "#8d99ae", "SSD": "#1f6feb", "retrained": "#e9a23b"}
-
-
-def picture(cases: Sequence[Case], path: Path) -> None:
-    """Draw the comparisons as bars, one panel each.
-
-    Args:
-        cases: The comparisons.
-        path: PNG file to write.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'unlearn_ext[demo]'") from error
-    ratios = [len(case.rows[0].accuracies) for case in cases]
-    figure = Figure(figsize=(12.5, 5.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12))
-    FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(1, len(cases), width_ratios=ratios, sharey=True, squeeze=False)
-    for axes, case in zip(panels[0], cases, strict=True):
-        names = list(case.rows[0].accuracies)
-        for offset, row in zip((-0.27, 0.0, 0.27), case.rows, strict=True):
-            heights = [100 * row.accuracies[name] for name in names]
-            bars = axes.bar(
-                [position + offset for position in range(len(names))],
-                heights,
-                width=0.25,
-                color=_COLORS[row.network],
-                label=row.network,
-                zorder=2,
-            )
-            labels = [f"{height:.0f}" if height in (0, 100) else f"{height:.1f}" for height in heights]
-            axes.bar_label(bars, labels, padding=2, fontsize=8, color="#333333")
-        unlearned = case.rows[1]
-        axes.set_title(case.title, fontsize=13, fontweight="bold", loc="left", pad=38)
-        subtitle = axes.text(
-            0,
-            1.03,
-            f"SSD, with stored importances, changed {unlearned.changed:.1%} of the parameters\n"
-            f"in {unlearned.seconds:.2f} s; retraining took {case.rows[2].seconds:.1f} s",
-            transform=axes.transAxes,
-            fontsize=9,
-            color="#555555",
-        )
-        subtitle.set_in_layout(False)  # the panels share the width by their bars, not by their text
-        axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=10)
-        axes.tick_params(axis="both", length=0)
-        axes.grid(axis="y", color="#e5e7eb", zorder=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_ylim(0, 108)
-        axes.set_yticks(range(0, 101, 20))
-    panels[0][0].set_ylabel("accuracy, %")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    figure.savefig(path, dpi=150, facecolor="white")
+    told = [part for failure in [*failures, note] for part in textwrap.wrap(failure, 100)]
+    return "\n".join([title, "", *text, "", *told])
 
 
 def run(
-    out: Path, *, epochs: int = EPOCHS, seed: int = 0, say: Callable[[str], object] = print
-) -> list[Case]:
+    out: Path,
+    *,
+    methods: Sequence[str] | None = None,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> list[Comparison]:
     """Run the demo.
 
     Args:
-        out: Folder for the picture, made if it is not there.
+        out: Folder for the pages and the record, made if it is not there.
+        methods: Names of ``METHODS``; SSD, UNSIR, PGU and gradient masking by default.
         epochs: Passes over the training set, for each of the three trainings.
-        seed: Decides initial weights, the order of the samples and which random ones are forgotten.
+        seed: Decides initial weights, the order of the samples, which random ones are forgotten, and every
+            draw of the methods.
         say: What to do with the text as it comes.
 
     Returns:
@@ -387,38 +310,67 @@ def run(
 
     Raises:
         ImportError: If scikit-learn is not installed.
+        ValueError: If there is no such method.
     """
+    chosen = [name for name in SHOWN if name in METHODS] if methods is None else list(methods)
+    for name in chosen:
+        if name not in METHODS:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
     out.mkdir(parents=True, exist_ok=True)
     with _one_thread():
-        cases = _cases(epochs, seed, say)
-    path = out / "digits.png"
-    try:
-        picture(cases, path)
-    except ImportError as error:
-        say(f"No picture: {error}")
-    else:
-        say(f"Picture: {path}")
+        comparisons = _run(out, chosen, epochs, seed, say)
     say("\n".join(textwrap.wrap(NOTICE, 100)))
-    return cases
+    return comparisons
 
 
-def _cases(epochs: int, seed: int, say: Callable[[str], object]) -> list[Case]:
+def _run(
+    out: Path, methods: Sequence[str], epochs: int, seed: int, say: Callable[[str], object]
+) -> list[Comparison]:
     train_set, test_set = load_digits()
     original, seconds = train(train_set, epochs=epochs, seed=seed)
     say(
         f"Trained a network of {sum(p.numel() for p in original.parameters()):,} parameters on "
-        f"{len(train_set):,} digits in {seconds:.1f} s."
+        f"{len(train_set):,} digits in {seconds:.1f} s.\n"
     )
-    # What an owner of the network would have stored after training: SSD below does not read the retain set.
-    started = time.perf_counter()
-    full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE))
-    say(f"Stored its importances on the training set in {time.perf_counter() - started:.2f} s.\n")
-    by_class = forget_class(train_set, test_set, original, seconds, full=full, epochs=epochs, seed=seed)
-    sentence = each_class(train_set, test_set, original, full=full)
-    say("\n".join([table(by_class), *textwrap.wrap(sentence, 100), ""]))
-    by_samples = forget_samples(train_set, test_set, original, seconds, full=full, epochs=epochs, seed=seed)
-    say(f"{table(by_samples)}\n")
+    by_class = forget_class(train_set, test_set, original, methods=methods, epochs=epochs, seed=seed)
+    say(table(f"Forget class {FORGET_CLASS}", by_class, _CLASS_NOTE))
+    if "ssd" in methods:
+        # What an owner would store after training, so that the retain set need not be read again.
+        full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE))
+        say("\n".join(textwrap.wrap(each_class(train_set, test_set, original, full=full), 100)))
+        _record(train_set, test_set, original, full, seed).to_json(out / "digits_class_ssd.json")
+    by_samples = forget_samples(train_set, test_set, original, methods=methods, epochs=epochs, seed=seed)
+    say("\n" + table(f"Forget {N_RANDOM} random samples", by_samples, _SAMPLES_NOTE))
+    by_class.to_html(out / "digits_class.html", title=f"Handwritten digits: forget class {FORGET_CLASS}")
+    by_samples.to_html(
+        out / "digits_samples.html", title=f"Handwritten digits: forget {N_RANDOM} random samples"
+    )
+    names = "digits_class.html, digits_samples.html"
+    say(f"\nPages, and the record of the run with SSD: {out}/ ({names}, digits_class_ssd.json)")
     return [by_class, by_samples]
+
+
+def _record(
+    train_set: TensorDataset, test_set: TensorDataset, original: nn.Module, full: Importance, seed: int
+) -> Evidence:
+    forget, retain = split(train_set, classes=FORGET_CLASS)
+    unseen, _ = split(test_set, classes=FORGET_CLASS)
+    unlearned = copy.deepcopy(original)
+    before = weights_digest(unlearned)
+    result = ssd(unlearned, DataLoader(forget, BATCH_SIZE), importance=full)
+    sets = [DataLoader(part, 256) for part in (retain, forget, unseen)]
+    return evidence(
+        result,
+        model=unlearned,
+        before=before,
+        forget_ids=forget.indices,
+        seeds=(seed,),
+        metrics={
+            "retain": accuracy(unlearned, sets[0]),
+            "forget": accuracy(unlearned, sets[1]),
+            "mia": mia(unlearned, sets[0], sets[1], sets[2]),
+        },
+    )
 
 
 @contextmanager

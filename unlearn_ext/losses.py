@@ -60,6 +60,40 @@ def cross_entropy(
     return losses.flatten(1).sum(1) / counted.clamp(min=1)
 
 
+def log_odds(
+    model: nn.Module, batch: Batch, *, shift: bool | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Minus the log-odds of each sample's label, ``log((1 - p) / p)``: a loss that no sample can saturate.
+
+    Its gradient is that of the cross entropy divided by ``1 - p``. Importances from cross entropy hang on
+    the few samples that a well-trained model is unsure of; with this loss every sample counts alike. For
+    selective synaptic dampening of well-fitted models, where cross entropy selects too little or too much;
+    importances of different losses must not be combined. Our design, after the loss that Carlini et al.,
+    "Membership Inference Attacks From First Principles", S&P 2022, use for a similar reason.
+
+    Args:
+        model: As for ``cross_entropy``.
+        batch: As for ``cross_entropy``, with integer labels.
+        shift: As for ``cross_entropy``.
+        ignore_index: The label of positions that do not count.
+
+    Returns:
+        ``[N]``; float32 for half-precision models.
+
+    Example:
+        >>> log_odds(nn.Identity(), (torch.tensor([[3.0, 1.0]]), torch.tensor([0])))
+        tensor([-2.])
+    """
+    scores, labels = data.scores_and_labels(model, batch, shift=shift)
+    counted = labels != ignore_index
+    index = labels.where(counted, 0).unsqueeze(-1)
+    others = scores.scatter(-1, index, -torch.inf).logsumexp(-1)
+    losses = (others - scores.gather(-1, index).squeeze(-1)) * counted
+    if labels.ndim == 1:
+        return losses
+    return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+
 def logit_norm(model: nn.Module, batch: Batch) -> Tensor:
     """Squared L2 norm of each sample's logits; needs no labels.
 

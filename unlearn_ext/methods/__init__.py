@@ -11,12 +11,55 @@ from torch import nn
 
 from unlearn_ext.data import Batches
 from unlearn_ext.importance import Importance
+from unlearn_ext.methods.baselines import finetune, gradient_ascent, neg_grad_plus, random_label, retrain
+from unlearn_ext.methods.fisher_forgetting import fisher_forgetting
+from unlearn_ext.methods.gradient_masking import gradient_masking, salun
+from unlearn_ext.methods.pgu import forgetting_loss, pgu, pgu_from_sets
+from unlearn_ext.methods.pruning import prune_neurons
 from unlearn_ext.methods.ssd import SsdPlan, Sweep, SweepRow, plan_ssd, ssd
+from unlearn_ext.methods.teachers import bad_teacher, scrub
+from unlearn_ext.methods.unsir import unsir, unsir_by_data
 from unlearn_ext.report import UnlearnResult
 
-METHODS: dict[str, Callable[..., UnlearnResult]] = {"ssd": ssd}
+METHODS: dict[str, Callable[..., UnlearnResult]] = {
+    "ssd": ssd,
+    "gradient_masking": gradient_masking,
+    "salun": salun,
+    "pgu": pgu_from_sets,
+    "unsir": unsir_by_data,
+    "retrain": retrain,
+    "finetune": finetune,
+    "gradient_ascent": gradient_ascent,
+    "neg_grad_plus": neg_grad_plus,
+    "random_label": random_label,
+    "bad_teacher": bad_teacher,
+    "scrub": scrub,
+    "fisher_forgetting": fisher_forgetting,
+}
 
-__all__ = ["METHODS", "SsdPlan", "Sweep", "SweepRow", "plan_ssd", "ssd", "unlearn"]
+__all__ = [
+    "METHODS",
+    "SsdPlan",
+    "Sweep",
+    "SweepRow",
+    "bad_teacher",
+    "finetune",
+    "fisher_forgetting",
+    "forgetting_loss",
+    "gradient_ascent",
+    "gradient_masking",
+    "neg_grad_plus",
+    "pgu",
+    "plan_ssd",
+    "prune_neurons",
+    "random_label",
+    "retrain",
+    "salun",
+    "scrub",
+    "ssd",
+    "unlearn",
+    "unsir",
+]
 
 
 def unlearn(
@@ -44,7 +87,7 @@ def unlearn(
     Example:
         >>> unlearn("magic", nn.Linear(1, 1), [])
         Traceback (most recent call last):
-        ValueError: unlearn: name must be one of ssd, got 'magic'
+        ValueError: unlearn: name must be one of ..., got 'magic'
     """
     if name not in METHODS:
         raise ValueError(f"unlearn: name must be one of {', '.join(METHODS)}, got {name!r}")

@@ -1,0 +1,552 @@
+import copy
+import functools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import unlearn_ext as ux
+from unlearn_ext import comparison, fingerprints, metrics, report, seeding, study
+from unlearn_ext.comparison import compare
+
+pytest.importorskip("sklearn")
+
+N_CLASSES = 3
+
+
+def blobs(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % N_CLASSES
+    centres = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+    return TensorDataset(centres[labels] + 0.8 * torch.randn(n, 4, generator=generator), labels)
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
+
+
+def train(model, data):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(8):
+        for inputs, labels in data:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+
+
+def noisy(model, forget, retain, *, scale=0.1, generator=None):
+    """A method: noise on every weight, from the generator it is given."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+def loader_reader(model, forget, retain):
+    """A method that depends on the order of a shuffling loader, and on the global random state."""
+    with torch.no_grad():
+        next(model.parameters()).add_(next(iter(retain))[0].mean() + torch.rand(()))
+
+
+# Few resamples: what the intervals are is tested with the metric.
+few = functools.partial(metrics.mia, bootstrap=20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(study, "mia", few)
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread):
+    torch.manual_seed(0)
+    model = make_model()
+    train(model, DataLoader(blobs(120, 0), 24, shuffle=True))
+    return model.eval()
+
+
+@pytest.fixture
+def sets():
+    forget, retain = ux.data.split(blobs(120, 0), classes=2)
+    return {
+        "forget": DataLoader(forget, 16),
+        "retain": DataLoader(retain, 16, shuffle=True, generator=torch.Generator().manual_seed(3)),
+        "test": DataLoader(blobs(90, 1), 45),
+    }
+
+
+def run(model, sets, **settings):
+    given = {"methods": ["ssd"], "make_model": make_model, "train": train, **settings}
+    return compare(model, **sets, **given)
+
+
+def without_times(table):
+    """The comparison without what no two runs share: seconds, and the phases they are made of."""
+    document = copy.deepcopy(table.to_dict())
+    for row in document["rows"]:
+        row["phases"] = sorted(row["phases"])
+        row["measures"].pop("seconds", None)
+    for entry in document["table"]:
+        entry["measures"].pop("seconds")
+    return document
+
+
+def test_figures_are_those_of_the_metrics(trained, sets):
+    table = run(trained, sets, methods={"nothing": lambda model, forget, retain: None})
+    found = table.measures("nothing")
+    classes = [(x, y) for x, y in sets["test"]]
+    kept = [(x[y < 2], y[y < 2]) for x, y in classes]
+    gone = [(x[y == 2], y[y == 2]) for x, y in classes]
+    assert found["retain"].value == metrics.accuracy(trained, sets["retain"])
+    assert found["forget"].value == metrics.accuracy(trained, sets["forget"])
+    assert found["test_retained"].value == metrics.accuracy(trained, kept)
+    assert found["test_forgotten"].value == metrics.accuracy(trained, gone)
+    attack = few(trained, sets["retain"], sets["forget"], gone)
+    assert (found["mia_auc"].value, found["mia_auc"].low, found["mia_auc"].high) == (
+        attack.auc,
+        *attack.auc_interval,
+    )
+    assert found["mia_tpr"].value == attack.tpr
+    assert found["changed"].value == 0
+    assert "test" not in table.columns
+    assert table.facts["forget_classes"] == [2]
+    assert table.facts["samples"] == {"forget": 40, "retain": 80, "test": 90}
+
+
+def test_the_gap_is_that_of_accuracies_and_attack(trained, sets):
+    table = run(trained, sets, methods=["ssd"])
+    names = ["retain", "forget", "test_retained", "test_forgotten", "mia_auc"]
+    ours, theirs = table.measures("ssd"), table.measures("retrained")
+    expected = sum(abs(ours[name].value - theirs[name].value) for name in names) / len(names)
+    assert ours["gap"].value == pytest.approx(expected, abs=1e-12)
+    assert theirs["gap"].value == 0
+    assert theirs["js"].value == pytest.approx(0, abs=1e-12)
+    assert theirs["forget"].value == 0
+    assert ours["js"].value > 0
+    assert ours["mia_auc"].note in ("like the reference", "still recognised", "over-unlearned")
+
+
+def test_a_given_reference_is_compared_with(trained, sets):
+    reference = copy.deepcopy(trained)
+    table = run(trained, sets, methods=[noisy], reference=reference, make_model=None, train=None)
+    assert table.measures("original")["js"].value == pytest.approx(0, abs=1e-12)
+    assert table.measures("noisy")["js"].value == pytest.approx(
+        _js_of_noisy(trained, sets, reference), rel=1e-12
+    )
+    assert "given" in table.measures("retrained")["seconds"].why
+
+
+def _js_of_noisy(model, sets, reference):
+    subject = copy.deepcopy(model)
+    noisy(subject, None, None, generator=torch.Generator().manual_seed(0))
+    return metrics.js_divergence(subject, reference, sets["forget"])
+
+
+def test_what_needs_a_reference_says_so_without_one(trained, sets):
+    table = run(trained, sets, make_model=None, train=None)
+    found = table.measures("ssd")
+    for name in ("js", "activation_distance", "gap"):
+        assert found[name].value is None
+        assert "give reference=" in found[name].why
+    assert found["retain"].value is not None
+    assert found["mia_auc"].note is None
+    assert "give reference=" in table.to_markdown()
+
+
+def test_random_samples_are_not_taken_for_a_class(trained, sets):
+    forget, retain = ux.data.split(blobs(120, 0), ids=range(10))
+    table = run(trained, {**sets, "forget": DataLoader(forget, 5), "retain": DataLoader(retain, 16)})
+    assert table.facts["forget_classes"] is None
+    assert "test" in table.columns
+    assert "test_forgotten" not in table.columns
+
+
+def test_the_users_model_loaders_and_random_states_stay(trained, sets):
+    model = copy.deepcopy(trained).train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[4].bias.requires_grad_(False)
+    before = report.weights_digest(model)
+    grad, state = model[0].weight.grad, torch.get_rng_state()
+    order = sets["retain"].generator.get_state()
+    run(model, sets, methods=["ssd", noisy, loader_reader])
+    assert report.weights_digest(model) == before
+    assert model.training
+    assert model[0].weight.grad is grad
+    assert not model[4].bias.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(sets["retain"].generator.get_state(), order)
+
+
+def test_rows_do_not_depend_on_what_was_run_before(trained, sets):
+    alone = run(trained, sets, methods=[loader_reader], seeds=[1])
+    among = run(trained, sets, methods=[noisy, "ssd", loader_reader], seeds=[0, 1])
+    (a,) = [row for row in alone.rows if row.label == "loader_reader"]
+    (b,) = [row for row in among.rows if (row.label, row.seed) == ("loader_reader", 1)]
+    assert {**a.measures, "seconds": None} == {**b.measures, "seconds": None}
+    assert a.layers == b.layers
+
+
+def test_seeds_differ_and_are_pooled(trained, sets):
+    table = run(trained, sets, methods=[noisy], seeds=[0, 1, 2], metrics=["retain"])
+    rows = [row for row in table.rows if row.label == "noisy"]
+    assert [row.seed for row in rows] == [0, 1, 2]
+    assert len({json.dumps(row.layers) for row in rows}) == 3
+    values = torch.tensor([row.measures["retain"].value for row in rows], dtype=torch.float64)
+    pooled = table.measures("noisy")["retain"]
+    assert pooled.value == pytest.approx(float(values.mean()))
+    assert pooled.spread == pytest.approx(float(values.std()))
+
+
+def test_a_failing_method_loses_nobody_elses_results(trained, sets):
+    def broken(model, forget, retain):
+        next(iter(model.parameters())).data.zero_()
+        raise RuntimeError("out of\nmemory")
+
+    table = run(trained, sets, methods={"broken": broken, "ssd": "ssd", "unset": ("ssd", {"alpha": -1})})
+    by_label = {row.label: row for row in table.rows}
+    assert by_label["broken"].why == "RuntimeError: out of memory"
+    assert "alpha must" in by_label["unset"].why
+    assert by_label["ssd"].why is None
+    assert by_label["ssd"].measures["retain"].value is not None
+    assert table.measures("broken")["retain"].why == "RuntimeError: out of memory"
+    text = table.to_markdown()
+    assert "RuntimeError: out of memory" in text
+
+
+def test_a_metric_that_fails_says_why_in_its_place(trained, sets):
+    def impossible(model):
+        raise ValueError("needs the moon")
+
+    table = run(trained, sets, metrics=["retain", ("moon", impossible), ("weight", lambda m: math.inf)])
+    found = table.measures("ssd")
+    assert found["moon"].why == "needs the moon"
+    assert found["weight"].why == "it came to inf"
+    assert "needs the moon" in table.to_markdown()
+    assert {"moon", "weight"} <= set(json.loads(table.to_json())["table"][0]["measures"])
+
+
+def test_own_metrics_see_the_unlearned_model(trained, sets):
+    def norm(model):
+        return float(model[0].weight.detach().norm())
+
+    table = run(trained, sets, methods={"doubled": _double}, metrics=[("norm", norm)])
+    assert table.measures("doubled")["norm"].value == pytest.approx(2 * norm(trained))
+    assert table.measures("original")["norm"].value == pytest.approx(norm(trained))
+
+
+def _double(model, forget, retain):
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+
+
+def test_layers_tell_how_far_they_moved(trained, sets):
+    table = run(trained, sets, methods={"doubled": _double}, metrics=["retain"])
+    (row,) = [row for row in table.rows if row.label == "doubled"]
+    weight, bias = (p.detach().double().norm() for p in (trained[0].weight, trained[0].bias))
+    assert row.layers["0"] == pytest.approx(float(weight / (weight**2 + bias**2).sqrt()))
+    assert row.layers["4"] == 0
+    assert row.measures["changed"].value == pytest.approx(64 / sum(p.numel() for p in trained.parameters()))
+
+
+def test_losses_are_counted_once(trained, sets):
+    table = run(trained, sets, methods=[noisy])
+    for row in table.rows:
+        if row.why is None:
+            assert sum(row.loss_counts["forget"]) == 40
+            assert sum(row.loss_counts["test"]) == 30  # unseen samples of the forgotten class
+    assert study._histogram(torch.tensor([0.0, 1e9, math.nan], dtype=torch.float64)) == [
+        1,
+        *[0] * (len(study.LOSS_EDGES) - 3),
+        2,
+    ]
+
+
+def test_controls(trained, sets, monkeypatch):
+    def masked(model, forget, retain, *, score="ratio", density=0.1):
+        masked.seen.append((score, density))
+
+    masked.seen = []
+    monkeypatch.setitem(comparison.METHODS, "gradient_masking", masked)
+    table = run(trained, sets, methods=[("gradient_masking", {"density": 0.3})], metrics=["retain"])
+    assert table.labels[:2] == ("original", "retrained")
+    assert table.labels[-1] == "random mask"
+    assert masked.seen == [("ratio", 0.3), ("random", 0.3)]
+    assert {row.label: row.kind for row in table.rows}["random mask"] == "control"
+    bare = run(trained, sets, controls=False, metrics=["retain"])
+    assert bare.labels == ("retrained", "ssd")
+
+
+def test_without_gradient_masking_the_control_says_why(trained, sets, monkeypatch):
+    monkeypatch.delitem(comparison.METHODS, "gradient_masking", raising=False)
+    table = run(trained, sets, metrics=["retain"])
+    assert "no method gradient_masking" in table.measures("random mask")["retain"].why
+
+
+def test_failing_retraining_is_told_and_the_rest_measured(trained, sets):
+    def failing(model, data):
+        raise MemoryError
+
+    table = run(trained, sets, train=failing)
+    assert table.measures("retrained")["retain"].why == "retraining failed: MemoryError"
+    assert table.measures("ssd")["js"].why == "retraining failed: MemoryError"
+    assert table.measures("ssd")["gap"].why == "retraining failed: MemoryError"
+    assert table.measures("ssd")["retain"].value is not None
+
+
+class Interrupting:
+    """A method that is interrupted when it is called for the n-th time."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4])
+def test_an_interrupted_comparison_continues_to_the_same_table(trained, sets, tmp_path, monkeypatch, stop_at):
+    settings = {"methods": ["counted", "ssd", loader_reader], "seeds": [0, 1], "make_model": make_model}
+    bell = Interrupting(-1)
+    calls = []
+
+    def counted(model, forget, retain, *, generator=None):
+        bell()
+        calls.append("counted")
+        noisy(model, forget, retain, generator=generator)
+
+    def counted_training(model, data):
+        bell()
+        calls.append("train")
+        train(model, data)
+
+    # The name stands for the method; the code that counts is looked up through a module-level function.
+    monkeypatch.setitem(comparison.METHODS, "counted", counted)
+    whole = run(trained, sets, **{**settings, "train": train, "methods": ["counted", "ssd", loader_reader]})
+    bell.left, done = stop_at, len(calls)
+    monkeypatch.setattr(fingerprints, "_function_key", lambda function: function.__qualname__)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+    before = len(calls)
+    assert before - done == stop_at - 1
+    bell.left = -1
+    continued = run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+    assert len(calls) - done == 4  # two trainings and two runs, none of them twice
+    assert without_times(continued) == without_times(whole)
+    # Whatever comes from the cache is the same to the last digit, times included.
+    again = run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+    assert len(calls) - done == 4
+    assert again.to_dict() == continued.to_dict()
+
+
+def test_what_the_result_depends_on_is_in_the_key(trained, sets, tmp_path):
+    class Counting:
+        """Counts: a class is known to keys by its name only."""
+
+    def counting(model, forget, retain, *, shift=0.0):
+        Counting.runs = getattr(Counting, "runs", 0) + 1
+        with torch.no_grad():
+            model[0].bias.add_(shift)
+
+    def runs(model=trained, data=sets, **settings):
+        before = getattr(Counting, "runs", 0)
+        chosen = {"methods": {"m": (counting, {})}, "metrics": ["retain"], "cache": tmp_path, **settings}
+        run(model, data, **chosen)
+        return Counting.runs - before
+
+    assert runs() == 1
+    assert runs() == 0
+    assert runs(methods={"renamed": (counting, {})}) == 0
+    assert runs(methods={"m": (counting, {"shift": 0.5})}) == 1
+    assert runs(seeds=[1]) == 1
+    assert runs(metrics=["retain", "forget"]) == 1
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other[0].bias[0] += 1e-6
+    assert runs(model=other) == 1
+    assert runs(data={**sets, "test": DataLoader(blobs(90, 2), 45)}) == 1
+    assert runs(data={**sets, "test": DataLoader(blobs(90, 1), 30)}) == 1
+    assert runs(reference=trained, make_model=None, train=None) == 1
+    assert runs() == 0
+
+
+def test_damaged_cache_files_are_replaced(trained, sets, tmp_path):
+    whole = run(trained, sets, cache=tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".pt"}
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    again = run(trained, sets, cache=tmp_path)
+    assert without_times(again) == without_times(whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_failures_are_tried_again(trained, sets, tmp_path):
+    state = {"fails": True}
+
+    def shaky(model, forget, retain):
+        if state["fails"]:
+            raise RuntimeError("busy")
+
+    first = run(trained, sets, methods={"shaky": shaky}, cache=tmp_path, metrics=["retain"])
+    state["fails"] = False
+    second = run(trained, sets, methods={"shaky": shaky}, cache=tmp_path, metrics=["retain"])
+    assert first.measures("shaky")["retain"].why == "RuntimeError: busy"
+    assert second.measures("shaky")["retain"].why is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"methods": ["magic"]}, "methods must be among ssd, .*got 'magic'"),
+        ({"methods": "ssd"}, "methods must be a sequence or a mapping"),
+        ({"methods": ["ssd", "ssd"]}, "labels must be distinct, got 'ssd' 2 times"),
+        ({"methods": {"original": "ssd"}}, "labels must be distinct, got 'original'"),
+        ({"methods": [("ssd", 3)]}, "a pair of one and its settings"),
+        ({"methods": [3]}, "a method must be a name, a function"),
+        ({"seeds": []}, "seeds must be distinct and at least one"),
+        ({"seeds": [1, 1]}, "seeds must be distinct"),
+        ({"metrics": ["speed"]}, "metrics must be among retain, forget"),
+        ({"metrics": [("retain", len)]}, "names of metrics must be distinct, got 'retain' twice"),
+        ({"train": None}, "make_model and train must be given together"),
+        ({"reference": nn.Linear(4, 3)}, "reference must not be given together"),
+        ({"test": iter([])}, "test must be re-iterable"),
+        ({"forget": []}, "forget must hold at least one sample"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(trained, sets, settings, message):
+    data = {name: settings.pop(name, value) for name, value in sets.items()}
+
+    def never(model, forget, retain):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=message):
+        run(trained, data, **{"methods": [never], **settings})
+
+
+def test_progress_is_a_line_per_row(trained, sets, capsys):
+    run(trained, sets, methods=[noisy], seeds=[0, 1], metrics=["retain"], progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith("1/8 retrained, seed 0: ")
+    assert lines[-1].startswith("8/8 random mask, seed 1: ")
+
+
+def test_json_and_html_are_written_whole(trained, sets, tmp_path):
+    table = run(trained, sets, metrics=["retain", "forget"])
+    assert table.to_json(tmp_path / "a" / "x.json") + "\n" == (tmp_path / "a" / "x.json").read_text()
+    assert table.to_html(tmp_path / "x.html") == (tmp_path / "x.html").read_text()
+    parsed = json.loads(table.to_json(), parse_constant=pytest.fail)
+    assert parsed["notice"] == report.NOTICE
+    assert [row["label"] for row in parsed["table"]] == list(table.labels)
+
+
+def test_large_settings_are_told_in_short(trained, sets):
+    importance = ux.fisher_diagonal(trained, [*sets["forget"], *sets["retain"]])
+    given = {"stored": (_by_importance, {"importance": importance})}
+    table = run(trained, sets, methods=given, metrics=["retain"])
+    (row,) = [row for row in table.rows if row.label == "stored"]
+    assert row.why is None
+    assert row.settings == {"importance": "Importance of 6"}
+    assert len(table.to_json()) < 40_000
+
+
+def _by_importance(model, forget, retain, *, importance):
+    return ux.ssd(model, forget, importance=importance)
+
+
+def test_mappings_are_compared_too(sets):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    data = {name: [{"x": x, "labels": y} for x, y in batches] for name, batches in sets.items()}
+    table = compare(Named(), **data, methods=["ssd"], make_model=Named, train=lambda model, data: None)
+    assert table.measures("ssd")["test_forgotten"].value is not None
+    assert table.facts["forget_classes"] == [2]
+
+
+def test_language_models_are_compared_too():
+    generator = torch.Generator().manual_seed(0)
+
+    def batches(n):
+        return [{"input_ids": ids, "labels": ids} for ids in torch.randint(7, (n, 4, 6), generator=generator)]
+
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    table = compare(Language(), batches(2), batches(4), batches(3), methods=["ssd"], reference=Language())
+    assert table.facts["forget_classes"] is None
+    assert table.facts["samples"] == {"forget": 8, "retain": 16, "test": 12}
+    for measure in table.measures("ssd").values():
+        assert measure.why is None
+    (row,) = [row for row in table.rows if row.label == "ssd"]
+    assert sum(row.loss_counts["forget"]) == 8
+
+
+def test_keys_know_functions_by_their_code():
+    def made(number):
+        def inner(x, y=1):
+            return x + number + y
+
+        return inner
+
+    assert fingerprints.key(f=made(1)) == fingerprints.key(f=made(1))
+    assert fingerprints.key(f=made(1)) != fingerprints.key(f=made(2))
+    assert fingerprints.key(f=lambda x: x + 1) != fingerprints.key(f=lambda x: x + 2)
+    with pytest.raises(fingerprints.NoKeyError):
+        fingerprints.key(f=object())
+    with pytest.raises(fingerprints.NoKeyError):
+        fingerprints.key(f=[].append)
+
+
+def test_loaders_and_importances_have_keys(trained, sets):
+    importance = ux.fisher_diagonal(trained, sets["forget"])
+    longer = ux.fisher_diagonal(trained, [*sets["forget"], *sets["forget"]])
+    assert fingerprints.key(i=importance) == fingerprints.key(i=ux.fisher_diagonal(trained, sets["forget"]))
+    assert fingerprints.key(i=importance) != fingerprints.key(i=longer)
+    assert fingerprints.key(d=sets["retain"]) == fingerprints.key(d=sets["retain"])
+    assert fingerprints.key(d=sets["retain"]) != fingerprints.key(d=sets["forget"])
+
+
+def test_sample_hashes_stand_for_samples_in_any_order():
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1, 2])
+    whole = sum(fingerprints.sample_hashes((a, b)))
+    assert whole == sum(fingerprints.sample_hashes((a.flip(0), b.flip(0))))
+    assert whole != sum(fingerprints.sample_hashes((a, b.flip(0))))
+    assert whole != sum(fingerprints.sample_hashes((a.double(), b)))
+    assert len(list(fingerprints.sample_hashes((torch.empty(2, 0), b)))) == 2
+    shared = [{"x": a, "shift": torch.tensor(value)} for value in (0.0, 1.0)]
+    assert sum(fingerprints.sample_hashes(shared[0])) != sum(fingerprints.sample_hashes(shared[1]))
+
+
+def test_seeded_puts_everything_back():
+    loader = DataLoader(range(4), shuffle=True, generator=torch.Generator().manual_seed(9))
+    state, own = torch.get_rng_state(), loader.generator.get_state()
+    orders = []
+    for _ in range(2):
+        with seeding.seeded(5, loader):
+            orders.append([int(x) for x in loader])
+    assert orders[0] == orders[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loader.generator.get_state(), own)

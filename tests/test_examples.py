@@ -1,0 +1,83 @@
+"""The examples run, on little data, and do what they say."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlearn_ext import METHODS
+
+pytest.importorskip("sklearn")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    n_threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+    torch.set_rng_state(state)
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested_and_listed():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    tested = set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
+    listed = set(re.findall(r"\((\w+)\.py\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    assert names == tested == listed
+
+
+@pytest.mark.skipif("gradient_masking" not in METHODS, reason="needs gradient masking")
+def test_a_class_in_a_residual_network(tmp_path, capsys):
+    page = tmp_path / "resnet.html"
+    comparison = example("unlearn_class_resnet").main(epochs=4, page=str(page))
+    for method in ("ssd", "unsir", "gradient_masking"):
+        found = comparison.measures(method)
+        assert found["test_forgotten"].value <= 0.2
+        assert found["retain"].value >= comparison.measures("original")["retain"].value - 0.05
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "ssd: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif("gradient_masking" not in METHODS, reason="needs gradient masking")
+def test_mislabelled_samples(capsys):
+    figures = example("correct_labels").main(epochs=12)
+    assert figures["unseen sevens, before"] <= 0.5
+    assert figures["unseen sevens, after"] >= 0.8
+    assert figures["unseen others, after"] >= figures["unseen others, before"] - 0.05
+    assert figures["changed"] <= 0.2
+    assert "0.weight 0.0%" in capsys.readouterr().out  # the first layer kept its bits
+
+
+def test_request_after_request(tmp_path):
+    history = example("sequential_requests").main((3, 8), epochs=6, folder=tmp_path)
+    assert len(history) == 2
+    for figures in history:
+        assert figures["forgotten"] <= 0.1
+        assert figures["kept"] >= 0.9
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("request_*.json"))
+    ]
+    assert records[0]["weights_after"] == records[1]["weights_before"]
+    purged = {entry["what"]: entry["purged_here"] for entry in records[1]["derived"]}
+    assert purged["importances on the forget set"]
+
+
+@pytest.mark.skipif("salun" not in METHODS, reason="needs SalUn")
+def test_sequences_of_a_user():
+    pytest.importorskip("transformers")
+    figures = example("forget_user_sequences").main()
+    assert figures["the user, before"] >= 0.9
+    assert figures["the user, after"] <= 0.3
+    assert figures["the others, after"] >= figures["the others, before"] - 0.05

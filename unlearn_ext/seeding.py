@@ -1,0 +1,59 @@
+"""Random numbers that do not depend on what was run before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(seed: int, *data: object) -> Iterator[None]:
+    """Set every random generator that a pass may draw from, and put all of them back afterwards.
+
+    Those of torch (all CUDA devices too), NumPy and Python, and the loaders' own, so that what is run inside
+    does not depend on what was run before.
+
+    Args:
+        seed: The seed.
+        *data: Loaders whose own generators are set too.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with seeded(0):
+        ...     a = torch.rand(2)
+        >>> with seeded(0):
+        ...     b = torch.rand(2)
+        >>> torch.equal(a, b)
+        True
+    """
+    own = {id(generator): generator for entry in data for generator in _generators(entry)}
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for generator in own.values():
+                generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _generators(data: object) -> Iterator[torch.Generator]:
+    places = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    places.append(getattr(places[-1], "sampler", None))
+    for place in places:
+        generator = getattr(place, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
