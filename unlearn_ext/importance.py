@@ -9,43 +9,34 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 
-from unlearn_ext import losses, ops
+from unlearn_ext import losses
 from unlearn_ext.data import (
     Batch,
     Batches,
     check_batches,
     count_samples,
     device_of,
-    is_per_sample,
-    map_tensors,
     read_batches,
     scores_and_labels,
-    take_samples,
     targets,
-    tensors_in,
     with_targets,
 )
+from unlearn_ext.engine import LossFn as LossFn
+from unlearn_ext.engine import Objective, PerSample, add_gradient
+from unlearn_ext.engine import register_layer as register_layer
 from unlearn_ext.state import borrowed
 
-LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
 ESTIMATORS: tuple[Estimator, ...] = ("per_sample", "batch", "mc")
 
 _FORMAT = "unlearn_ext.importance.1"
-
-# Scalars in the gradients of one chunk, and the fewest samples that are worth a chunk. Measured on two CPU
-# cores: vmap wins, up to sevenfold, while a chunk's gradients stay in the cache, and loses where only a few
-# samples fit into that. A GPU needs the chunk to be busy at all.
-_VMAP_SCALARS = {"cpu": (2**22, 16), "cuda": (2**28, 2)}
 
 
 class Importance(Mapping[str, Tensor]):
@@ -307,6 +298,13 @@ def fisher_diagonal(
     any architecture. ``batch`` depends on all of them; it is what the published code of selective synaptic
     dampening computes, and is here for comparison with it only.
 
+    Parameters that PyTorch's own functions use (linear, convolution, lookup, norm functions, sums, products)
+    cost one forward and backward pass per batch, in which every sample's gradient is squared as it arises and
+    none is stored; ``coverage`` calls them ``"fused"``. The first call on a model makes sure, on a few
+    samples, that plain autograd agrees. What it does not agree with, and what autograd cannot look into, is
+    computed sample by sample, and ``coverage`` says why. ``register_layer`` adds rules for layers with
+    functions of their own.
+
     The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
     random state are as before afterwards, also after an exception or an interrupt.
 
@@ -354,7 +352,7 @@ def fisher_diagonal(
             )
             for name, parameter in chosen.items()
         }
-        kind = _BatchGradients if estimator == "batch" else _SampleGradients
+        kind = _BatchGradients if estimator == "batch" else PerSample
         gradients = kind(model, loss_fn, chosen, fisher, power)
         reader = read_batches(batches, device_of(model), description="importance", progress=progress)
         for index, batch in enumerate(reader):
@@ -381,8 +379,8 @@ def fisher_diagonal(
     )
 
 
-class _Gradients:
-    """Adds powers of gradients to accumulators, batch by batch, inside ``borrowed(model)``."""
+class _BatchGradients:
+    """Adds powers of the gradient of each batch's mean loss, inside ``borrowed(model)``."""
 
     def __init__(
         self,
@@ -392,214 +390,15 @@ class _Gradients:
         fisher: Mapping[str, Tensor],
         power: int,
     ) -> None:
-        self._model = model
-        self._loss_fn = loss_fn
-        self._chosen = chosen
-        self._fisher = fisher
-        self._power = power
-        self._is_first = True
+        self._objective = Objective(model, loss_fn)
+        self._chosen, self._fisher, self._power = chosen, fisher, power
+        why = "fallback: one plain gradient per batch is the estimator's definition"
+        self.coverage = dict.fromkeys(fisher, why)
 
     def accumulate(self, batch: Batch, n: int) -> Tensor:
-        """Add one batch.
-
-        Args:
-            batch: A batch on the model's device.
-            n: Its number of samples, >= 1.
-
-        Returns:
-            The samples' losses, ``[n]``, detached.
-        """
-        raise NotImplementedError
-
-    @property
-    def coverage(self) -> dict[str, str]:
-        """How each parameter's values were computed."""
-        raise NotImplementedError
-
-    def _losses(self, batch: Batch, n: int) -> Tensor:
-        values = self._loss_fn(self._model, batch)
-        if not isinstance(values, Tensor) or values.shape != (n,):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
-        if self._is_first and not values.requires_grad:
-            raise ValueError("loss_fn must return losses that depend on the parameters, got a constant")
-        self._is_first = False
-        return values
-
-    def _add_gradient_of(self, loss: Tensor) -> None:
-        if not loss.requires_grad:  # a sample that the loss function leaves out
-            return
-        grads = torch.autograd.grad(loss, list(self._chosen.values()), allow_unused=True)
-        pairs = [
-            (total, grad.to_dense() if grad.is_sparse else grad)
-            for total, grad in zip(self._fisher.values(), grads, strict=True)
-            if grad is not None
-        ]
-        ops.fisher_accumulate_([total for total, _ in pairs], [grad for _, grad in pairs], power=self._power)
-
-
-class _BatchGradients(_Gradients):
-    def accumulate(self, batch: Batch, n: int) -> Tensor:
-        values = self._losses(batch, n)
-        self._add_gradient_of(values.mean())
+        values = self._objective.losses(batch, n, is_whole=True)
+        add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
-
-    @property
-    def coverage(self) -> dict[str, str]:
-        return dict.fromkeys(
-            self._fisher, "fallback: one plain gradient per batch is the estimator's definition"
-        )
-
-
-class _SampleGradients(_Gradients):
-    """Exact for any architecture: vmap over chunks of samples where that works, else sample by sample.
-
-    vmap is trusted once its gradients of two samples agree with plain autograd's.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        chosen: Mapping[str, Tensor],
-        fisher: Mapping[str, Tensor],
-        power: int,
-    ) -> None:
-        super().__init__(model, loss_fn, chosen, fisher, power)
-        scalars = sum(parameter.numel() for parameter in chosen.values())
-        device = device_of(model).type
-        budget, fewest = _VMAP_SCALARS.get(device, _VMAP_SCALARS["cpu"])
-        self._chunk = budget // max(1, scalars)
-        self._loop_because = (
-            "" if self._chunk >= fewest else f"faster than vmap for {scalars:,} scalars on {device}"
-        )
-        self._used_vmap = False
-        self._checked_sizes = {1}
-
-    def accumulate(self, batch: Batch, n: int) -> Tensor:
-        whole = None if n in self._checked_sizes else self._losses(batch, n).detach()
-        self._checked_sizes.add(n)
-        values: list[Tensor] = []
-        start = 0
-        while start < n:
-            stop = min(n, start + max(1, self._chunk))
-            if stop - start > 1 and not self._loop_because:
-                chunk_values = self._add_chunk(batch, n, start, stop)
-                if chunk_values is None:
-                    continue
-                values.append(chunk_values)
-            else:
-                stop = start + 1
-                value = self._losses(take_samples(batch, start, stop), 1)
-                self._add_gradient_of(value.sum())
-                values.append(value.detach())
-            start = stop
-        alone = torch.cat(values)
-        if whole is not None and not _agree(whole, alone, whole):
-            warnings.warn(
-                "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "
-                "each other, the model is random in eval mode, or a tensor that the samples share is as long "
-                "as the batch and was taken apart; the importances are those of samples on their own",
-                stacklevel=3,
-            )
-        return alone
-
-    @property
-    def coverage(self) -> dict[str, str]:
-        how = "vmap"
-        if not self._used_vmap or self._loop_because:
-            how = f"single-sample loop: {self._loop_because or 'batches of one sample'}"
-        return dict.fromkeys(self._fisher, f"fallback: {how}")
-
-    def _add_chunk(self, batch: Batch, n: int, start: int, stop: int) -> Tensor | None:
-        """Add the samples ``start`` to ``stop - 1``, or note why vmap cannot and add nothing.
-
-        Args:
-            batch: The whole batch.
-            n: Its number of samples.
-            start: First sample of the chunk.
-            stop: One past its last sample.
-
-        Returns:
-            The samples' losses, or None if nothing was added.
-        """
-        try:
-            grads, values = _vmap_gradients(
-                self._model, self._loss_fn, self._chosen, batch, n, slice(start, stop)
-            )
-        except Exception as error:  # whatever the reason, the loop below needs no vmap
-            reason = str(error).strip().split("\n")[0][:100]
-            self._loop_because = f"vmap raised {type(error).__name__}: {reason}"
-            return None
-        if not self._used_vmap and not self._is_trustworthy(grads, batch, start):
-            self._loop_because = "vmap disagrees with plain autograd"
-            return None
-        self._used_vmap = True
-        for name, grad in grads.items():
-            total = self._fisher[name]
-            powers = grad.to(total.dtype)
-            total.add_((powers.square() if self._power == 2 else powers.abs()).sum(0))
-        return values
-
-    def _is_trustworthy(self, grads: Mapping[str, Tensor], batch: Batch, start: int) -> bool:
-        largest = max((float(grad[:2].abs().max()) for grad in grads.values() if grad.numel()), default=0.0)
-        for offset in range(2):
-            loss = self._losses(take_samples(batch, start + offset, start + offset + 1), 1).sum()
-            expected = torch.autograd.grad(loss, list(self._chosen.values()), materialize_grads=True)
-            for grad, plain in zip(grads.values(), expected, strict=True):
-                # Gradients that vanish in exact arithmetic are rounding; they are held against the largest.
-                if not _agree(grad[offset], plain, torch.full_like(plain, 0.01 * largest)):
-                    return False
-        return True
-
-
-def _vmap_gradients(
-    model: nn.Module,
-    loss_fn: LossFn,
-    chosen: Mapping[str, Tensor],
-    batch: Batch,
-    n: int,
-    samples: slice,
-) -> tuple[dict[str, Tensor], Tensor]:
-    objective = _Objective(model, loss_fn)
-
-    def loss_of_one(parameters: Mapping[str, Tensor], *entries: Tensor) -> Tensor:
-        rest = iter(entries)
-        sample = map_tensors(
-            lambda tensor: next(rest).unsqueeze(0) if is_per_sample(tensor, n) else tensor, batch
-        )
-        named = {f"model.{name}": tensor for name, tensor in parameters.items()}
-        value: Tensor = functional_call(objective, named, (sample,))
-        return value.squeeze(0)
-
-    entries = [tensor[samples] for tensor in tensors_in(batch) if is_per_sample(tensor, n)]
-    parameters = {name: parameter.detach() for name, parameter in chosen.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        # Operators without a batching rule of their own are looped over inside vmap: slower, not wrong.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads, values = vmap(grad_and_value(loss_of_one), in_dims=(None,) + (0,) * len(entries))(
-            parameters, *entries
-        )
-    return grads, values
-
-
-class _Objective(nn.Module):
-    """Model and loss as one module, so that ``functional_call`` swaps parameters under the user's loss."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss_fn(self.model, batch)
-
-
-def _agree(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    # Loose: it is to find what is wrong altogether, not rounding in the model's precision.
-    tolerance = 0.1 if a.dtype in (torch.float16, torch.bfloat16) else 1e-2
-    allowed = tolerance * torch.maximum(b.abs().amax(), scale.abs().amax()) if b.numel() else 0.0
-    return bool(((a - b).abs() <= allowed).all() | ~torch.isfinite(b).all())
 
 
 def _with_drawn_targets(
@@ -707,7 +506,10 @@ def _joined(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
     for name, how in a.items():
         other = b[name]
         parts = dict.fromkeys(
-            part for text in (how, other) for part in text.removeprefix("fallback: ").split("; ")
+            part
+            for text in (how, other)
+            if text != "fused"
+            for part in text.removeprefix("fallback: ").split("; ")
         )
         joined[name] = how if how == other else "fallback: " + "; ".join(parts)
     return joined

@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+pytest.register_assert_rewrite("oracle")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of this size gain nothing from threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)

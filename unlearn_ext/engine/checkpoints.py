@@ -1,0 +1,77 @@
+"""Gradient checkpointing inside a pass: both kinds of it, made fit for reading what nodes have saved."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_reading = threading.local()
+
+
+@contextmanager
+def reading(*, again: bool) -> Iterator[None]:
+    """Read what a node has saved.
+
+    A checkpoint gives a recomputed tensor out only once, and the node itself will want it too.
+
+    Args:
+        again: The node is still going to run.
+
+    Yields:
+        Nothing.
+    """
+    _reading.again = again
+    try:
+        yield
+    finally:
+        _reading.again = False
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Let checkpoints give tensors out twice, and let the reentrant kind be the other one.
+
+    Reentrant checkpoints refuse ``torch.autograd.grad`` altogether and hide from the graph what they compute.
+
+    Yields:
+        Nothing.
+    """
+    checkpoint: Any = sys.modules.get("torch.utils.checkpoint")
+    hook = getattr(checkpoint, "_checkpoint_hook", None)
+    function = getattr(checkpoint, "CheckpointFunction", None)
+    if hook is None or function is None:
+        yield
+        return
+
+    class Twice(hook):  # type: ignore[misc, valid-type]
+        def __init__(self, frame: object) -> None:
+            super().__init__(frame)
+            unpack_once = self.unpack_hook
+            kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+            def unpack(holder: object) -> object:
+                value = kept.pop(holder, None)
+                if value is None:
+                    value = unpack_once(holder)
+                if getattr(_reading, "again", False):
+                    kept[holder] = value
+                return value
+
+            self.unpack_hook: Callable[[object], object] = unpack
+
+    class NotReentrant:
+        @staticmethod
+        def apply(run: object, preserve_rng_state: bool, *args: object) -> object:
+            return checkpoint.checkpoint(
+                run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            )
+
+    checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = Twice, NotReentrant
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = hook, function

@@ -1,0 +1,335 @@
+"""Uses: what a layer's inputs and output gradients say about every sample's gradient of one tensor.
+
+A *use* stands for the gradients that n samples have with respect to a tensor, through one place where a model
+uses it, without storing them. It adds their powers to an accumulator with one op, and for the few
+combinations that no op covers it makes the gradients of some samples at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearn_ext import ops
+
+# Scalars of per-sample gradients that are made at a time where no op avoids them.
+CHUNK = 2**24
+
+
+class Use(ABC):
+    """The gradients of n samples with respect to one tensor.
+
+    Attributes:
+        n: Number of samples.
+        shape: Shape of the tensor.
+    """
+
+    def __init__(self, n: int, shape: Sequence[int]) -> None:
+        self.n, self.shape = n, tuple(shape)
+
+    @abstractmethod
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """Make the gradients of some samples.
+
+        Args:
+            start: First sample.
+            stop: One past the last.
+
+        Returns:
+            ``[stop - start, *shape]``, at least float32.
+        """
+
+    def add_to(self, fisher: Tensor, power: int) -> None:
+        """Add ``sum_n |g_n|^power``.
+
+        Args:
+            fisher: Accumulator of the tensor's shape, written in place.
+            power: 1 or 2.
+        """
+        step = max(1, CHUNK // max(1, math.prod(self.shape)))
+        for start in range(0, self.n, step):
+            grads = self.gradients(start, min(start + step, self.n))
+            _add_channels(fisher, grads.reshape(len(grads), 1, -1), None, power)
+
+    @abstractmethod
+    def is_zero(self) -> bool:
+        """Say whether all gradients vanish, because every term of them has a factor that does.
+
+        Returns:
+            True if they do; False says nothing.
+        """
+
+
+class Product(Use):
+    """A matrix that multiplies vectors: the weight ``[O, I]`` of a linear layer.
+
+    Args:
+        inputs: ``[n, *, I]``.
+        grad_outputs: ``[n, *, O]``.
+    """
+
+    def __init__(self, inputs: Tensor, grad_outputs: Tensor) -> None:
+        self.inputs, self.grads = _positions(inputs), _positions(grad_outputs)
+        super().__init__(inputs.shape[0], (grad_outputs.shape[-1], inputs.shape[-1]))
+
+    @property
+    def transposed(self) -> Product:
+        """The same use, seen from the transposed matrix."""
+        return Product(self.grads, self.inputs)
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102 - as in the base class
+        inputs, grads = wide(self.inputs[start:stop], self.grads[start:stop])
+        return grads.mT @ inputs
+
+    def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
+        inputs, grads = _matched(fisher, self.inputs, self.grads)
+        ops.fisher_linear_(fisher, inputs, grads, power=power)
+
+    def is_zero(self) -> bool:  # noqa: D102
+        return not bool((self.inputs.any(-1) & self.grads.any(-1)).any())
+
+
+class Stacked(Use):
+    """Matrices that multiply vectors of their own: ``[B, O, I]``, say one per attention head.
+
+    Args:
+        uses: The use of each.
+    """
+
+    def __init__(self, uses: Sequence[Product]) -> None:
+        self.uses = uses
+        super().__init__(uses[0].n, (len(uses), *uses[0].shape))
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        return torch.stack([use.gradients(start, stop) for use in self.uses], 1)
+
+    def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
+        for use, total in zip(self.uses, fisher, strict=True):
+            use.add_to(total, power)
+
+    def is_zero(self) -> bool:  # noqa: D102
+        return all(use.is_zero() for use in self.uses)
+
+
+class Convolution(Use):
+    """The weight ``[O, C / groups, *kernel]`` of a convolution.
+
+    Args:
+        inputs: ``[n, C, *size]``, or ``[n, C, images, *size]`` where a sample has several images.
+        grad_outputs: ``[n, O, *out]``, or ``[n, O, images, *out]``.
+        kernel: Size of the kernel, one to three dimensions.
+        stride: One per dimension.
+        padding: A pair (before, after) per dimension.
+        dilation: One per dimension.
+        groups: Number of groups.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        grad_outputs: Tensor,
+        *,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        self.inputs, self.grads = inputs, grad_outputs
+        self.kernel, self.stride, self.dilation = tuple(kernel), tuple(stride), tuple(dilation)
+        self.padding, self.groups = tuple(padding), groups
+        self.has_images = inputs.ndim == len(self.kernel) + 3
+        shape = (grad_outputs.shape[1], inputs.shape[1] // groups, *self.kernel)
+        super().__init__(inputs.shape[0], shape)
+
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """What uses must have in common to be merged."""
+        return (self.shape, self.stride, self.padding, self.dilation, self.groups, self.inputs.dtype)
+
+    def with_images(self) -> Convolution:
+        """Show a sample's only image as one of several.
+
+        Returns:
+            The same use.
+        """
+        if self.has_images:
+            return self
+        return self.like(self.inputs.unsqueeze(2), self.grads.unsqueeze(2))
+
+    def like(self, inputs: Tensor, grad_outputs: Tensor) -> Convolution:
+        """Describe other inputs to the same layer.
+
+        Args:
+            inputs: As the class.
+            grad_outputs: As the class.
+
+        Returns:
+            Their use.
+        """
+        return Convolution(
+            inputs,
+            grad_outputs,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        own = self.with_images()
+        inputs, grads = wide(own.inputs[start:stop], own.grads[start:stop])
+        inputs = F.pad(inputs, [*itertools.chain(*reversed(self.padding))])
+        weight = grads.new_empty(1).expand(self.shape)
+        zeros = [0] * len(self.kernel)
+        layer = (self.stride, zeros, self.dilation, False, zeros, self.groups, [False, True, False])
+        made = [  # a sample's images are the batch over which the plain gradient adds up
+            torch.ops.aten.convolution_backward(
+                grad.transpose(0, 1), image.transpose(0, 1), weight, None, *layer
+            )[1]
+            for grad, image in zip(grads, inputs, strict=True)
+        ]
+        return torch.stack(made)
+
+    def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
+        more = [1] if self.has_images else []
+        if len(self.kernel) + len(more) > 3:
+            super().add_to(fisher, power)
+            return
+        inputs, grads = _matched(fisher, self.inputs, self.grads)
+        ops.fisher_conv_(
+            fisher.unsqueeze(2) if more else fisher,
+            inputs,
+            grads,
+            stride=[*more, *self.stride],
+            padding=[*([(0, 0)] if more else []), *self.padding],
+            dilation=[*more, *self.dilation],
+            groups=self.groups,
+            power=power,
+        )
+
+    def is_zero(self) -> bool:  # noqa: D102
+        return not bool(self.inputs.any() & self.grads.any())
+
+
+class Lookup(Use):
+    """A table ``[rows, D]`` of which rows are looked up: an embedding.
+
+    Args:
+        indices: ``[n, *]``.
+        grad_outputs: ``[n, *, D]``.
+        rows: Number of rows of the table.
+        padding_idx: The index whose row gets no gradient; -1 for none.
+    """
+
+    def __init__(self, indices: Tensor, grad_outputs: Tensor, *, rows: int, padding_idx: int = -1) -> None:
+        self.grads = _positions(grad_outputs)
+        self.indices = indices.reshape(self.grads.shape[:2])
+        self.padding_idx = padding_idx
+        super().__init__(grad_outputs.shape[0], (rows, grad_outputs.shape[-1]))
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        indices = self.indices[start:stop].long()
+        (grads,) = wide(self.grads[start:stop])
+        if self.padding_idx >= 0:
+            grads = grads * (indices != self.padding_idx)[..., None]
+        made = grads.new_zeros(len(grads), *self.shape)
+        return made.scatter_add_(1, indices[..., None].expand_as(grads), grads)
+
+    def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
+        (grads,) = _matched(fisher, self.grads)
+        ops.fisher_embedding_(fisher, self.indices, grads, padding_idx=self.padding_idx, power=power)
+
+    def is_zero(self) -> bool:  # noqa: D102
+        return not bool((self.grads.any(-1) & (self.indices != self.padding_idx)).any())
+
+
+class Channels(Use):
+    """Values that are added to every position or multiply it: biases, scales, position embeddings.
+
+    Args:
+        grad_outputs: ``[n, *, C]``; a value's gradient is the sum over the positions.
+        normalized: What the values multiply, of the same shape; None where they are added.
+        shape: Shape of the tensor that holds the C values; ``[C]`` by default.
+    """
+
+    def __init__(
+        self, grad_outputs: Tensor, normalized: Tensor | None = None, shape: Sequence[int] | None = None
+    ) -> None:
+        self.grads = _positions(grad_outputs)
+        self.normalized = None if normalized is None else _positions(normalized)
+        super().__init__(grad_outputs.shape[0], grad_outputs.shape[-1:] if shape is None else shape)
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        (grads,) = wide(self.grads[start:stop])
+        if self.normalized is not None:
+            grads = grads * self.normalized[start:stop]
+        return grads.sum(1).reshape(-1, *self.shape)
+
+    def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
+        _add_channels(fisher, self.grads, self.normalized, power)
+
+    def is_zero(self) -> bool:  # noqa: D102
+        zero_or_not = self.grads if self.normalized is None else self.grads.bool() & self.normalized.bool()
+        return not bool(zero_or_not.any())
+
+
+class Gradients(Use):
+    """Gradients that somebody has made.
+
+    Args:
+        grads: ``[n, *shape]``.
+    """
+
+    def __init__(self, grads: Tensor) -> None:
+        self.grads = grads
+        super().__init__(grads.shape[0], grads.shape[1:])
+
+    def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        return wide(self.grads[start:stop])[0]
+
+    def is_zero(self) -> bool:  # noqa: D102
+        return not bool(self.grads.any())
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    # [n, *, C] as [n, positions, C]
+    return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Bring tensors to one dtype of at least float32.
+
+    Args:
+        *tensors: Of any floating-point dtypes.
+
+    Returns:
+        The tensors, float64 if one of them is, else float32.
+    """
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _matched(fisher: Tensor, *tensors: Tensor) -> list[Tensor]:
+    # The ops take inputs and gradients of one dtype, and float64 only together with a float64 accumulator.
+    dtype = tensors[-1].dtype
+    if torch.float64 in (dtype, fisher.dtype):
+        dtype = fisher.dtype
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _add_channels(fisher: Tensor, grads: Tensor, normalized: Tensor | None, power: int) -> None:
+    total = fisher.view(-1) if fisher.is_contiguous() else fisher.reshape(-1)
+    if normalized is None:
+        ops.fisher_bias_(total, *_matched(fisher, grads), power=power)
+    else:
+        ops.fisher_affine_(total, *_matched(fisher, normalized, grads), power=power)
+    if not fisher.is_contiguous():
+        fisher.copy_(total.view(fisher.shape))
