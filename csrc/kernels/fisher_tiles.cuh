@@ -6,23 +6,24 @@
 #pragma once
 
 #include "core/mma.cuh"
-#include "kernels/fisher_layers.h"
+#include "kernels/fisher_positions.cuh"
 
 namespace unlearn_ext {
 namespace {
 
 // ---- Operands
 
-// One row of a tile: a position of a sample.
+// One row of a tile: a position of a sample. As two 16-byte words, of which the outputs' gradients need the first.
 struct alignas(16) Position {
-  int64_t grads, inputs;  // where it is, in elements; an input can lie before the tensor, in padding
-  uint32_t at[3];         // the image position that tap 0 sees
-  bool inside;            // false behind the last sample and from the end of one to the next whole step
+  int64_t grads;    // where it is, in bytes
+  uint32_t inside;  // 0 behind the last sample and from the end of one to the next whole step
+  uint32_t at[3];   // the image position that tap 0 sees
+  int64_t inputs;   // where that is, in bytes: outside the tensor if in padding
 };
 
 // One column of a tile: a channel of the inputs, seen through a tap.
 struct alignas(16) Column {
-  int64_t offset;     // from a row's place, in elements
+  int64_t offset;     // in bytes, from a row's place
   uint32_t shift[3];  // of the image position
   int to;             // its place in a row of F
 };
@@ -31,20 +32,35 @@ struct alignas(16) Column {
 constexpr int64_t kLargestExtent = 1 << 29;
 constexpr uint32_t kNoRow = 1u << 31, kNoColumn = 1u << 30;
 
-// An operand as the loaders see it: at(row, column(m)) is the address of an element, null for one that is not there.
+// An operand as the loaders see it: what a column needs for all rows, and where its element of a row is, if anywhere.
+struct Channel {
+  const char* data;
+  bool inside;
+
+  __device__ __forceinline__ bool find(const Position& row, const void*& from) const {
+    from = data + row.grads;
+    return inside & (row.inside != 0);
+  }
+};
+
 template <class T>
 struct Grads {
   const T* data;  // of the tile's first output
   int64_t stride;
   int width;
 
-  struct Channel {
-    int64_t offset;
-    bool inside;
-  };
-  __device__ __forceinline__ Channel column(int m) const { return {m * stride, m < width}; }
-  __device__ __forceinline__ const T* at(const Position& row, const Channel& c) const {
-    return row.inside && c.inside ? data + (row.grads + c.offset) : nullptr;
+  __device__ __forceinline__ Channel column(int m) const {
+    return {reinterpret_cast<const char*>(data + m * stride), m < width};
+  }
+};
+
+struct Patch {
+  const char* data;
+  uint32_t shift[3], in[3];
+
+  __device__ __forceinline__ bool find(const Position& row, const void*& from) const {
+    from = data + row.inputs;
+    return (row.at[0] + shift[0] < in[0]) & (row.at[1] + shift[1] < in[1]) & (row.at[2] + shift[2] < in[2]);
   }
 };
 
@@ -54,11 +70,10 @@ struct Inputs {
   const Column* columns;
   uint32_t in[3];
 
-  __device__ __forceinline__ Column column(int m) const { return columns[m]; }
-  __device__ __forceinline__ const T* at(const Position& row, const Column& c) const {
-    const bool inside =
-        row.at[0] + c.shift[0] < in[0] && row.at[1] + c.shift[1] < in[1] && row.at[2] + c.shift[2] < in[2];
-    return inside ? data + (row.inputs + c.offset) : nullptr;
+  __device__ __forceinline__ Patch column(int m) const {
+    const Column c = columns[m];
+    return {
+        reinterpret_cast<const char*>(data) + c.offset, {c.shift[0], c.shift[1], c.shift[2]}, {in[0], in[1], in[2]}};
   }
 };
 
@@ -70,126 +85,163 @@ struct Access {
 
 // ---- Shared memory
 
-template <class T>
-constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
-
-// Where element (k, m) of a tile is. Chunks are permuted within eight neighbouring rows so that no two lanes of an
-// ldmatrix, of a tf32 fragment or of a store along positions meet in a bank.
-template <class T, int kWidth>
-__device__ __forceinline__ int place(int k, int m) {
+// Where element (k, m) of a tile is. In both layouts eight neighbouring rows of a chunk lie in different banks, so that
+// no two lanes of an ldmatrix or of a store along positions meet in one. Permuted chunks also suit the fragments of
+// tf32; padded rows, the length of a chunk further apart, are found without arithmetic.
+template <class T, int kWidth_>
+struct Permuted {
+  using Element = T;
+  static constexpr int kWidth = kWidth_, kPitch = kWidth;
   static_assert(kWidth / kChunk<T> >= 8);
-  const int turn = (k & 3) << 1 | (k >> 2 & 1);
-  return k * kWidth + ((m / kChunk<T> ^ turn) * kChunk<T> | m % kChunk<T>);
-}
-
-// Which element a thread moves in its turn e, with kUnits units to a row: lanes along the axis that is dense in memory,
-// but only eight along positions, or their stores would meet in a bank.
-template <int kUnits>
-__device__ __forceinline__ void spread(int e, bool along_positions, int& k, int& unit) {
-  if (along_positions) {
-    k = (e & 7) + e / 32 / (kUnits / 4) * 8;
-    unit = (e >> 3 & 3) + e / 32 % (kUnits / 4) * 4;
-  } else {
-    k = e / kUnits;
-    unit = e % kUnits;
+  __device__ __forceinline__ static int place(int k, int m) {
+    const int turn = (k & 3) << 1 | (k >> 2 & 1);
+    return k * kPitch + ((m / kChunk<T> ^ turn) * kChunk<T> | m % kChunk<T>);
   }
-}
-
-template <class T>
-struct alignas(sizeof(T) * kChunk<T>) Chunk {
-  T lane[kChunk<T>];
+};
+template <class T, int kWidth_>
+struct Padded {
+  using Element = T;
+  static constexpr int kWidth = kWidth_, kPitch = kWidth + kChunk<T>;
+  __device__ __forceinline__ static int place(int k, int m) { return k * kPitch + m; }
 };
 
-// ---- Loaders: fetch() starts reading a tile, deposit() makes sure that it is on its way to shared memory
+// How the threads of a block share a tile of kUnits units per row: each has kEach of them, the i-th in row k. Lanes run
+// along the axis that is dense in memory, but only eight along positions: their stores would meet in a bank.
+template <int kUnits, int kDepth, int kThreads>
+struct Shares {
+  static_assert(kThreads % kUnits == 0 && kUnits % (kThreads / 8) == 0 && kDepth % 8 == 0);
+  static constexpr int kEach = kUnits * kDepth / kThreads;
 
-// Copies that bypass registers: whole chunks, or single elements of at least 4 bytes.
-template <class T, int kWidth, int kDepth, int kThreads, bool kGather>
+  __device__ __forceinline__ static void find(int i, bool along_positions, int& k, int& unit) {
+    const unsigned thread = threadIdx.x;
+    if (along_positions) {
+      k = static_cast<int>(thread % 8) + i % (kDepth / 8) * 8;
+      unit = static_cast<int>(thread / 8) + i / (kDepth / 8) * (kThreads / 8);
+    } else {
+      k = static_cast<int>(thread / kUnits) + i * (kThreads / kUnits);
+      unit = static_cast<int>(thread % kUnits);
+    }
+  }
+};
+
+// ---- Loaders: fetch() starts reading a tile, deposit() sends what took the way through registers to shared memory
+
+// Asynchronous copies of whole chunks or, with kGather, of single elements of at least 4 bytes.
+template <class Side, class Layout, int kDepth, int kThreads, bool kGather>
 struct Loader {
-  template <class Side>
-  __device__ __forceinline__ void fetch(const Side& side, const Position* rows, T* tile, Access access, int) {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (access.vectors) {
-      constexpr int kChunks = kWidth / kChunk<T>;
-      static_assert(kThreads % kChunks == 0 && kChunks * kDepth % kThreads == 0);
-      const int m = thread % kChunks * kChunk<T>;
-      const auto column = side.column(m);
+  using T = typename Layout::Element;
+  static constexpr int kChunks = Layout::kWidth / kChunk<T>, kRows = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kDepth % kRows == 0 && kRows % 8 == 0);
+  Side side;
+  decltype(std::declval<Side>().column(0)) column;  // of the thread's chunks
+  int first, to;                                    // row and place of the first; the others are kRows further
+
+  __device__ __forceinline__ Loader(const Side& side_) : side(side_) {
+    const int thread = static_cast<int>(threadIdx.x), m = thread % kChunks * kChunk<T>;
+    column = side.column(m);
+    first = thread / kChunks;
+    to = Layout::place(first, m);
+    if constexpr (!kGather) {
+      simt::keep(column.data);
+      simt::keep(to);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(const Position* rows, T* tile, Access access, int) {
+    const void* from;
+    if (!kGather || access.vectors) {
 #pragma unroll
-      for (int i = 0; i < kChunks * kDepth / kThreads; ++i) {
-        const int k = thread / kChunks + i * (kThreads / kChunks);
-        const T* from = side.at(rows[k], column);
-        simt::cp_async<16>(tile + place<T, kWidth>(k, m), from != nullptr ? from : side.data, from != nullptr);
+      for (int i = 0; i < kDepth / kRows; ++i) {
+        const bool inside = column.find(rows[first + i * kRows], from);
+        simt::cp_async<16>(tile + to + i * kRows * Layout::kPitch, from, inside);
       }
     } else if constexpr (kGather) {
+      using Mine = Shares<Layout::kWidth, kDepth, kThreads>;
 #pragma unroll
-      for (int i = 0; i < kWidth * kDepth / kThreads; ++i) {
+      for (int i = 0; i < Mine::kEach; ++i) {
         int k, m;
-        spread<kWidth>(thread + i * kThreads, access.along_positions, k, m);
-        const T* from = side.at(rows[k], side.column(m));
-        simt::cp_async<sizeof(T)>(tile + place<T, kWidth>(k, m), from != nullptr ? from : side.data, from != nullptr);
+        Mine::find(i, access.along_positions, k, m);
+        const bool inside = side.column(m).find(rows[k], from);
+        simt::cp_async<sizeof(T)>(tile + Layout::place(k, m), from, inside);
       }
     }
   }
   __device__ __forceinline__ void deposit(T*, Access) {}
 };
 
-// Single 16-bit elements go through registers: no asynchronous copy is that small.
-template <class T, int kWidth, int kDepth, int kThreads>
-struct HalfLoader : Loader<T, kWidth, kDepth, kThreads, false> {
-  static constexpr int kPairs = kWidth * kDepth / kThreads / 2;
-  uint16_t raw[kPairs][2];
+// Chunks, or single 16-bit elements through registers: no asynchronous copy is that small.
+template <class Side, class Layout, int kDepth, int kThreads>
+struct HalfLoader {
+  using T = typename Layout::Element;
+  using Mine = Shares<Layout::kWidth / 2, kDepth, kThreads>;
+  static constexpr int kChunks = Layout::kWidth / kChunk<T>;
+  Side side;
+  uint16_t raw[Mine::kEach][2];
 
-  template <class Side>
-  __device__ __forceinline__ void fetch(const Side& side, const Position* rows, T* tile, Access access, int power) {
-    if (access.vectors)
-      return Loader<T, kWidth, kDepth, kThreads, false>::fetch(side, rows, tile, access, power);
+  __device__ __forceinline__ HalfLoader(const Side& side_) : side(side_) {}
+
+  __device__ __forceinline__ void fetch(const Position* rows, T* tile, Access access, int) {
+    const void* from;
+    if (access.vectors) {
+      const int first = static_cast<int>(threadIdx.x) / kChunks,
+                m = static_cast<int>(threadIdx.x) % kChunks * kChunk<T>;
+      const auto column = side.column(m);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      int k, pair;
-      spread<kWidth / 2>(static_cast<int>(threadIdx.x) + i * kThreads, access.along_positions, k, pair);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const T* from = side.at(rows[k], side.column(2 * pair + j));
-        raw[i][j] = from != nullptr ? from->bits : 0;
+      for (int k = 0; k < kDepth; k += kThreads / kChunks) {
+        const bool inside = column.find(rows[first + k], from);
+        simt::cp_async<16>(tile + Layout::place(first + k, m), from, inside);
       }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < Mine::kEach; ++i) {
+      int k, pair;
+      Mine::find(i, access.along_positions, k, pair);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        raw[i][j] = side.column(2 * pair + j).find(rows[k], from) ? static_cast<const T*>(from)->bits : 0;
     }
   }
   __device__ __forceinline__ void deposit(T* tile, Access access) {
     if (access.vectors) return;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
+    for (int i = 0; i < Mine::kEach; ++i) {
       int k, pair;
-      spread<kWidth / 2>(static_cast<int>(threadIdx.x) + i * kThreads, access.along_positions, k, pair);
-      *reinterpret_cast<uint32_t*>(tile + place<T, kWidth>(k, 2 * pair)) =
-          raw[i][0] | static_cast<uint32_t>(raw[i][1]) << 16;
+      Mine::find(i, access.along_positions, k, pair);
+      *reinterpret_cast<uint32_t*>(tile + Layout::place(k, 2 * pair)) = raw[i][0] | static_cast<uint32_t>(raw[i][1])
+                                                                                        << 16;
     }
   }
 };
 
-// Elements raised to the power on the way, in the compute type.
-template <class T, int kWidth, int kDepth, int kThreads>
+// Elements of type T raised to the power on the way, in the compute type.
+template <class T, class Side, class Layout, int kDepth, int kThreads>
 struct PowerLoader {
-  using A = acc_t<T>;
-  static constexpr int kChunks = kWidth / kChunk<A>, kEach = kChunks * kDepth / kThreads;
+  using A = typename Layout::Element;
+  static constexpr int kChunks = Layout::kWidth / kChunk<A>, kEach = kChunks * kDepth / kThreads;
   struct alignas(sizeof(T) * kChunk<A>) Raw {
     T lane[kChunk<A>];
   };
+  Side side;
   Raw raw[kEach];
-  int power;
+  int power = 0;
 
-  template <class Side>
-  __device__ __forceinline__ void fetch(const Side& side, const Position* rows, A*, Access access, int p) {
+  __device__ __forceinline__ PowerLoader(const Side& side_) : side(side_) {}
+
+  __device__ __forceinline__ void fetch(const Position* rows, A*, Access access, int p) {
     power = p;
+    const void* from;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int e = static_cast<int>(threadIdx.x) + i * kThreads, m = e % kChunks * kChunk<A>;
       const Position row = rows[e / kChunks];
       raw[i] = {};
       if (access.vectors) {
-        if (const T* from = side.at(row, side.column(m))) raw[i] = *reinterpret_cast<const Raw*>(from);
+        if (side.column(m).find(row, from)) raw[i] = *static_cast<const Raw*>(from);
       } else {
 #pragma unroll
         for (int j = 0; j < kChunk<A>; ++j)
-          if (const T* from = side.at(row, side.column(m + j))) raw[i].lane[j] = *from;
+          if (side.column(m + j).find(row, from)) raw[i].lane[j] = *static_cast<const T*>(from);
       }
     }
   }
@@ -199,26 +251,18 @@ struct PowerLoader {
       const int e = static_cast<int>(threadIdx.x) + i * kThreads;
       Chunk<A> chunk;
 #pragma unroll
-      for (int j = 0; j < kChunk<A>; ++j) {
-        const A x = static_cast<A>(raw[i].lane[j]);
-        chunk.lane[j] = power == 2 ? x * x : x < 0 ? -x : x;
-      }
-      *reinterpret_cast<Chunk<A>*>(tile + place<A, kWidth>(e / kChunks, e % kChunks * kChunk<A>)) = chunk;
+      for (int j = 0; j < kChunk<A>; ++j) chunk.set(j, raised(static_cast<A>(raw[i].lane[j]), power));
+      *reinterpret_cast<Chunk<A>*>(tile + Layout::place(e / kChunks, e % kChunks * kChunk<A>)) = chunk;
     }
   }
 };
 
-template <class A>
-__device__ __forceinline__ A raised(A x, int power) {
-  return power == 2 ? x * x : x < 0 ? -x : x;
-}
-
 // ---- Tiles: the products of a sample so far, and the sums of their powers over the samples before it
 //
-// Registers hold both, which halves the tile a plain product would have. A block of 128 x 128 then reads 2 x 128
-// elements per row for 128^2 multiplications: at 2 bytes 32 flops per byte from the L2 cache, 3/4 of what an H100 needs
-// to keep mma.sync busy (about 0.6 of its wgmma rate). Shared memory is as busy: 24 KiB of fragments to 8 KiB of
-// copies per 16 rows, 250 clocks next to about 210 of multiplication.
+// Registers hold both, which halves the tile that a plain product would have. A block of 128 x 128 halves does 64 flops
+// per byte it reads from the L2 cache: the 5.5 to 7 TB/s of an H100 feed 350 to 450 Tflop/s, where mma.sync could do
+// 600. Shared memory is nearly as busy: per 16 rows 24 KiB of fragments and 8 KiB of copies, 250 clocks, next to 210
+// clocks of multiplication. So every fragment is read once, early, and by whole instructions of 16 bytes per lane.
 
 // By tensor cores, kRows x kCols fragments of 16 x 8 to a warp. T: BFloat16, Half, or float for tf32.
 template <class T, int kWarpsM, int kWarpsN, int kRows, int kCols, int kMinBlocks, bool kGathers>
@@ -231,17 +275,44 @@ struct MmaTile {
   static constexpr int kStep = 32 / static_cast<int>(sizeof(T)), kDepth = 2 * kStep;
   static constexpr int kBatches = kRows, kBatch = 4 * kCols;
   static constexpr bool kBySample = true;
-  template <int kWidth>
-  using Load = std::conditional_t<sizeof(T) == 2 && kGathers, HalfLoader<T, kWidth, kDepth, kThreads>,
-                                  ::unlearn_ext::Loader<T, kWidth, kDepth, kThreads, kGathers>>;
+  // Fragments of the next step are read while those of this one are multiplied; where a gathering loader needs the
+  // registers, other warps have to fill the gap.
+  static constexpr bool kReadsAhead = !kGathers;
+  struct Fragments {
+    uint32_t grads[kRows][4], inputs[kCols][2];
+  };
+  using GradsLayout = Permuted<T, kM>;
+  using InputsLayout = Permuted<T, kN>;
+  template <class Side, class Layout>
+  using Load = std::conditional_t<sizeof(T) == 2 && kGathers, HalfLoader<Side, Layout, kDepth, kThreads>,
+                                  Loader<Side, Layout, kDepth, kThreads, kGathers>>;
 
   float product[kRows][kCols][4] = {}, total[kRows][kCols][4] = {};
   int m0, n0;  // of the warp
+  // Where the lane reads, in bytes. Halves: its row of each ldmatrix, of the grads and then of the inputs. Floats: its
+  // element of a fragment, by the three bits of the chunk's number that the layout permutes.
+  static constexpr int kPlaces = sizeof(T) == 2 ? kRows + kCols / 2 : 8;
+  int places[kPlaces];
 
   __device__ __forceinline__ MmaTile() {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     m0 = warp % kWarpsM * (16 * kRows);
     n0 = warp / kWarpsM * (8 * kCols);
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        places[i] = 2 * GradsLayout::place(lane() / 16 * 8 + lane() % 8, m0 + 16 * i + lane() / 8 % 2 * 8);
+#pragma unroll
+      for (int j = 0; j < kCols / 2; ++j)
+        places[kRows + j] = 2 * InputsLayout::place(lane() % 16, n0 + 16 * j + lane() / 16 * 8);
+    } else {
+      static_assert(kM == kN && 16 * kRows % 32 == 0 && 8 * kCols % 32 == 0);
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i)
+        places[i] = 4 * (lane() % 4 * kM + (i ^ lane() / 16 ^ lane() % 4 * 2) * 4 + lane() / 4 % 4);
+    }
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) simt::keep(places[i]);
   }
   // Element `i` of batch `b` is in this row and this column of the tile.
   __device__ __forceinline__ int m(int b, int i) const { return m0 + 16 * b + i % 4 / 2 * 8 + lane() / 4; }
@@ -251,61 +322,66 @@ struct MmaTile {
   __device__ __forceinline__ bool idle(int rows, int columns) const { return m0 >= rows || n0 >= columns; }
 
   // Rows [k, k + kStep) of the tiles.
-  __device__ __forceinline__ void step(const T* grads, const T* inputs, int k) {
-    uint32_t b[kCols][2];
+  __device__ __forceinline__ void read(const T* grads, const T* inputs, int k, Fragments& to) const {
     if constexpr (sizeof(T) == 2) {
       static_assert(kCols % 2 == 0);
 #pragma unroll
       for (int j = 0; j < kCols; j += 2) {
         uint32_t r[4];
-        simt::ldmatrix_x4_trans(r, inputs + place<T, kN>(k + lane() % 16, n0 + 8 * j + lane() / 16 * 8));
-        b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+        simt::ldmatrix_x4_trans(r, at(inputs + k * kN, kRows + j / 2));
+        to.inputs[j][0] = r[0], to.inputs[j][1] = r[1], to.inputs[j + 1][0] = r[2], to.inputs[j + 1][1] = r[3];
       }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) simt::ldmatrix_x4_trans(to.grads[i], at(grads + k * kM, i));
     } else {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          b[j][h] = simt::to_tf32(inputs[place<T, kN>(k + lane() % 4 + 4 * h, n0 + 8 * j + lane() / 4)]);
-    }
+          to.inputs[j][h] = simt::to_tf32(*at(inputs + n0 + (k + 4 * h) * kN + j / 4 * 32, j % 4 * 2 | h));
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      uint32_t a[4];
-      if constexpr (sizeof(T) == 2) {
-        const int row = k + lane() / 16 * 8 + lane() % 8, column = m0 + 16 * i + lane() / 8 % 2 * 8;
-        simt::ldmatrix_x4_trans(a, grads + place<T, kM>(row, column));
-      } else {
+      for (int i = 0; i < kRows; ++i)
 #pragma unroll
         for (int h = 0; h < 4; ++h)
-          a[h] = simt::to_tf32(
-              grads[place<T, kM>(k + lane() % 4 + h / 2 * 4, m0 + 16 * i + h % 2 * 8 + lane() / 4)]);
-      }
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        if constexpr (std::is_same_v<T, BFloat16>)
-          simt::mma_bf16(product[i][j], a, b[j]);
-        else if constexpr (std::is_same_v<T, Half>)
-          simt::mma_f16(product[i][j], a, b[j]);
-        else
-          simt::mma_tf32(product[i][j], a, b[j]);
-      }
+          to.grads[i][h] =
+              simt::to_tf32(*at(grads + m0 + (k + h / 2 * 4) * kM + i / 2 * 32, i % 2 * 4 | h % 2 * 2 | h / 2));
     }
   }
 
+  __device__ __forceinline__ void multiply(const Fragments& f) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        if constexpr (std::is_same_v<T, BFloat16>)
+          simt::mma_bf16(product[i][j], f.grads[i], f.inputs[j]);
+        else if constexpr (std::is_same_v<T, Half>)
+          simt::mma_f16(product[i][j], f.grads[i], f.inputs[j]);
+        else
+          simt::mma_tf32(product[i][j], f.grads[i], f.inputs[j]);
+      }
+  }
+
   __device__ __forceinline__ void end_sample(int power) {
+    if (power == 2)
+      each([](float p, float& sum) { sum = fused_multiply_add(p, p, sum); });
+    else
+      each([](float p, float& sum) { sum += fabsf(p); });
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& p = product[i][j][e];
-          total[i][j][e] = power == 2 ? fused_multiply_add(p, p, total[i][j][e]) : total[i][j][e] + fabsf(p);
-          p = 0;
-        }
+        for (int e = 0; e < 4; ++e) f(product[i][j][e], total[i][j][e]), product[i][j][e] = 0;
   }
-
- private:
+  __device__ __forceinline__ const T* at(const T* tile, int i) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(tile) + places[i]);
+  }
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
 };
 
@@ -316,14 +392,20 @@ struct FmaTile {
   using Element = T;
   using Shared = acc_t<T>;
   using Acc = acc_t<T>;
-  static constexpr int kAcross = 16, kThreads = kAcross * kAcross, kBlocks = kMinBlocks, kStages = 3;
+  static constexpr int kAcross = 16, kThreads = kAcross * kAcross, kBlocks = kMinBlocks, kStages = 2;
   static constexpr int kM = kRows * kAcross, kN = kCols * kAcross, kDepth = 16;
   static constexpr int kStep = kPowers ? kDepth : 4;
   static constexpr int kBatches = kRows, kBatch = kCols;
-  static constexpr bool kBySample = !kPowers;
-  template <int kWidth>
-  using Load = std::conditional_t<kPowers, PowerLoader<T, kWidth, kDepth, kThreads>,
-                                  ::unlearn_ext::Loader<T, kWidth, kDepth, kThreads, true>>;
+  static constexpr bool kBySample = !kPowers, kReadsAhead = false;
+  struct Fragments {  // nothing is worth reading early: a step is long
+    const Shared *grads, *inputs;
+    int k;
+  };
+  using GradsLayout = Padded<Acc, kM>;
+  using InputsLayout = Padded<Acc, kN>;
+  template <class Side, class Layout>
+  using Load = std::conditional_t<kPowers, PowerLoader<T, Side, Layout, kDepth, kThreads>,
+                                  Loader<Side, Layout, kDepth, kThreads, true>>;
 
   Acc product[kRows][kCols] = {}, total[kPowers ? 1 : kRows][kPowers ? 1 : kCols] = {};
 
@@ -337,12 +419,15 @@ struct FmaTile {
   }
   __device__ __forceinline__ bool idle(int rows, int columns) const { return m(0, 0) >= rows || n(0, 0) >= columns; }
 
-  __device__ __forceinline__ void step(const Acc* grads, const Acc* inputs, int k) {
+  __device__ __forceinline__ void read(const Acc* grads, const Acc* inputs, int k, Fragments& to) const {
+    to = {grads, inputs, k};
+  }
+  __device__ __forceinline__ void multiply(const Fragments& f) {
 #pragma unroll 4
     for (int depth = 0; depth < kStep; ++depth) {
       Acc a[kRows], b[kCols];
-      read<kM>(grads, k + depth, static_cast<int>(threadIdx.x) / kAcross, a);
-      read<kN>(inputs, k + depth, static_cast<int>(threadIdx.x) % kAcross, b);
+      chunks<GradsLayout>(f.grads, f.k + depth, static_cast<int>(threadIdx.x) / kAcross, a);
+      chunks<InputsLayout>(f.inputs, f.k + depth, static_cast<int>(threadIdx.x) % kAcross, b);
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -351,28 +436,33 @@ struct FmaTile {
   }
 
   __device__ __forceinline__ void end_sample(int power) {
-    if constexpr (kPowers) return;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        total[i][j] += raised(product[i][j], power);
-        product[i][j] = 0;
-      }
+    if constexpr (!kPowers) {
+      if (power == 2)
+        each([](Acc p, Acc& sum) { sum = fused_multiply_add(p, p, sum); });
+      else
+        each([](Acc p, Acc& sum) { sum += magnitude(p); });
+    }
   }
 
  private:
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) f(product[i][j], total[i][j]), product[i][j] = 0;
+  }
   // Chunks of neighbouring threads are neighbours.
   __device__ __forceinline__ static int at(int i, int thread) {
     return (i / kChunk<Acc> * kAcross + thread) * kChunk<Acc> + i % kChunk<Acc>;
   }
-  template <int kWidth, int kCount>
-  __device__ __forceinline__ static void read(const Acc* tile, int k, int thread, Acc (&to)[kCount]) {
+  template <class Layout, int kCount>
+  __device__ __forceinline__ static void chunks(const Acc* tile, int k, int thread, Acc (&to)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kChunk<Acc>) {
-      const auto chunk = *reinterpret_cast<const Chunk<Acc>*>(tile + place<Acc, kWidth>(k, at(i, thread)));
+      const auto chunk = *reinterpret_cast<const Chunk<Acc>*>(tile + Layout::place(k, at(i, thread)));
 #pragma unroll
-      for (int j = 0; j < kChunk<Acc>; ++j) to[i + j] = chunk.lane[j];
+      for (int j = 0; j < kChunk<Acc>; ++j) to[i + j] = chunk[j];
     }
   }
 };

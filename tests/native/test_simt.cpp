@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "core/simt.h"
+#include "core/mma.cuh"
 
 namespace {
 
@@ -62,10 +62,78 @@ __global__ void uninitialised_shared(float* out) {
 
 __global__ void unwaited_copy(const float4* in, float* out) {
   SIMT_SHARED(float4, tile, [64]);
-  simt::cp_async16(&tile[threadIdx.x], &in[threadIdx.x]);
+  simt::cp_async<16>(&tile[threadIdx.x], &in[threadIdx.x], true);
   simt::cp_async_commit();
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x].x;
+}
+
+__global__ void early_read(const float4* in, float* out) {
+  SIMT_SHARED(float4, tile, [32]);
+  tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  simt::cp_async<16>(&tile[threadIdx.x], &in[threadIdx.x], true);
+  simt::cp_async_commit();
+  out[threadIdx.x] = tile[threadIdx.x].x;  // may be what was there before, or not
+  simt::cp_async_wait<0>();
+}
+
+__global__ void misaligned_copy(const float* in, float* out) {
+  SIMT_SHARED(float4, tile, [33]);
+  simt::cp_async<16>(&tile[threadIdx.x].y, in, true);
+  simt::cp_async_commit();
+  simt::cp_async_wait<0>();
+  out[threadIdx.x] = tile[threadIdx.x].y;
+}
+
+__global__ void misaligned_ldmatrix(uint32_t* out) {
+  SIMT_SHARED(uint4, tile, [33]);
+  uint32_t r[4];
+  simt::ldmatrix_x4_trans(r, &tile[threadIdx.x].y);
+  out[threadIdx.x] = r[0];
+}
+
+__global__ void mma_without_lanes(float* out) {
+  if (threadIdx.x < 8) return;
+  float c[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  simt::mma_bf16(c, a, b);
+  out[threadIdx.x] = c[0];
+}
+
+// c = a^T b for a: [depth][16], b: [depth][8], both in shared memory as ldmatrix wants them.
+enum class Format { bf16, f16, tf32 };
+template <Format kFormat>
+__global__ void product(const uint16_t* a, const uint16_t* b, const float* a32, const float* b32, float* c) {
+  SIMT_SHARED(uint16_t, a_tile, [16][16]);
+  SIMT_SHARED(uint16_t, b_tile, [16][16]);  // in columns 8 to 15 the second half of a pair that is not used
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  float sum[4] = {};
+  if constexpr (kFormat == Format::tf32) {
+    uint32_t x[4], y[2];
+    for (int i = 0; i < 4; ++i) x[i] = simt::to_tf32(a32[(t + i / 2 * 4) * 16 + g + i % 2 * 8]);
+    for (int i = 0; i < 2; ++i) y[i] = simt::to_tf32(b32[(t + i * 4) * 8 + g]);
+    simt::mma_tf32(sum, x, y);
+  } else {
+    // By asynchronous copies: 16 rows of 32 bytes of a, and of 16 bytes of b beside as many zeros.
+    simt::cp_async<16>(&a_tile[lane / 2][lane % 2 * 8], a + lane * 8, true);
+    simt::cp_async<16>(&b_tile[lane / 2][lane % 2 * 8], b + lane / 2 * 8, lane % 2 == 0);
+    simt::cp_async_commit();
+    simt::cp_async_wait<0>();
+    __syncwarp();
+    uint32_t x[4], y[4];
+    simt::ldmatrix_x4_trans(x, &a_tile[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+    simt::ldmatrix_x4_trans(y, &b_tile[lane % 16][lane / 16 * 8]);
+    const uint32_t used[] = {y[0], y[1]}, unused[] = {y[2], y[3]};
+    const auto multiply = [&](const uint32_t(&with)[2]) {
+      if constexpr (kFormat == Format::bf16)
+        simt::mma_bf16(sum, x, with);
+      else
+        simt::mma_f16(sum, x, with);
+    };
+    multiply(used), multiply(unused);
+  }
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
 __global__ void trap(int*) {
@@ -102,8 +170,44 @@ bool completes(void (*kernel)(P...), unsigned grid, unsigned block, size_t share
   return simt::launch(kernel, grid, block, shared_bytes, nullptr, args...) == cudaSuccess;
 }
 
+// Small integers and halves of them, which every format holds and whose sums are exact.
+template <Format kFormat>
+bool multiplies() {
+  alignas(16) uint16_t a[16 * 16], b[16 * 8];
+  float a32[16 * 16], b32[16 * 8], c[16 * 8];
+  const auto fill = [](uint16_t* bits, float* value, int n, int step) {
+    for (int i = 0; i < n; ++i) {
+      value[i] = static_cast<float>(i * step % 13 - 6) / 2;
+      // 1.5 is 1.1 in binary: the significand's first two bits and the exponent are all there is.
+      const uint32_t raw = __builtin_bit_cast(uint32_t, value[i]);
+      const uint32_t f16 =
+          (raw >> 16 & 0x8000) | (value[i] == 0 ? 0 : (raw >> 23 & 0xff) - 112) << 10 | (raw >> 13 & 0x3ff);
+      bits[i] = static_cast<uint16_t>(kFormat == Format::bf16 ? raw >> 16 : f16);
+    }
+  };
+  fill(a, a32, 16 * 16, 7), fill(b, b32, 16 * 8, 5);
+  constexpr int kDepth = kFormat == Format::tf32 ? 8 : 16;
+  if (simt::launch(product<kFormat>, 1, 32, 0, nullptr, a, b, a32, b32, c) != cudaSuccess) return false;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float want = 0;
+      for (int k = 0; k < kDepth; ++k) want += a32[k * 16 + i] * b32[k * 8 + j];
+      if (c[i * 8 + j] != want) return false;
+    }
+  return true;
+}
+
+bool rounds_to_tf32() {
+  const auto rounded = [](float x) { return __builtin_bit_cast(float, simt::to_tf32(x) & 0xffffe000u); };
+  return rounded(1 + 0x1p-11f) == 1 + 0x1p-10f && rounded(1 + 0x1.8p-12f) == 1 &&
+         rounded(-1 - 0x1p-11f) == -1 - 0x1p-10f && rounded(0x1.fffp0f) == 2 && rounded(INFINITY) == INFINITY &&
+         rounded(-INFINITY) == -INFINITY && std::isnan(rounded(NAN)) &&
+         std::isnan(rounded(__builtin_bit_cast(float, 0x7fffffffu)));
+}
+
 void all() {
   int out[64];
+  uint32_t words[64];
   float floats[64];
   float4 in[64] = {};
   const auto reported = [&](auto kernel, unsigned block, size_t shared_bytes, auto... args) {
@@ -121,6 +225,16 @@ void all() {
   expect("dynamic overrun", "outside a shared array", reported(dynamic_overrun, 64, 128, o));
 #endif
   expect("unwaited copy", "cp.async", reported(unwaited_copy, 64, 0, static_cast<const float4*>(in), floats + 0));
+  expect("read before the wait", nullptr, [&] {
+    return completes(early_read, 1, 32, 0, static_cast<const float4*>(in), floats + 0) && std::isnan(floats[0]);
+  });
+  expect("misaligned copy", "not aligned", reported(misaligned_copy, 32, 0, floats + 0, floats + 0));
+  expect("misaligned ldmatrix", "not 16-byte aligned", reported(misaligned_ldmatrix, 32, 0, words + 0));
+  expect("mma without lanes", "missing lanes", reported(mma_without_lanes, 32, 0, floats + 0));
+  expect("mma bf16", nullptr, multiplies<Format::bf16>);
+  expect("mma f16", nullptr, multiplies<Format::f16>);
+  expect("mma tf32", nullptr, multiplies<Format::tf32>);
+  expect("rounding to tf32", nullptr, rounds_to_tf32);
   expect("uninitialised shared", nullptr,
          [&] { return completes(uninitialised_shared, 1, 64, 0, floats + 0) && std::isnan(floats[63]); });
   expect("block too large", nullptr,

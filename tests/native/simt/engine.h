@@ -62,7 +62,8 @@ struct Warp {
 
 struct AsyncCopy {
   void* to;
-  const void* from;
+  const void* from;  // null for zeros
+  size_t bytes;
   int group;
 };
 

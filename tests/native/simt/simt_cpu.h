@@ -181,69 +181,129 @@ T smaller_of(T a, T b) {
   return a < b ? a : b;
 }
 
-// ---- Matrix instructions and asynchronous copies, which CUDA C++ has no portable name for
+// ---- Matrix instructions and asynchronous copies: core/mma.cuh has the same for a GPU
 
 struct MmaArg {
-  float* d;
+  float* c;
   const uint32_t *a, *b;
-  const float* c;
 };
-inline float bf16_at(uint32_t pair, int high) {
-  const uint32_t bits = high ? pair & 0xffff0000u : pair << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+inline float bf16_at(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
+inline float f16_at(uint16_t x) {
+  const float magnitude = __builtin_bit_cast(float, (x & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u, sign = (x & 0x8000u) << 16;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | special | sign);
 }
-inline void mma_op(Rendezvous& r) {  // fragment layout of mma.m16n8k16, PTX ISA
-  float A[16][16], B[16][8], D[16][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const auto* x = static_cast<MmaArg*>(r.arg[lane]);
-    const int g = lane >> 2, t = (lane & 3) * 2;
-    for (int h = 0; h < 2; ++h) {
-      A[g][t + h] = bf16_at(x->a[0], h), A[g + 8][t + h] = bf16_at(x->a[1], h);
-      A[g][t + 8 + h] = bf16_at(x->a[2], h), A[g + 8][t + 8 + h] = bf16_at(x->a[3], h);
-      B[t + h][g] = bf16_at(x->b[0], h), B[t + 8 + h][g] = bf16_at(x->b[1], h);
-      D[g][t + h] = x->c[h], D[g + 8][t + h] = x->c[2 + h];
-    }
-  }
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 8; ++j)
-      for (int k = 0; k < 16; ++k) D[i][j] += A[i][k] * B[k][j];
-  for (int lane = 0; lane < 32; ++lane) {
-    auto* x = static_cast<MmaArg*>(r.arg[lane]);
-    const int g = lane >> 2, t = (lane & 3) * 2;
-    for (int h = 0; h < 2; ++h) x->d[h] = D[g][t + h], x->d[2 + h] = D[g + 8][t + h];
-  }
-}
-// D(16x8, f32) = A(16x16, bf16, row) * B(16x8, bf16, column) + C, by one warp.
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
-                              SIMT_SITE) {
-  if (cur->warp->alive != ~0u) fail("mma in a warp with exited or missing lanes, at " + at(file, line));
-  MmaArg x{d, a, b, c};
-  collective(~0u, &x, &mma_op, "mma", file, line);
+inline float tf32_at(uint32_t x) { return __builtin_bit_cast(float, x & 0xffffe000u); }
+
+inline void need_all_lanes(const Rendezvous& r) {  // some may have returned, before or after the others arrived
+  if (~r.arrived) fail(std::string(r.what) + " in a warp with exited or missing lanes, at " + at(r.file, r.line));
 }
 
-inline void cp_async16(void* to, const void* from) {  // performed at the wait, so that a missing one shows
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) fail("cp.async: not 16-byte aligned");
+// Elements 0 and 1 of what a register holds: two of 16 bits, or one of 32.
+template <auto F, int kDepth>
+float element_of(uint32_t x, [[maybe_unused]] int high) {
+  if constexpr (kDepth == 16)
+    return F(static_cast<uint16_t>(high ? x >> 16 : x));
+  else
+    return F(x);
+}
+
+// Fragment layouts of mma.m16n8k16 and m16n8k8, PTX ISA.
+template <auto F, int kDepth>
+void mma_op(Rendezvous& r) {
+  need_all_lanes(r);
+  constexpr int kPer = kDepth / 8;  // elements of a register
+  float A[16][kDepth], B[kDepth][8], D[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* x = static_cast<MmaArg*>(r.arg[lane]);
+    const int g = lane >> 2, t = lane & 3;
+    for (int h = 0; h < kPer; ++h)
+      for (int half = 0; half < 2; ++half) {
+        const int k = t * kPer + half * 4 * kPer + h;
+        A[g][k] = element_of<F, kDepth>(x->a[2 * half], h);
+        A[g + 8][k] = element_of<F, kDepth>(x->a[2 * half + 1], h);
+        B[k][g] = element_of<F, kDepth>(x->b[half], h);
+      }
+    for (int h = 0; h < 2; ++h) D[g][2 * t + h] = x->c[h], D[g + 8][2 * t + h] = x->c[2 + h];
+  }
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* x = static_cast<MmaArg*>(r.arg[lane]);
+    const int g = lane >> 2, t = lane & 3;
+    for (int h = 0; h < 2; ++h) x->c[h] = D[g][2 * t + h], x->c[2 + h] = D[g + 8][2 * t + h];
+  }
+}
+template <auto F, int kDepth>
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* what, const char* file, int line) {
+  MmaArg x{c, a, b};
+  collective(~0u, &x, &mma_op<F, kDepth>, what, file, line);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
+  mma<bf16_at, 16>(c, a, b, "mma_bf16", file, line);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
+  mma<f16_at, 16>(c, a, b, "mma_f16", file, line);
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
+  mma<tf32_at, 8>(c, a, b, "mma_tf32", file, line);
+}
+
+struct MatrixArg {
+  uint16_t row[8];
+  uint32_t* r;
+};
+inline void ldmatrix_trans_op(Rendezvous& r) {
+  need_all_lanes(r);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int k) -> uint32_t {
+        return static_cast<MatrixArg*>(r.arg[8 * i + 2 * (lane & 3) + k])->row[lane >> 2];
+      };
+      static_cast<MatrixArg*>(r.arg[lane])->r[i] = row(0) | row(1) << 16;
+    }
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_SITE) {
+  if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix: a row is not 16-byte aligned, at " + at(file, line));
+  MatrixArg x{{}, r};
+  std::memcpy(x.row, row, 16);  // read by the lane that named it, in the sight of the sanitizers
+  collective(~0u, &x, &ldmatrix_trans_op, "ldmatrix", file, line);
+}
+
+template <class T>
+void keep(T&) {}
+
+// Performed at the wait, so that a missing one shows. Until then the destination holds NaN: the copy may arrive at any
+// time after its start, so nobody may still want what was there.
+template <int kBytes>
+void cp_async(void* to, const void* from, bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) & (kBytes - 1))
+    fail("cp.async: not aligned to its " + std::to_string(kBytes) + " bytes");
+  std::memset(to, kPoison, kBytes);
   Quiet q;
-  cur->copies.push_back({to, from, cur->copy_group});
+  cur->copies.push_back({to, valid ? from : nullptr, kBytes, cur->copy_group});
 }
 inline void cp_async_commit() {
   Quiet q;
   ++cur->copy_group;
 }
-template <int N>
+template <int kPending>
 void cp_async_wait() {
   for (;;) {
     AsyncCopy c{};
     {
       Quiet q;
       auto& pending = cur->copies;
-      if (pending.empty() || pending.front().group >= cur->copy_group - N) return;
+      if (pending.empty() || pending.front().group >= cur->copy_group - kPending) return;
       c = pending.front();
       pending.erase(pending.begin());
     }
-    std::memcpy(c.to, c.from, 16);
+    if (c.from != nullptr)
+      std::memcpy(c.to, c.from, c.bytes);
+    else
+      std::memset(c.to, 0, c.bytes);
   }
 }
 
