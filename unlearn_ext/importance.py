@@ -364,6 +364,7 @@ def fisher_diagonal(
             )
             _check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
+        gradients.finish()
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
     for tensor in fisher.values():
@@ -399,6 +400,9 @@ class _BatchGradients:
         values = self._objective.losses(batch, n, is_whole=True)
         add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
+
+    def finish(self) -> None:
+        pass
 
 
 def _with_drawn_targets(

@@ -8,11 +8,6 @@
 
 #include <cstdint>
 
-// The block's dynamic shared memory, as many bytes as its launch asks for.
-#define SIMT_DYN_SHARED(type, name)                             \
-  extern __shared__ __align__(16) unsigned char simt_dynamic[]; \
-  type* name = reinterpret_cast<type*>(simt_dynamic)
-
 namespace simt {
 
 // Copies kBytes (4, 8 or 16, both addresses aligned to it) from global to shared memory; zeros if not `valid`, and

@@ -17,6 +17,11 @@
 // poisoned copy.
 #define SIMT_SHARED(type, name, dims) __shared__ type name dims
 
+// The block's dynamic shared memory, as many bytes as its launch asks for.
+#define SIMT_DYN_SHARED(type, name)                             \
+  extern __shared__ __align__(16) unsigned char simt_dynamic[]; \
+  type* name = reinterpret_cast<type*>(simt_dynamic)
+
 namespace simt {
 
 // The only launch of the package.

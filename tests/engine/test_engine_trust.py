@@ -397,3 +397,61 @@ def test_no_warning_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fisher_diagonal(Sequences(), [batch])
+
+
+def test_losses_that_are_almost_zero_differ_by_rounding_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, CLASSES))
+    x = torch.randn(12, 40)
+    with torch.no_grad():
+        model[2].weight *= 100
+        y = model(x).argmax(1)
+    assert float(losses.cross_entropy(model, (x, y))[:2].max()) < 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fisher_diagonal(model, split((x, y), 6))
+    assert set(found.coverage.values()) == {"fused"}
+
+
+@pytest.mark.parametrize("sizes", [{1, 6}, {1}])
+def test_a_model_that_takes_batches_of_some_sizes_only(sizes):
+    class Particular(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            if len(x) not in sizes:
+                raise ValueError(f"{len(x)} is none of {sizes}")
+            return self.head(self.first(x).tanh())
+
+    torch.manual_seed(0)
+    batch = (torch.randn(6, 4), torch.randint(CLASSES, (6,)))
+    found = assert_exact(Particular(), batch, size=max(sizes), fused=False)
+    size = 3 if max(sizes) > 1 else 2
+    assert found.coverage["head.bias"].startswith(f"fallback: ValueError: {size} is none of")
+
+
+def test_a_model_that_is_broken_by_another_order_only_in_the_backward_pass():
+    class Picky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.last = x.is_contiguous(memory_format=torch.channels_last)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.last:
+                raise RuntimeError("another order was expected")
+            return grad
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(3, CLASSES)
+
+        def forward(self, x):
+            return self.head(Picky.apply(self.conv(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    assert_exact(Model(), (torch.randn(4, 2, 5, 5), torch.randint(CLASSES, (4,))))

@@ -6,6 +6,7 @@ saw into the sum over the samples of |gradient|^power. ``PerSample`` is the face
     graph      who uses a parameter, read off autograd's graph
     rules      how a node of that graph uses it
     layers     the same for layers that autograd cannot look into
+    totals     the accumulators
     uses       what a use adds to the importances; ``combine`` and ``tied`` join several
     passes     the backward pass
     check      nothing is trusted that plain autograd has not agreed with; ``verdicts`` remembers

@@ -13,7 +13,7 @@ from unlearn_ext.data import Batch
 from unlearn_ext.engine.layers import recorded
 from unlearn_ext.engine.layout import MismatchError, NoRuleError
 from unlearn_ext.engine.passes import HYPOTHESES, FisherPass, Hypothesis, Signature
-from unlearn_ext.engine.samples import Objective, add_gradient, agree, describe, in_channels_last, pick
+from unlearn_ext.engine.samples import Objective, add_gradient, describe, in_channels_last, pick
 from unlearn_ext.engine.uses import Use
 from unlearn_ext.engine.verdicts import Verdict
 
@@ -52,11 +52,9 @@ class Check:
 
     def __init__(self, objective: Objective, chosen: Mapping[str, Tensor]) -> None:
         self._objective, self._chosen = objective, chosen
-        device = next(iter(chosen.values())).device.type
-        halves = (torch.float16, torch.bfloat16)
-        is_half = torch.is_autocast_enabled(device) or any(p.dtype in halves for p in chosen.values())
+        is_half = objective.is_half
         # On CUDA, float32 convolutions may round to tf32, and not in the same way for all shapes.
-        self.tolerance = 0.1 if is_half else 1e-3 if device == "cpu" else 1e-2
+        self.tolerance = 0.1 if is_half else 1e-3 if objective.device.type == "cpu" else 1e-2
         # Gradients that vanish in exact arithmetic (key biases of attention) are rounding: a share of the
         # largest gradient.
         self.rounding = (3e-2 if is_half else 1e-5) ** 2
@@ -85,13 +83,8 @@ class Check:
             if not bool(torch.isfinite(alone).all()):
                 return Outcome.NOT_FINITE, first_losses
             verdict.was_pair = verdict.was_pair or len(group) == 2
-            trial, size = _Trial(self, expected, verdict), len(group) + 1
-            group_batch = pick(batch, n, [*group, group[0]])
-            if verdict.channels_last is None:
-                verdict.channels_last = self._takes_channels_last(group_batch, size)
-            if verdict.channels_last:
-                group_batch = in_channels_last(group_batch, size)
-            if not trial.run(self._objective, self._chosen, group_batch, torch.cat([alone, alone[:1]])):
+            trial = self._try(pick(batch, n, [*group, group[0]]), alone, expected, verdict)
+            if trial is None:
                 return Outcome.MIXED, first_losses
             trial.conclude()
             # Another group may have a gradient to show, or be no borderline case of rounding.
@@ -101,18 +94,27 @@ class Check:
         assert first_losses is not None
         return Outcome.APART, first_losses
 
-    def _takes_channels_last(self, batch: Batch, n: int) -> bool:
+    def _try(
+        self, batch: Batch, alone: Tensor, expected: Mapping[str, Tensor], verdict: Verdict
+    ) -> _Trial | None:
+        losses = torch.cat([alone, alone[:1]])
+        if verdict.channels_last is None:
+            verdict.channels_last = self._has_images()
+        while True:
+            trial = _Trial(self, expected, verdict)
+            inputs = in_channels_last(batch, len(losses)) if verdict.channels_last else batch
+            if not trial.run(self._objective, self._chosen, inputs, losses):
+                return None
+            if not (trial.is_broken and verdict.channels_last):
+                return trial
+            verdict.channels_last = False
+
+    def _has_images(self) -> bool:
         # On CPUs it makes convolutions faster, and their patches contiguous. Some models contain views that
         # only the usual order allows: they raise an error.
         kinds = (nn.Conv2d, nn.ConvTranspose2d)
-        on_cpu = all(parameter.device.type == "cpu" for parameter in self._chosen.values())
-        if not on_cpu or not any(isinstance(module, kinds) for module in self._objective.model.modules()):
-            return False
-        try:
-            self._objective.losses(in_channels_last(batch, n), n)
-        except Exception:
-            return False
-        return True
+        on_cpu = self._objective.device.type == "cpu"
+        return on_cpu and any(isinstance(module, kinds) for module in self._objective.model.modules())
 
     def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
         made = {}
@@ -158,6 +160,7 @@ class _Trial:
         # Parameter name to why no hypothesis holds, or to one that nothing speaks for or against.
         self.reasons: dict[str, Exception] = {}
         self.unproven: dict[str, Hypothesis] = {}
+        self.is_broken = False  # the passes themselves raised an error
         self._is_hopeless: set[tuple[str, int]] = set()
         self._found: dict[str, tuple[_Finding, frozenset[Signature]]] = {}
         self._proven: dict[str, tuple[Hypothesis, frozenset[Signature]]] = {}
@@ -185,15 +188,21 @@ class _Trial:
                 continue
             self._found.clear()
             with recorded(objective.model) as recording:
-                losses = objective.losses(batch, n)
-                recording.is_open = False
-                if hypothesis is HYPOTHESES[0] and not agree(losses.detach(), alone):
-                    return False
                 how = dict.fromkeys(tested, hypothesis)
                 run = FisherPass(n, chosen, how, self._take, recording)
                 failures: Mapping[str, Exception] = {}
-                if losses.requires_grad:
-                    failures = run.run(losses, losses.new_tensor(_WEIGHTS[:n]))
+                try:
+                    losses = objective.losses(batch, n)
+                    recording.is_open = False
+                    if hypothesis is HYPOTHESES[0] and not objective.agree(losses.detach(), alone):
+                        return False
+                    if losses.requires_grad:
+                        failures = run.run(losses, losses.new_tensor(_WEIGHTS[:n]))
+                except Exception as error:  # on their own, the samples got through
+                    self.is_broken = True
+                    for name in pending:
+                        self._note(name, hypothesis, error)
+                    return True
             settled = self._settle(tested, hypothesis, failures, run.places)
             pending = [name for name in pending if name not in settled]
         return True

@@ -18,12 +18,12 @@ from unlearn_ext.engine.samples import (
     LossFn,
     NotPerSampleError,
     Objective,
-    agree,
     describe,
     in_channels_last,
     pick,
 )
 from unlearn_ext.engine.surroundings import prepared
+from unlearn_ext.engine.totals import Totals
 from unlearn_ext.engine.uses import Use
 from unlearn_ext.engine.verdicts import Register, Verdict
 
@@ -42,7 +42,7 @@ class PerSample:
         model: The model.
         loss_fn: ``loss_fn(model, batch) -> Tensor[n]``.
         chosen: Parameter name to parameter.
-        fisher: Parameter name to accumulator, written in place.
+        fisher: Parameter name to accumulator, written in place; complete after ``finish``.
         power: 1 or 2.
     """
 
@@ -59,6 +59,7 @@ class PerSample:
         self._register = Register(model, loss_fn, chosen)
         self._fallbacks: dict[tuple[str, ...], Fallback] = {}
         self._has_warned = False
+        self._totals = Totals(fisher, power)
         self._how: dict[str, str] = {}
 
     @property
@@ -87,6 +88,11 @@ class PerSample:
                     if losses is not None:
                         return losses
             return self._add_on_their_own(batch, n)
+
+    def finish(self) -> None:
+        """Complete the accumulators after the last batch."""
+        with torch.no_grad():
+            self._totals.finish()
 
     def _check(self, batch: Batch, n: int, verdict: Verdict) -> tuple[Outcome, Tensor | None]:
         known = verdict.hypotheses | verdict.reasons
@@ -151,7 +157,7 @@ class PerSample:
             firsts = range(min(n, 2))
             values = [self._objective.losses(pick(batch, n, [sample]), 1).detach() for sample in firsts]
             alone = torch.cat(values)
-        return agree(losses[: len(alone)], alone)
+        return self._objective.agree(alone, losses)
 
     def _backward(
         self, losses: Tensor, n: int, how: Mapping[str, Hypothesis], verdict: Verdict, recording: Recording
@@ -163,7 +169,7 @@ class PerSample:
                 raise _UnknownPlaceError("no sample that was checked had a gradient")
             if not verdict.knows(name, signatures):
                 raise _UnknownPlaceError("it is not used as it was when it was checked")
-            use.add_to(self._fisher[name], self._power)
+            self._totals.add(name, use)
 
         if not how or not losses.requires_grad:
             return {}

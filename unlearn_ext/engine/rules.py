@@ -88,7 +88,8 @@ def is_met(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int)
         return False
     if kind in _BROADCAST and not (kind == "Addmm" and index):
         if reach is Reach.NEAR:
-            return not is_identity(node, index, shape)
+            # A batch of one sample does not show that something is broadcast over it.
+            return not is_identity(node, index, shape) or (n == 1 and shape[:1] == (1,))
         if kind == "Addmm":
             return reach is Reach.DERIVED
         if kind == "Repeat":
@@ -97,7 +98,7 @@ def is_met(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int)
         return len(out) > len(shape) or (bool(shape) and shape[0] == 1 and out[0] % n == 0)
     if reach is Reach.NEAR:
         return True
-    return reach is Reach.DERIVED and kind in RULES and kind != "Embedding"
+    return reach is Reach.DERIVED and _is_weight(kind, index) and kind != "Embedding"
 
 
 def read(call: Call) -> Use:
@@ -113,10 +114,15 @@ def read(call: Call) -> Use:
         MismatchError: If the samples are not where they are looked for.
         NoRuleError: If there is no rule for the node.
     """
-    rule = RULES.get(kind_of(call.node))
-    if rule is None:
+    kind = kind_of(call.node)
+    if not _is_weight(kind, call.index):
         raise NoRuleError(f"no rule for {type(call.node).__name__}")
-    return rule(call)
+    return RULES[kind](call)
+
+
+def _is_weight(kind: str, index: int) -> bool:
+    # The first input of these is what a layer is applied to.
+    return kind in RULES and (index > 0 or kind not in _APPLIED)
 
 
 def _addmm(call: Call) -> Use:
@@ -317,6 +323,11 @@ _BROADCAST: dict[str, Rule] = {
     "Rsub": _rsub,
     "Sub": _sub,
     "Where": _where,
+}
+
+_APPLIED = {
+    *("Convolution", "CudnnBatchNorm", "FusedRmsNorm", "MiopenBatchNorm", "NativeBatchNorm"),
+    *("NativeGroupNorm", "NativeLayerNorm", "PreluKernel"),
 }
 
 RULES: dict[str, Rule] = {

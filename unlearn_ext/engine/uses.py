@@ -83,6 +83,19 @@ class Product(Use):
         """The same use, seen from the transposed matrix."""
         return Product(self.grads, self.inputs)
 
+    def is_like(self, other: Product) -> bool:
+        """Say whether another batch's use can be joined to this one along the samples.
+
+        Args:
+            other: A use of the same matrix.
+
+        Returns:
+            True if positions and dtypes are the same.
+        """
+        same_positions = self.inputs.shape[1] == other.inputs.shape[1]
+        dtypes = self.inputs.dtype, self.grads.dtype
+        return same_positions and dtypes == (other.inputs.dtype, other.grads.dtype)
+
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102 - as in the base class
         inputs, grads = wide(self.inputs[start:stop], self.grads[start:stop])
         return grads.mT @ inputs
