@@ -95,12 +95,25 @@ Positions positions_of(const at::Tensor& t) {
   return p;
 }
 
+// One switch for all layers: torch lets convolutions use tf32 unasked, and exactness comes first here.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+// Tensor cores are fed by 16-byte copies along the channels: a copy of one layer's images in that order costs less than
+// gathering them scalar by scalar.
+at::Tensor for_tensor_cores(const at::Tensor& images) {
+  const at::ScalarType type = images.scalar_type();
+  const bool used = type == at::kHalf || type == at::kBFloat16 || (type == at::kFloat && allows_tf32());
+  if (!images.is_cuda() || !used || images.dim() < 4 || images.size(1) % 8 != 0) return images;
+  return images.contiguous(images.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d);
+}
+
 void run_product(const LayerArguments& args, LayerProduct& layer) {
   layer.weight = args.weight;
   layer.power = static_cast<int>(args.power);
-  // One switch for all layers: torch lets convolutions use tf32 unasked, and exactness comes first here.
-  layer.tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-               at::Float32Precision::TF32;
+  layer.tf32 = allows_tf32();
   if (args.read.numel() == 0 || args.grads.numel() == 0 || args.fisher.numel() == 0) return;
   on_dense(args.fisher, [&](void* fisher, const at::TensorOptions& options) {
     run(args.op, args.fisher.device(), [&]<Backend B>(const Exec& exec) {
@@ -153,7 +166,8 @@ void fisher_conv_(const at::Tensor& fisher, const at::Tensor& inputs, const at::
       fisher.dim() >= 3 && fisher.dim() <= 2 + kMaxSpatial && c10::multiply_integers(fisher.sizes().slice(2)) > 0,
       args.op, ": fisher must have shape [O, C / groups, kernel] with 1 to 3 positive kernel sizes, got ",
       fisher.sizes());
-  const at::Tensor seen = inputs.detach().resolve_neg(), given = grad_outputs.detach().resolve_neg();
+  const at::Tensor seen = for_tensor_cores(inputs.detach().resolve_neg()),
+                   given = for_tensor_cores(grad_outputs.detach().resolve_neg());
   LayerProduct layer{};
   layer.inputs = patches_of(args.op, seen, fisher.sizes().slice(2), stride, padding, dilation, groups);
   layer.groups = groups;
