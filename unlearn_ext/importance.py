@@ -29,7 +29,7 @@ from unlearn_ext.data import (
     with_targets,
 )
 from unlearn_ext.engine import LossFn as LossFn
-from unlearn_ext.engine import Objective, PerSample, add_gradient
+from unlearn_ext.engine import Objective, PerSample, add_gradient, prepared
 from unlearn_ext.engine import register_layer as register_layer
 from unlearn_ext.state import borrowed
 
@@ -397,8 +397,9 @@ class _BatchGradients:
         self.coverage = dict.fromkeys(fisher, why)
 
     def accumulate(self, batch: Batch, n: int) -> Tensor:
-        values = self._objective.losses(batch, n, is_whole=True)
-        add_gradient(values.mean(), self._chosen, self._fisher, self._power)
+        with prepared(self._objective.model):
+            values = self._objective.losses(batch, n, is_whole=True)
+            add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
 
     def finish(self) -> None:

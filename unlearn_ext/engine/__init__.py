@@ -8,14 +8,16 @@ saw into the sum over the samples of |gradient|^power. ``PerSample`` is the face
     layers     the same for layers that autograd cannot look into
     totals     the accumulators
     uses       what a use adds to the importances; ``combine`` and ``tied`` join several
-    passes     the backward pass
+    passes     the backward pass; ``layout`` finds the samples, ``surroundings`` and ``checkpoints`` prepare
     check      nothing is trusted that plain autograd has not agreed with; ``verdicts`` remembers
+    samples    losses, and plain autograd on some samples
     fallback   vmap or a loop over single samples, for what remains
 """
 
 from unlearn_ext.engine.layers import register_layer
 from unlearn_ext.engine.per_sample import PerSample
 from unlearn_ext.engine.samples import LossFn, Objective, add_gradient
+from unlearn_ext.engine.surroundings import prepared
 from unlearn_ext.engine.uses import Channels, Convolution, Gradients, Lookup, Product, Use
 
 __all__ = [
@@ -29,5 +31,6 @@ __all__ = [
     "Product",
     "Use",
     "add_gradient",
+    "prepared",
     "register_layer",
 ]

@@ -215,7 +215,8 @@ class _Trial:
             if name in self._proven:
                 verdict.trust(name, *self._proven[name])
             elif name in self.unproven:
-                verdict.unproven[name] = self.unproven[name]
+                if name not in verdict.trusted:
+                    verdict.unproven[name] = self.unproven[name]
             else:
                 verdict.unproven.pop(name, None)
                 verdict.reasons[name] = describe(self.reasons[name])
