@@ -256,7 +256,7 @@ def section(benchmarks: Iterable[Mapping[str, Any]]) -> str:
             ratios = stats["median"] / price["median"], stats["min"] / price["min"]
             cells.append(f"{ratios[0]:.2f} / {ratios[1]:.2f} ({error:.0e})")
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "" if not groups else "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

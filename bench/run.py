@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pytest_arguments(options: argparse.Namespace, output: Path) -> list[str]:
     arguments = [
-        *(str(table.FOLDER / name) for name in ("bench_ops.py", "bench_fisher_ops.py")),
+        *(str(table.FOLDER / name) for name in ("bench_ops.py", "bench_fisher_ops.py", "bench_fisher.py")),
         # The repository's options are for tests: they collect doctests too.
         *("-o", "addopts="),
         *("-p", "no:cacheprovider"),

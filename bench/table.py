@@ -1,6 +1,6 @@
 """Turns the JSON files of ``bench/results`` into ``bench/RESULTS.md``.
 
-``python bench/table.py file.json`` prints the tables of given files instead.
+``python -m bench.table file.json`` prints the tables of given files instead.
 """
 
 import json
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench import bench_fisher
 
 FOLDER = Path(__file__).parent
 OURS, FLOOR = "ours", "floor"
@@ -120,11 +122,12 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
     sections = [_section(name, document) for name, document in documents.items()]
     if not any(name.startswith("cuda") for name in documents):
         sections.append("## CUDA\n\nNot yet run on a GPU.")
+    sections += [page.read_text(encoding="utf-8").strip() for page in sorted(FOLDER.glob("methods/*.md"))]
     return "\n\n".join(["# Results", _READING, *sections]) + "\n"
 
 
 def _section(name: str, document: Mapping[str, Any]) -> str:
-    found = standings(entries(document))
+    found = [s for s in standings(entries(document)) if s.ours.op != "fisher_diagonal"]
     layers = [s for s in found if s.ours.operations]
     plain = [s for s in found if not CURVE.fullmatch(s.ours.op) and s not in layers]
     curve = [s for s in found if CURVE.fullmatch(s.ours.op)]
@@ -146,6 +149,14 @@ def _section(name: str, document: Mapping[str, Any]) -> str:
             "as many operations, of another result."
         )
         parts.append(_layer_table(layers))
+    networks = bench_fisher.section(document["benchmarks"])
+    if networks:
+        parts.append("### `fisher_diagonal` of whole networks")
+        parts.append(
+            "Times as multiples of a plain forward and backward pass of 32 samples, by medians and by best "
+            "laps; in brackets the largest error of a parameter against a float64 loop of single samples."
+        )
+        parts.append(networks)
     return "\n\n".join(parts)
 
 
