@@ -122,7 +122,8 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
     sections = [_section(name, document) for name, document in documents.items()]
     if not any(name.startswith("cuda") for name in documents):
         sections.append("## CUDA\n\nNot yet run on a GPU.")
-    sections += [page.read_text(encoding="utf-8").strip() for page in sorted(FOLDER.glob("results/methods/*.md"))]
+    pages = sorted((FOLDER / "results" / "methods").glob("*.md"))
+    sections += [page.read_text(encoding="utf-8").strip() for page in pages]
     return "\n\n".join(["# Results", _READING, *sections]) + "\n"
 
 
