@@ -453,12 +453,12 @@ def ssd(
 
     The defaults are ours. Of 120 requests to forget a class of scikit-learn's digits (twelve networks:
     convolutional with batch or group norm, residual, transformers, tanh MLPs), 87 left the class at most 5 %
-    of test accuracy and cost at most 3 points on the retain set; 61 with lambda 1; 3 with squares of
-    batch means of gradients, alpha 10 and lambda 1, as published. What fails is mostly too little forgetting, by networks
-    that know their training set by heart: there the cross entropy's gradients, hence the importances, come
-    from the few samples that are still uncertain. ``loss_fn=losses.log_odds`` has no such gap and reached 112
-    (``python -m bench.ssd_networks``). Measure before relying on it. Random samples, which resemble what
-    stays, are hardly forgotten.
+    of test accuracy and cost at most 3 points on the retain set; 61 with lambda 1; 3 with the published
+    setting, squares of batch means of gradients, alpha 10 and lambda 1. What fails is mostly too little
+    forgetting, by networks that know their training set by heart: there the cross entropy's gradients, hence
+    the importances, come from the few samples that are still uncertain. ``loss_fn=losses.log_odds`` has no
+    such gap and reached 112 (``python -m bench.ssd_networks``). Measure before relying on it. Random samples,
+    which resemble what stays, are hardly forgotten.
 
     Args:
         model: The model, changed in place.
