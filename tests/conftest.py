@@ -59,3 +59,10 @@ def device(request):
 def generator(request):
     """A CPU generator whose seed depends on the test alone, so that a failure repeats on its own."""
     return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    # Tests of this size gain nothing from threads; that results do not depend on them has its own tests.
+    # Before fixtures of any scope, and after a test that asked for more.
+    torch.set_num_threads(1)

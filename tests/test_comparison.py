@@ -55,21 +55,13 @@ def loader_reader(model, forget, retain):
 few = functools.partial(metrics.mia, bootstrap=20)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(study, "mia", few)
 
 
 @pytest.fixture(scope="module")
-def trained(one_thread):
+def trained():
     torch.manual_seed(0)
     model = make_model()
     train(model, DataLoader(blobs(120, 0), 24, shuffle=True))

@@ -11,15 +11,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def trained(one_thread):
+def trained():
     """The demo's own network and settings; only the retrained one is trained for less long."""
     train_set, test_set = demo.load_digits()
     model, _ = demo.train(train_set, epochs=demo.EPOCHS, seed=0)
@@ -84,7 +76,7 @@ def test_every_class_is_tried(trained):
     )
 
 
-def test_a_seed_decides_the_network(one_thread):
+def test_a_seed_decides_the_network():
     images, labels = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
     small = TensorDataset(images, labels)
     state = torch.get_rng_state()

@@ -16,11 +16,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n_threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+def same_random_state():
+    state = torch.get_rng_state()
     yield
-    torch.set_num_threads(n_threads)
     torch.set_rng_state(state)
 
 

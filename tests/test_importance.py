@@ -18,15 +18,6 @@ from unlearn_ext import Importance, fisher_diagonal, losses
 CLASSES = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

@@ -52,14 +52,6 @@ unsigned = st.floats(min_value=0.0, width=32, allow_nan=False, allow_infinity=Fa
 anything = st.floats(width=32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def _split(data, values, dtype):
     """The values as consecutive tensors of drawn lengths, in drawn layouts."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=4)))

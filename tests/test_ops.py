@@ -53,15 +53,6 @@ each_wide = pytest.mark.parametrize("dtype", WIDE, ids=str)
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads; that results do not depend on them has its own test."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def _id(value):
     return getattr(value, "schema", None) or str(value).removeprefix("torch.").replace(" ", "_")
 

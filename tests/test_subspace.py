@@ -10,13 +10,8 @@ from unlearn_ext.subspace import layer_of, protected
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 class Conv1D(nn.Module):

@@ -32,23 +32,11 @@ each_method = pytest.mark.parametrize("name", TWO_STEPS)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def digits():
     """The demo's network, trained, and its data split by class 3."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train_set, test_set = demo.load_digits()
     model, _ = demo.train(train_set, epochs=10, seed=0)
-    torch.set_num_threads(n_threads)
     forget, retain = ux.data.split(train_set, classes=3)
     test_forget, _ = ux.data.split(test_set, classes=3)
     return model, forget, retain, test_forget

@@ -14,14 +14,6 @@ from unlearn_ext import METHODS, demo, gradient_masking, metrics, ops, salun, se
 from unlearn_ext.row_gradients import RowGradients
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

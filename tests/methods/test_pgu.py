@@ -17,13 +17,8 @@ from unlearn_ext.subspace import layer_of, protected
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def bits(model):
@@ -418,11 +413,8 @@ def test_no_free_direction_is_an_error():
 
 @pytest.fixture(scope="module")
 def digits():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train_set, test_set = demo.load_digits()
     model, _ = demo.train(train_set, epochs=6, seed=0)
-    torch.set_num_threads(n_threads)
     return train_set, test_set, model
 
 

@@ -10,14 +10,6 @@ import unlearn_ext as ux
 from unlearn_ext import Scores, demo, metrics, prune_neurons
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def bottleneck():
     torch.manual_seed(0)
     model = nn.Sequential(

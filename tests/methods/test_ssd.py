@@ -14,15 +14,6 @@ from unlearn_ext import Importance, fisher_diagonal, losses, ops, plan_ssd, ssd
 from unlearn_ext.demo import load_digits
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 class Two(nn.Module):
     """Two scalars, for numbers that can be worked out by hand."""
 
@@ -642,14 +633,10 @@ def trained(digits):
     def block(inputs, outputs):
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)]
     model = nn.Sequential(*block(1, 24), nn.MaxPool2d(2), *block(24, 48), *block(48, 96), *head)
-    model = digits.learn(digits.y, model, epochs=10, smoothing=0.1)
-    torch.set_num_threads(n_threads)
-    return model
+    return digits.learn(digits.y, model, epochs=10, smoothing=0.1)
 
 
 def test_defaults_forget_each_class_of_digits(digits, trained):

@@ -18,23 +18,11 @@ QUICK = {"noise_batch": 8, "noise_steps": 2, "repair_steps_min": 2}
 NOISE_ONLY = {"impair_epochs": 0, "repair_epochs": 0, "repair_steps_min": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size gain nothing from threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def digits():
     """The demo's network, trained, and its data."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train_set, test_set = demo.load_digits()
     model, _ = demo.train(train_set, epochs=10, seed=0)
-    torch.set_num_threads(n_threads)
     return model, train_set, test_set
 
 
