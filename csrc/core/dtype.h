@@ -127,6 +127,40 @@ UNLEARN_HD A square_root(A x) {
     return sqrtf(x);
 }
 
+// |x|, lane by lane where V is one of the compiler's vector types.
+template <class V>
+UNLEARN_HD V magnitude(V x) {
+  if constexpr (std::is_same_v<V, double>)
+    return fabs(x);
+  else if constexpr (std::is_same_v<V, float>)
+    return fabsf(x);
+  else
+    return x < V{} ? -x : x;
+}
+
+// |x|^power, power 1 or 2: what a Fisher diagonal sums.
+template <int kPower, class V>
+UNLEARN_HD V raised(V x) {
+  if constexpr (kPower == 2)
+    return x * x;
+  else
+    return magnitude(x);
+}
+
+template <class A>
+UNLEARN_HD A raised(A x, int power) {
+  return power == 2 ? raised<2>(x) : raised<1>(x);
+}
+
+// sum + |x|^power, rounded once.
+template <int kPower, class A>
+UNLEARN_HD A plus_raised(A sum, A x) {
+  if constexpr (kPower == 2)
+    return fused_multiply_add(x, x, sum);
+  else
+    return sum + magnitude(x);
+}
+
 template <class T>
 UNLEARN_HD bool is_finite(T x) {
   if constexpr (std::is_same_v<T, double>)

@@ -11,10 +11,7 @@ struct FisherAccumulate {
   static constexpr int writes = 1;
   A weight, decay;
 
-  UNLEARN_HD void operator()(A& fisher, A grad) const {
-    const A magnitude = kPower == 2 ? grad * grad : (grad < A(0) ? -grad : grad);
-    fisher = decay * fisher + weight * magnitude;
-  }
+  UNLEARN_HD void operator()(A& fisher, A grad) const { fisher = decay * fisher + weight * raised<kPower>(grad); }
 };
 
 // slices: fisher (float, or double with double gradients), grads of `dtype`.

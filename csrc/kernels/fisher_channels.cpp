@@ -114,7 +114,7 @@ void accumulate(const Positions& g, const Positions* x, double weight, int power
   for (int64_t n = 0; n < samples; ++n)
     for (int64_t c = 0; c < channels; ++c) {
       const A sum = sums[static_cast<size_t>(n * channels + c)];
-      total[static_cast<size_t>(c)] += power == 1 ? (sum < 0 ? -sum : sum) : sum * sum;
+      total[static_cast<size_t>(c)] += raised(sum, power);
     }
   for (int64_t c = 0; c < channels; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c)];
 }

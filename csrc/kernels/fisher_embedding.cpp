@@ -18,35 +18,31 @@ void accumulate(const Positions& grads, const int64_t* indices, const int64_t* o
            t / grads.extent[2] / grads.extent[1] * grads.space_stride[0] +
            t / grads.extent[2] % grads.extent[1] * grads.space_stride[1] + t % grads.extent[2] * grads.space_stride[2];
   };
-  parallel_for(
-      exec, lookups, std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
-        std::vector<A> sum(static_cast<size_t>(width)), total(static_cast<size_t>(width));
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t index = indices[i];
-          if ((i > 0 && indices[i - 1] == index) || index == padding || index < 0 || index >= rows) continue;
-          std::fill(total.begin(), total.end(), A(0));
-          for (int64_t j = i; j < lookups && indices[j] == index;) {
-            const int64_t sample = order[j] / positions;
-            std::fill(sum.begin(), sum.end(), A(0));
-            for (; j < lookups && indices[j] == index && order[j] / positions == sample; ++j) {
-              const T* row = row_of(order[j]);
-              if (grads.channel_stride == 1)
-                for (int64_t c = 0; c < width; ++c) sum[static_cast<size_t>(c)] += A(row[c]);
-              else
-                for (int64_t c = 0; c < width; ++c) sum[static_cast<size_t>(c)] += A(row[c * grads.channel_stride]);
-            }
-            if (power == 1)
-              for (int64_t c = 0; c < width; ++c)
-                total[static_cast<size_t>(c)] +=
-                    sum[static_cast<size_t>(c)] < 0 ? -sum[static_cast<size_t>(c)] : sum[static_cast<size_t>(c)];
-            else
-              for (int64_t c = 0; c < width; ++c)
-                total[static_cast<size_t>(c)] += sum[static_cast<size_t>(c)] * sum[static_cast<size_t>(c)];
-          }
-          A* to = static_cast<A*>(fisher) + index * width;
-          for (int64_t c = 0; c < width; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c)];
-        }
-      });
+  parallel_for(exec, lookups, std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, width)),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<A> sum(static_cast<size_t>(width)), total(static_cast<size_t>(width));
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t index = indices[i];
+                   if ((i > 0 && indices[i - 1] == index) || index == padding || index < 0 || index >= rows) continue;
+                   std::fill(total.begin(), total.end(), A(0));
+                   for (int64_t j = i; j < lookups && indices[j] == index;) {
+                     const int64_t sample = order[j] / positions;
+                     std::fill(sum.begin(), sum.end(), A(0));
+                     for (; j < lookups && indices[j] == index && order[j] / positions == sample; ++j) {
+                       const T* row = row_of(order[j]);
+                       if (grads.channel_stride == 1)
+                         for (int64_t c = 0; c < width; ++c) sum[static_cast<size_t>(c)] += A(row[c]);
+                       else
+                         for (int64_t c = 0; c < width; ++c)
+                           sum[static_cast<size_t>(c)] += A(row[c * grads.channel_stride]);
+                     }
+                     for (int64_t c = 0; c < width; ++c)
+                       total[static_cast<size_t>(c)] += raised(sum[static_cast<size_t>(c)], power);
+                   }
+                   A* to = static_cast<A*>(fisher) + index * width;
+                   for (int64_t c = 0; c < width; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c)];
+                 }
+               });
 }
 
 }  // namespace

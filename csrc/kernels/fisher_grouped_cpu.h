@@ -43,11 +43,6 @@ void for_each_tap(const Patches& p, const F& f) {
   }
 }
 
-template <class A>
-A power_of(A x, int power) {
-  return power == 1 ? (x < 0 ? -x : x) : x * x;
-}
-
 // Vectorised along the positions of a line, where they lie next to each other.
 template <class T>
 void accumulate_group(const LayerProduct& layer, int64_t group, acc_t<T>* fisher) {
@@ -77,7 +72,7 @@ void accumulate_group(const LayerProduct& layer, int64_t group, acc_t<T>* fisher
           });
           A product = 0;
           for (const A lane : lanes) product += lane;
-          total += power_of(product, layer.power);
+          total += raised(product, layer.power);
         }
         fisher[(group * layer.outputs() + o) * columns + c * p.window() + column] +=
             static_cast<A>(layer.weight) * total;
@@ -102,7 +97,7 @@ void accumulate_depthwise(const LayerProduct& layer, int64_t group, acc_t<T>* fi
         for (int64_t i = 0; i < count; ++i, a += step, b += g.space_stride[2])
           for (int lane = 0; lane < kWidth; ++lane) products[lane] += A(b[lane]) * A(a[lane]);
       });
-      for (int lane = 0; lane < kWidth; ++lane) totals[lane] += power_of(products[lane], layer.power);
+      for (int lane = 0; lane < kWidth; ++lane) totals[lane] += raised(products[lane], layer.power);
     }
     for (int lane = 0; lane < kWidth; ++lane)
       fisher[(group + lane) * p.window() + column] += static_cast<A>(layer.weight) * totals[lane];

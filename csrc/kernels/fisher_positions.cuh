@@ -35,19 +35,6 @@ struct alignas(16) Chunk {
   }
 };
 
-template <class A>
-__device__ __forceinline__ A magnitude(A x) {
-  if constexpr (std::is_same_v<A, double>)
-    return fabs(x);
-  else
-    return fabsf(x);
-}
-
-template <class A>
-__device__ __forceinline__ A raised(A x, int power) {
-  return power == 2 ? x * x : magnitude(x);
-}
-
 // Position axes of one or two tensors of the same extents; neighbours that are one axis in both are merged, so that
 // nearly always a single one is left and no division is needed.
 struct Axes {

@@ -364,9 +364,9 @@ struct MmaTile {
 
   __device__ __forceinline__ void end_sample(int power) {
     if (power == 2)
-      each([](float p, float& sum) { sum = fused_multiply_add(p, p, sum); });
+      each([](float p, float& sum) { sum = plus_raised<2>(sum, p); });
     else
-      each([](float p, float& sum) { sum += fabsf(p); });
+      each([](float p, float& sum) { sum = plus_raised<1>(sum, p); });
   }
 
  private:
@@ -438,9 +438,9 @@ struct FmaTile {
   __device__ __forceinline__ void end_sample(int power) {
     if constexpr (!kPowers) {
       if (power == 2)
-        each([](Acc p, Acc& sum) { sum = fused_multiply_add(p, p, sum); });
+        each([](Acc p, Acc& sum) { sum = plus_raised<2>(sum, p); });
       else
-        each([](Acc p, Acc& sum) { sum += magnitude(p); });
+        each([](Acc p, Acc& sum) { sum = plus_raised<1>(sum, p); });
     }
   }
 

@@ -66,14 +66,6 @@ struct Wide {
   typedef A Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
 };
 
-template <int kPower, class V>
-__attribute__((always_inline)) inline V power_of(V x) {
-  if constexpr (kPower == 1)
-    return x < 0 ? -x : x;
-  else
-    return x * x;
-}
-
 enum class Part { whole, first, middle, last, plain };
 
 // One tile, kRows x kTileCols, of a sample's product over `depth` positions. `total` gets its power, `product` holds
@@ -107,7 +99,7 @@ __attribute__((always_inline)) inline void multiply_tile(const A* __restrict__ a
       else if constexpr (kPart == Part::plain)
         powers += value;
       else
-        powers += power_of<kPower>(value);
+        powers += raised<kPower>(value);
     }
 }
 
@@ -144,8 +136,8 @@ __attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a,
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      powers[r][0] += power_of<kPower>(sum[r][0]);
-      powers[r][1] += power_of<kPower>(sum[r][1]);
+      powers[r][0] += raised<kPower>(sum[r][0]);
+      powers[r][1] += raised<kPower>(sum[r][1]);
     }
   }
 #pragma GCC unroll 16
