@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext.neurons import NeuronGroup, Part, module_groups
 from unlearn_ext.report import UnlearnResult
-from unlearn_ext.saliency import NeuronGroup, Part, Reduction, Scope, Scores, module_groups
+from unlearn_ext.saliency import Reduction, Scope, Scores
 from unlearn_ext.training import unlearning
 
 
