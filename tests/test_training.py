@@ -101,6 +101,50 @@ def test_a_failure_leaves_the_model_as_it_was(error):
     assert not model[1].training
 
 
+def test_a_failure_leaves_values_that_train_and_eval_change():
+    class Adapter(nn.Linear):
+        def train(self, mode=True):
+            if mode != self.training:
+                with torch.no_grad():
+                    self.weight.mul_(0.5 if mode else 2.0)
+                    self.calls = torch.full_like(self.calls, float(mode))
+            return super().train(mode)
+
+    adapter = Adapter(2, 2)
+    adapter.register_buffer("calls", torch.zeros(()))
+    before, calls = state_of(adapter), adapter.calls
+
+    def attempt():
+        with unlearning(adapter, "test", {}):
+            adapter.eval()
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        attempt()
+    assert adapter.training
+    assert same(before, state_of(adapter))
+    assert adapter.calls is calls
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_failure_is_undone_where_the_caller_has_turned_autograd_off(off):
+    model = make_model()
+    before = state_of(model)
+
+    def attempt():
+        with off(), unlearning(model, "test", {}) as run:
+            model.train()
+            train(run, "fit", make_data(), objective, torch.optim.SGD(model.parameters(), lr=0.1))
+            assert not same(before, state_of(model))
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        attempt()
+    assert same(before, state_of(model))
+    objective(model, make_data()[0]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_success_keeps_values_and_restores_flags():
     model = make_model().eval()
     run_once(model, 0)

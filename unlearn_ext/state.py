@@ -1,4 +1,4 @@
-"""Borrowing a user's model: whatever a pass changes about it is put back."""
+"""Borrowing a user's model: whatever a pass or a training run changes about it is put back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,74 @@ from torch import nn
 
 
 @contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Let anything be done with a model and, on the way out, restore all that is not a tensor's value.
+
+    Restored, also after an exception or an interrupt: the training flag of every module, ``requires_grad``
+    and ``.grad`` of every parameter (the same tensor with the same content), and the global random states of
+    torch (CPU and the model's CUDA devices). Inside, gradients are None and autograd works even where the
+    caller has turned it off.
+
+    Args:
+        model: The user's model.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with restored(model):
+        ...     model.eval()(torch.ones(1, 2)).sum().backward()
+        >>> model.training, model.weight.grad
+        (True, None)
+    """
+    training = {module: module.training for module in model.modules()}
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    devices = {p.device.index for p, _, _ in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for parameter, _, _ in parameters:
+                parameter.grad = None
+            yield
+        finally:
+            # train() first, for modules that do more in it than set the flag (merging adapters, say).
+            model.train(training[model])
+            for module, flag in training.items():
+                module.training = flag
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+
+class Buffers:
+    """A model's buffers as they are now.
+
+    Args:
+        model: The user's model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    def put_back(self) -> None:
+        """Give every buffer its identity and value again; one that has its value is not written."""
+        with torch.no_grad():
+            for module, name, buffer, value in self._known:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None and not _same_values(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and, on the way out, restore everything but its parameters' values.
 
-    Restored, also after an exception or an interrupt: the training flag of every module, ``requires_grad``
-    and ``.grad`` of every parameter (the same tensor with the same content), identity and values of every
-    buffer, and the global random states of torch (CPU and the model's CUDA devices). Inside, gradients are
-    None and autograd works even where the caller has turned it off.
+    Restored, also after an exception or an interrupt: what ``restored`` restores, and identity and values of
+    every buffer. Inside, gradients are None and autograd works even where the caller has turned it off.
 
     Args:
         model: The user's model.
@@ -32,38 +93,13 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-    ]
-    devices = {p.device for p, _, _ in parameters if p.device.type == "cuda"}
-    with (
-        torch.random.fork_rng([device.index for device in devices]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        try:
+    buffers = Buffers(model)
+    try:
+        with restored(model):
             model.eval()
-            for parameter, _, _ in parameters:
-                parameter.grad = None
             yield
-        finally:
-            # train() first, for modules that do more in it than set the flag (merging adapters, say).
-            model.train(training[0])
-            for module, flag in zip(modules, training, strict=True):
-                module.training = flag
-            for parameter, requires_grad, grad in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer
-                    if buffer is not None and value is not None and not _same_values(buffer, value):
-                        buffer.copy_(value)
+    finally:
+        buffers.put_back()
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from unlearn_ext.data import Batch, Batches, device_of, read_batches
 from unlearn_ext.report import UnlearnResult
+from unlearn_ext.state import Buffers, restored
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """``objective(model, batch)``: one value per sample, or their mean; minimised."""
@@ -118,41 +119,20 @@ def unlearning(
         >>> run.result().changed_per_parameter
         {'weight': 1.0, 'bias': 0.0}
     """
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    parameters = list(model.named_parameters())
-    flags = [(p, p.requires_grad, p.grad) for _, p in parameters]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-    ]
     run = Run(model, method, hyperparameters)
-    devices = {p.device.index for _, p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        if generator is not None:
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-        try:
-            for p, _, _ in flags:
-                p.grad = None
+    parameters = list(model.named_parameters())
+    buffers = Buffers(model)
+    try:
+        with restored(model):
+            if generator is not None:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             yield run
-        except BaseException:
-            with torch.no_grad():
-                for name, p in parameters:
-                    p.copy_(run.original(name))
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer
-                    if buffer is not None and value is not None:
-                        buffer.copy_(value)
-            raise
-        finally:
-            # train() first, for modules that do more in it than set the flag (merging adapters, say).
-            model.train(training[0])
-            for module, flag in zip(modules, training, strict=True):
-                module.training = flag
-            for p, requires_grad, grad in flags:
-                p.requires_grad_(requires_grad)
-                p.grad = grad
+    except BaseException:
+        with torch.no_grad():
+            for name, p in parameters:
+                p.copy_(run.original(name))
+        buffers.put_back()
+        raise
 
 
 def train(
