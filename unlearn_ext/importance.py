@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +30,14 @@ from unlearn_ext.engine import LossFn as LossFn
 from unlearn_ext.engine import Objective, PerSample, add_gradient, prepared
 from unlearn_ext.engine import register_layer as register_layer
 from unlearn_ext.state import borrowed
+from unlearn_ext.storage import FileKind
 
 Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
 ESTIMATORS: tuple[Estimator, ...] = ("per_sample", "batch", "mc")
 
-_FORMAT = "unlearn_ext.importance.1"
+_FILE = FileKind(
+    "unlearn_ext.importance.1", owner="Importance", contents="importances", instance="saved importances"
+)
 
 
 class Importance(Mapping[str, Tensor]):
@@ -225,25 +226,8 @@ class Importance(Mapping[str, Tensor]):
         Raises:
             ImportError: If safetensors is not installed.
         """
-        safetensors = _safetensors()
         meta = {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
-        path = Path(path)
-        # Tensors that share memory are refused by the format, and so are strided ones.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.items()}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            temporary.touch()
-            permissions = temporary.stat().st_mode  # safetensors makes its files private
-            safetensors.torch.save_file(
-                tensors, temporary, metadata={"format": _FORMAT, "importance": json.dumps(meta)}
-            )
-            temporary.chmod(permissions)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _FILE.save(path, self, {"importance": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Importance:
@@ -260,18 +244,8 @@ class Importance(Mapping[str, Tensor]):
             ImportError: If safetensors is not installed.
             ValueError: If the file holds something else.
         """
-        safetensors = _safetensors()
-        # Read once: a file replaced meanwhile must not give the tensors of one and the facts of another.
-        data = Path(path).read_bytes()
-        try:
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"Importance.load: {os.fspath(path)} must be a safetensors file") from error
-        metadata = header.get("__metadata__", {})
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"Importance.load: {os.fspath(path)} must hold saved importances")
-        meta = json.loads(metadata["importance"])
+        tensors, facts = _FILE.load(path)
+        meta = json.loads(facts["importance"])
         return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
 
 
@@ -518,13 +492,3 @@ def _joined(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
         )
         joined[name] = how if how == other else "fallback: " + "; ".join(parts)
     return joined
-
-
-def _safetensors() -> Any:  # noqa: ANN401 - an optional module
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "importances are stored as safetensors: pip install 'unlearn_ext[safetensors]'"
-        ) from error
-    return safetensors

@@ -22,11 +22,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -37,11 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unlearn_ext import ops
 from unlearn_ext.data import Batches, check_batches, count_samples, device_of, logits, read_batches
 from unlearn_ext.state import borrowed
+from unlearn_ext.storage import FileKind
 
 Criterion: TypeAlias = Literal["energy", "singular"]
 Side: TypeAlias = Literal["right", "left", "rows"]
 
-_FORMAT = "unlearn_ext.activation_gram.1"
+_FILE = FileKind(
+    "unlearn_ext.activation_gram.1",
+    owner="ActivationGram",
+    contents="Gram matrices",
+    instance="a saved ActivationGram",
+)
 
 # Eigenvalues below this multiple of d * eps * (the largest) are rounding.
 _ROUNDING = 10.0
@@ -164,24 +168,8 @@ class ActivationGram(Mapping[str, Tensor]):
         Raises:
             ImportError: If safetensors is not installed.
         """
-        safetensors = _safetensors()
-        path = Path(path)
-        tensors = {
-            str(index): tensor.cpu().contiguous().clone() for index, tensor in enumerate(self.values())
-        }
-        metadata = {"format": _FORMAT, "modules": json.dumps(list(self)), "n_samples": str(self.n_samples)}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            temporary.touch()
-            permissions = temporary.stat().st_mode  # safetensors makes its files private
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-            temporary.chmod(permissions)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        tensors = {str(index): tensor for index, tensor in enumerate(self.values())}
+        _FILE.save(path, tensors, {"modules": json.dumps(list(self)), "n_samples": str(self.n_samples)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ActivationGram:
@@ -198,21 +186,10 @@ class ActivationGram(Mapping[str, Tensor]):
             ImportError: If safetensors is not installed.
             ValueError: If the file holds something else.
         """
-        safetensors = _safetensors()
-        # Read once: a file replaced meanwhile must not give the tensors of one and the facts of another.
-        data = Path(path).read_bytes()
-        try:
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"ActivationGram.load: {os.fspath(path)} must be a safetensors file") from error
-        metadata = header.get("__metadata__", {})
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"ActivationGram.load: {os.fspath(path)} must hold a saved ActivationGram")
-        names = json.loads(metadata["modules"])
+        tensors, facts = _FILE.load(path)
         return cls(
-            {name: tensors[str(index)].to(device) for index, name in enumerate(names)},
-            int(metadata["n_samples"]),
+            {name: tensors[str(i)].to(device) for i, name in enumerate(json.loads(facts["modules"]))},
+            int(facts["n_samples"]),
         )
 
 
@@ -536,13 +513,3 @@ def _check_shapes(who: str, a: ActivationGram, b: ActivationGram) -> None:
             raise ValueError(
                 f"{who}: shapes must agree, got {list(a[name].shape)} and {list(b[name].shape)} for {name!r}"
             )
-
-
-def _safetensors() -> Any:  # noqa: ANN401 - an optional module
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "Gram matrices are stored as safetensors: pip install 'unlearn_ext[safetensors]'"
-        ) from error
-    return safetensors
