@@ -66,7 +66,9 @@ at::Tensor selected_counts(at::TensorList importance_full, at::TensorList import
                      counts = part;
                    } else {  // lists of both dtypes
                      if (!counts.defined()) counts = at::zeros({n_alphas, n_tensors}, part.options());
-                     counts.index_copy_(1, at::tensor(group.positions, at::kLong).to(device), part);
+                     // One by one: indices would have to come from the host, which graph capture forbids.
+                     for (int64_t i = 0; i < group.count(); ++i)
+                       counts.select(1, group.positions[static_cast<size_t>(i)]).copy_(part.select(1, i));
                    }
                  });
   return counts.defined() ? counts : at::zeros({n_alphas, 0}, at::TensorOptions(device).dtype(at::kLong));
