@@ -45,12 +45,13 @@ def ours(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
     return lambda: fisher_diagonal(model, batches)
 
 
-def plain(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
+def plain(model: nn.Module, batches: Batches, *, compiled: bool = False) -> Callable[[], Diagonal]:
     parameters = dict(model.named_parameters())
+    passed = torch.compile(model, dynamic=False) if compiled else model
 
     def run() -> Diagonal:
         for batch in batches:
-            loss = losses.cross_entropy(model, batch).mean()
+            loss = losses.cross_entropy(passed, batch).mean()
             grads = torch.autograd.grad(loss, list(parameters.values()))
         return dict(zip(parameters, grads, strict=True))
 
@@ -61,19 +62,22 @@ def loop(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
     parameters = dict(model.named_parameters())
 
     def run() -> Diagonal:
-        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        totals = {name: _total(p) for name, p in parameters.items()}
         for x, y in batches:
             for sample in range(len(x)):
                 loss = losses.cross_entropy(model, (x[sample : sample + 1], y[sample : sample + 1]))
                 grads = torch.autograd.grad(loss.sum(), list(parameters.values()))
                 for total, g in zip(totals.values(), grads, strict=True):
-                    total.addcmul_(g, g)
+                    wide = g.to(total.dtype)
+                    total.addcmul_(wide, wide)
         return mean(totals, batches)
 
     return run
 
 
-def vmapped(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
+def vmapped(
+    model: nn.Module, batches: Batches, chunk: int = VMAPPED, *, compiled: bool = False
+) -> Callable[[], Diagonal]:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     objective = Objective(model)
 
@@ -81,14 +85,18 @@ def vmapped(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
         named = {f"model.{name}": value for name, value in parameters.items()}
         return functional_call(objective, named, ((x[None], y[None]),))[0]
 
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
+    if compiled:
+        per_sample = torch.compile(per_sample, dynamic=False)
+
     def run() -> Diagonal:
-        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        totals = {name: _total(p) for name, p in parameters.items()}
         for x, y in batches:
-            for part in zip(x.split(VMAPPED), y.split(VMAPPED), strict=True):
+            for part in zip(x.split(chunk), y.split(chunk), strict=True):
                 with torch.no_grad():
-                    grads = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, *part)
+                    grads = per_sample(parameters, *part)
                     for name, total in totals.items():
-                        total += grads[name].square().sum(0)
+                        total += grads[name].to(total.dtype).square().sum(0)
         return mean(totals, batches)
 
     return run
@@ -144,9 +152,29 @@ def opacus(model: nn.Module, batches: Batches) -> Callable[[], Diagonal]:
     return run
 
 
+def _total(parameter: Tensor) -> Tensor:
+    # As ours: sums of squares do not fit in half precision.
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(parameter, dtype=wide)
+
+
 def mean(totals: dict[str, Tensor], batches: Batches) -> Diagonal:
     n = sum(len(x) for x, _ in batches)
     return {name: total.div_(n) for name, total in totals.items()}
+
+
+def scales_of(oracle: Diagonal) -> dict[str, float]:
+    """Each parameter's scale is its largest value; some gradients vanish in exact arithmetic."""
+    largest = max(float(value.max()) for value in oracle.values())
+    return {name: max(float(value.max()), 1e-6 * largest) for name, value in oracle.items()}
+
+
+def largest_error(found: Diagonal, oracle: Diagonal) -> float:
+    """Return the largest error of any parameter, on the scale of its own values."""
+    scales = scales_of(oracle)
+    return max(
+        float((found[name].double() - exact).abs().max()) / scales[name] for name, exact in oracle.items()
+    )
 
 
 WAYS = {OURS: ours, PLAIN: plain, LOOP: loop, VMAP: vmapped, BACKPACK: backpack, OPACUS: opacus}
@@ -177,21 +205,15 @@ class Group:
         batches = [tuple(t.to(device) for t in recipe.batch(SAMPLES)) for _ in range(BATCHES[self.model])]
         wide = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
         oracle = loop(copy.deepcopy(model).double(), wide)()
-        largest = max(float(value.max()) for value in oracle.values())
-        # Each parameter on the scale of its own values; some gradients vanish in exact arithmetic.
-        scales = {name: max(float(value.max()), 1e-6 * largest) for name, value in oracle.items()}
+        scales = scales_of(oracle)
 
         def scaled(found: Diagonal) -> list[Tensor]:
             return [found[name].double() / scales[name] for name in oracle]
 
         def reading(contender: str) -> Callable[[Diagonal], list[Tensor]]:
             def read(found: Diagonal) -> list[Tensor]:
-                values = scaled(found)
-                errors[contender] = max(
-                    float((value - exact).abs().max())
-                    for value, exact in zip(values, scaled(oracle), strict=True)
-                )
-                return values
+                errors[contender] = largest_error(found, oracle)
+                return scaled(found)
 
             return read
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import roofline
 from bench.race import FLOOR, Race, Times, replay, run_race
 
 
@@ -37,6 +38,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
     machine_info.clear()
     machine_info.update(environment(config))
+    if config.getoption("--race-device") == "cpu":
+        machine_info["ceilings"] = roofline.ceilings()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, output_json: dict) -> None:

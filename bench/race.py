@@ -3,7 +3,7 @@
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,23 +102,50 @@ def run_race(race: Race, device: torch.device, seconds: float, laps: tuple[int, 
     """
     start = _Start(race)
     times = Times({}, dict(_failures(race, start)))
+    running = {name: c.run for name, c in race.contenders.items() if name not in times.failures}
+    before = start.restore if race.drifts else None
+    times.laps = take_turns(running, device, seconds, laps, before=before)
+    return times
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    laps: tuple[int, int],
+    *,
+    before: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Time callables lap by lap, every one once in a lap.
+
+    Args:
+        runs: What to time, by name.
+        device: Where it computes.
+        seconds: As for ``run_race``.
+        laps: Likewise.
+        before: Called before every run, outside its time.
+
+    Returns:
+        The times of the laps in seconds, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if not runs:
+        return times
     stopwatch = _cuda_stopwatch() if device.type == "cuda" else _cpu_stopwatch
-    running = {name: c for name, c in race.contenders.items() if name not in times.failures}
-    times.laps = {name: [] for name in running}
     gc.collect()
     gc.disable()
     try:
-        names = list(running)
+        names = list(runs)
         for lap in range(laps[1]):
             # The order changes, because a contender finds in the caches what the one before it left there.
             for name in names[lap % len(names) :] + names[: lap % len(names)]:
-                contender, done = running[name], times.laps[name]
+                done = times[name]
                 enough = len(done) >= laps[0] or sum(done) > 3 * seconds
                 if enough and sum(done) + max(done) > seconds:
                     continue
-                if race.drifts:
-                    start.restore()
-                done.append(stopwatch(contender.run))
+                if before is not None:
+                    before()
+                done.append(stopwatch(runs[name]))
     finally:
         gc.enable()
     return times
@@ -169,12 +196,14 @@ def _cpu_stopwatch(run: Callable[[], object]) -> float:
 
 
 def _cuda_stopwatch() -> Callable[[Callable[[], object]], float]:
-    # Larger than any L2 cache: a lap must not find its tensors there because the last one left them.
-    flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
+    # Larger than any L2 cache: a lap must not find its tensors there because the last one left them. Read and
+    # not written, because a cache full of written lines would have to be emptied during the lap.
+    flush = torch.zeros(128 * 2**20, dtype=torch.int32, device="cuda")
+    largest = torch.zeros((), dtype=torch.int32, device="cuda")
 
     def stopwatch(run: Callable[[], object]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
+        torch.amax(flush, (0,), out=largest)
         begin.record()
         run()
         end.record()

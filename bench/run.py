@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes ``bench/results/<device>.json`` and ``bench/RESULTS.md``.
+"""Runs the benchmarks and writes ``bench/results/<device>.json``, ``bench/RESULTS.md`` and its plot.
 
 ``python -m bench`` takes under eleven minutes on two CPU cores. A selection (``-k``) is printed and not
 written.

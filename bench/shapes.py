@@ -43,7 +43,12 @@ def transformer_1b() -> list[Shape]:
     return [(128256, width), *block * 16, (width,)]
 
 
-MODELS = {"resnet18": resnet18, "vit_b16": vit_b16, "transformer_1b": transformer_1b}
+def tiny() -> list[Shape]:
+    """A few tensors, for going through the benchmarks without measuring: 38 thousand scalars."""
+    return [(64, 32, 3, 3), (64,), (64,), (10, 2000), (10,)]
+
+
+MODELS = {"resnet18": resnet18, "vit_b16": vit_b16, "transformer_1b": transformer_1b, "tiny": tiny}
 
 
 def scalars(shapes: list[Shape]) -> int:

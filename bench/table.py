@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import bench_fisher
+from bench import bench_fisher, published, roofline
 
 FOLDER = Path(__file__).parent
 OURS, FLOOR = "ours", "floor"
@@ -121,10 +121,18 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """
     sections = [_section(name, document) for name, document in documents.items()]
     if not any(name.startswith("cuda") for name in documents):
-        sections.append("## CUDA\n\nNot yet run on a GPU.")
+        sections += _gpu_pages() or ["## CUDA\n\nNot yet run on a GPU."]
     pages = sorted((FOLDER / "results" / "methods").glob("*.md"))
     sections += [page.read_text(encoding="utf-8").strip() for page in pages]
+    if theirs := published.section():
+        sections.append(theirs)
     return "\n\n".join(["# Results", _READING, *sections]) + "\n"
+
+
+def _gpu_pages() -> list[str]:
+    """Pages that ``python -m bench.gpu`` wrote; a dry run's, which measures nothing, lie elsewhere."""
+    pages = sorted((FOLDER / "results").glob("gpu-*.md"))
+    return [page.read_text(encoding="utf-8").strip() for page in pages]
 
 
 def _section(name: str, document: Mapping[str, Any]) -> str:
@@ -133,6 +141,9 @@ def _section(name: str, document: Mapping[str, Any]) -> str:
     plain = [s for s in found if not CURVE.fullmatch(s.ours.op) and s not in layers]
     curve = [s for s in found if CURVE.fullmatch(s.ours.op)]
     parts = [f"## {_device(document)}", _environment(name, document)]
+    plot = FOLDER / "results" / f"roofline-{Path(name).stem}.svg"
+    if plot.exists():
+        parts.append(f"![What the ops reach, and could at most](results/{plot.name})")
     if plain:
         parts.append(_table(plain))
     if curve:
@@ -263,9 +274,14 @@ def load(files: Iterable[Path]) -> dict[str, Mapping[str, Any]]:
 
 
 def write_results() -> Path:
-    """Render every file of ``bench/results`` into ``bench/RESULTS.md``."""
+    """Render every file of ``bench/results`` into ``bench/RESULTS.md``, and draw the plots."""
     page = FOLDER / "RESULTS.md"
-    page.write_text(render(load(sorted((FOLDER / "results").glob("*.json")))), encoding="utf-8")
+    # Those of bench.gpu have pages of their own.
+    files = [path for path in (FOLDER / "results").glob("*.json") if not path.name.startswith("gpu-")]
+    documents = load(sorted(files))
+    for name, document in documents.items():
+        roofline.draw(document, FOLDER / "results" / f"roofline-{Path(name).stem}.svg")
+    page.write_text(render(documents), encoding="utf-8")
     return page
 
 

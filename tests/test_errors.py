@@ -616,16 +616,6 @@ def test_tensors_of_one_row_must_be_on_one_device(schema, door):
             assert torch.equal(bits(tensor), old)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("schema", VALID)
-def test_a_build_without_cuda_says_so(schema):
-    if not torch.cuda.is_available() or _C.build_info()["cuda"]:
-        pytest.skip("needs a CUDA device and a build without CUDA")
-    arguments = mapped(torch.Tensor.cuda, VALID[schema]())
-    with pytest.raises(NotImplementedError, match="UNLEARN_CUDA=ON"):
-        CASE_OF[schema].direct(**arguments)
-
-
 # ---- A library that does not load
 
 

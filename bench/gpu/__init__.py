@@ -1,0 +1,1 @@
+"""``python -m bench.gpu``: proves and measures the CUDA half on a GPU, in under ten minutes."""
