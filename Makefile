@@ -35,14 +35,20 @@ endif
 
 NATIVE_FILES := git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: help setup build test demo bench lint mypy format check-native check-kernels check-cuda-build clean always
+.PHONY: help setup build test demo bench gpu lint mypy format check-native check-kernels check-planted check-static \
+  check-cuda-build clean always
 help:
 	@echo "make demo              forget a class and 50 samples of handwritten digits, compare with retraining"
 	@echo "make test              every test; ARGS='-k dampen' chooses, ARGS='-m slow' runs the slow ones"
 	@echo "make bench             the benchmarks; rewrites bench/RESULTS.md"
+	@echo "make gpu               build, prove and measure on a GPU, offline, in under ten minutes; ARGS='--data FILE' for"
+	@echo "                       CIFAR-10, ARGS=--dry-run goes through it without a GPU"
 	@echo "make lint, format      ruff, mypy, clang-format"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make check-kernels     CUDA kernels, executed on the CPU"
+	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
+	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
+	@echo "make check-static      registers, occupancy and instructions of the CUDA kernels against their budgets; needs"
+	@echo "                       nvcc, no GPU; ARGS=--update rewrites tests/native/budget.json"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
 
 setup: $(READY)
@@ -77,6 +83,10 @@ demo: build
 bench: build
 	$(PY) -m bench $(ARGS)
 
+# Builds for itself, with what is installed: where the GPU is there may be no network.
+gpu: $(if $(findstring --dry-run,$(ARGS)),build)
+	$(PY) -m bench.gpu $(ARGS)
+
 lint: $(LINTED) mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -94,11 +104,25 @@ check-native: $(READY)
 	tests/native/run.sh asan
 
 check-kernels: $(READY)
-	tests/native/run.sh emulate
+	tests/native/check_kernels.sh
+
+check-planted: $(READY)
+	$(PY) tests/native/planted.py $(ARGS)
+
+# One build of the CUDA objects serves both checks; its slowest file is compiled for two architectures at a time.
+define configure_cuda
+@command -v nvcc >/dev/null || { echo "make $@ needs nvcc, of CUDA 12.8 or later, on PATH: there is none" >&2; exit 1; }
+cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE=$(PY) -DUNLEARN_CUDA=ON -DCMAKE_CUDA_FLAGS=--threads=2 \
+  "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;89-real;90-real;100-real;120" >/dev/null
+endef
+
+check-static: $(READY)
+	$(configure_cuda)
+	cmake --build build/cuda-check --target kernels_cuda
+	$(PY) tests/native/static_checks.py $(ARGS) build/cuda-check/CMakeFiles/kernels_cuda.dir/csrc/kernels/*.o
 
 check-cuda-build: $(READY)
-	cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE=$(PY) -DUNLEARN_CUDA=ON \
-	  "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real;120" >/dev/null
+	$(configure_cuda)
 	cmake --build build/cuda-check
 	$(PY) .ci/import_build.py build/cuda-check
 

@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Builds and runs the native tests: run.sh MODE [text], text choosing the cases whose name contains it.
+# Builds and runs the native tests: run.sh [--build|--run] MODE [text], text choosing the cases whose name contains it;
+# --build and --run do half of it.
 #   plain         CPU kernels
 #   asan          CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   emulate       CUDA kernels in the CUDA checker, four schedules
-#   emulate-asan  the same under both sanitizers
-#   race          CUDA kernels in the checker under ThreadSanitizer: races inside a block; SIMT_RACE=inter between blocks
+#   emulate-asan  the same under both sanitizers, one schedule
+#   race          CUDA kernels in the checker under ThreadSanitizer, one schedule: races inside a block
+#   race-inter    the same, races between blocks
 #   gpu           CUDA kernels on the GPU of this machine
+# The races are looked for on reduced sizes: UNLEARN_REDUCED=0 asks for all of them, 1 or 2 in any mode for part.
 set -euo pipefail
 
-mode=${1:?usage: run.sh plain|asan|emulate|emulate-asan|race|gpu [text]}
+build_it=1 run_it=1
+case ${1:-} in
+  --build) run_it=; shift ;;
+  --run) build_it=; shift ;;
+esac
+mode=${1:?usage: run.sh [--build|--run] plain|asan|emulate|emulate-asan|race|race-inter|gpu [text]}
 shift
 sanitize=
 case $mode in
@@ -16,22 +24,35 @@ case $mode in
   asan) backend=cpu sanitize=address,undefined ;;
   emulate) backend=emulate ;;
   emulate-asan) backend=emulate sanitize=address,undefined ;;
-  race) backend=emulate sanitize=thread ;;
+  race | race-inter) backend=emulate sanitize=thread ;;
   gpu) backend=gpu ;;
   *) echo "run.sh: unknown mode $mode" >&2; exit 2 ;;
 esac
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-build=$(cd "$here/../.." && pwd)/build/native-$mode
-mkdir -p "$build"
-generator=()
-if command -v ninja >/dev/null; then generator=(-G Ninja); fi
-cmake -S "$here" -B "$build" "${generator[@]}" -DUNLEARN_TEST_BACKEND=$backend -DUNLEARN_SANITIZE=$sanitize \
-  >"$build.log" || { cat "$build.log"; exit 1; }
-cmake --build "$build" --parallel "${JOBS:-$(nproc)}"
+build=$(cd "$here/../.." && pwd)/build/native-${mode%-inter}
+if [ "$build_it" ]; then
+  mkdir -p "$build"
+  generator=()
+  if command -v ninja >/dev/null; then generator=(-G Ninja); fi
+  cmake -S "$here" -B "$build" "${generator[@]}" -DUNLEARN_TEST_BACKEND=$backend -DUNLEARN_SANITIZE=$sanitize \
+    >"$build.log" || { cat "$build.log"; exit 1; }
+  cmake --build "$build" --parallel "${JOBS:-$(nproc)}"
+fi
+[ "$run_it" ] || exit 0
 
 export ASAN_OPTIONS=detect_stack_use_after_return=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
-if [ $backend = emulate ] && [ "$sanitize" != thread ]; then
+run=()
+if [ "$sanitize" = thread ]; then
+  export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
+  if [ "$mode" = race ]; then
+    export UNLEARN_REDUCED=${UNLEARN_REDUCED-1}
+  else
+    export UNLEARN_REDUCED=${UNLEARN_REDUCED-2} SIMT_RACE=inter
+  fi
+  # GCC's ThreadSanitizer cannot place its shadow if addresses are randomised in more bits than this.
+  if [ "$(cat /proc/sys/vm/mmap_rnd_bits 2>/dev/null || echo 0)" -gt 28 ]; then run=(setarch "$(uname -m)" -R); fi
+elif [ $backend = emulate ] && [ $# = 0 ]; then
   ASAN_OPTIONS=detect_leaks=0:$ASAN_OPTIONS "$build/test_simt"  # a reported misuse abandons the stacks of its threads
 fi
-exec "$build/test_kernels" "$@"
+exec "${run[@]}" "${UNLEARN_TEST_PROGRAM:-$build/test_kernels}" "$@"

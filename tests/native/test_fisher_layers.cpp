@@ -19,8 +19,8 @@ enum class Layout {
   ragged_samples,  // channels last, one element after every sample
   expanded         // the same at every position
 };
-constexpr Layout kLayouts[] = {Layout::channels_first, Layout::channels_last,  Layout::gaps,
-                               Layout::ragged_rows,    Layout::ragged_samples, Layout::expanded};
+const std::vector<Layout> kLayouts = {Layout::channels_first, Layout::channels_last,  Layout::gaps,
+                                      Layout::ragged_rows,    Layout::ragged_samples, Layout::expanded};
 
 struct Layer {
   const char* name;
@@ -225,7 +225,7 @@ void on_all(const F& f) {
 }
 
 const Case positions_case("fisher_weight: positions", [] {
-  for (const int64_t positions : {0, 1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 100})
+  for (const int64_t positions : thinned<int64_t>({0, 1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 100}, 6))
     on_all([&]<Backend B, class T>(const Options& options, const Exec& exec) {
       weight<B, T>(linear(1, positions, 16, 8), options, exec);
       weight<B, T>(linear(5, positions, 72, 24), options, exec);
@@ -233,9 +233,10 @@ const Case positions_case("fisher_weight: positions", [] {
 });
 
 const Case widths_case("fisher_weight: widths", [] {
-  const std::pair<int64_t, int64_t> widths[] = {{1, 1},   {3, 5},   {8, 1},   {1, 17},   {7, 9},    {15, 16}, {31, 33},
-                                                {63, 64}, {64, 65}, {65, 64}, {65, 130}, {128, 72}, {130, 65}};
-  for (const auto& [channels, outputs] : widths)
+  const std::vector<std::pair<int64_t, int64_t>> widths = {{1, 1},    {3, 5},    {8, 1},   {1, 17},  {7, 9},
+                                                           {15, 16},  {31, 33},  {63, 64}, {64, 65}, {65, 64},
+                                                           {65, 130}, {128, 72}, {130, 65}};
+  for (const auto& [channels, outputs] : thinned(widths, 6))
     on_all([&]<Backend B, class T>(Options options, const Exec& exec) {
       weight<B, T>(linear(2, 5, channels, outputs), options, exec);
       weight<B, T>(linear(3, 1, channels, outputs), options, exec);
@@ -247,15 +248,19 @@ const Case widths_case("fisher_weight: widths", [] {
 // Samples enough for several runs of them, and positions for several rounds of every buffer.
 const Case samples_case("fisher_weight: samples", [] {
   on_all([&]<Backend B, class T>(const Options& options, const Exec& exec) {
-    for (const int64_t samples : {0, 1, 2, 40}) weight<B, T>(linear(samples, 3, 24, 10), options, exec);
-    weight<B, T>(linear(2000, 1, 12, 9), options, exec);
-    weight<B, T>(linear(13, 90, 40, 8), options, exec);
+    for (const int64_t samples : thinned<int64_t>({0, 1, 2, 40}, 2))
+      weight<B, T>(linear(samples, 3, 24, 10), options, exec);
+    weight<B, T>(linear(reduced() ? 200 : 2000, 1, 12, 9), options, exec);
     weight<B, T>(linear(1, 200, 61, 11), options, exec);
+    weight<B, T>({"groups and runs", 60, 2, 8, 16, {1, 4, 3}, {1, 3, 3}}, options, exec);
+    if (reduced()) return;
+    weight<B, T>(linear(13, 90, 40, 8), options, exec);
   });
   // As large as tensor cores need before they gain by splitting the samples.
   on_backends([&]<Backend B>(const Exec& exec) {
-    weight<B, BFloat16>(linear(7, 700, 24, 16), {}, exec);
     weight<B, BFloat16>(linear(70, 40, 72, 72), {}, exec);
+    if (reduced()) return;
+    weight<B, BFloat16>(linear(7, 700, 24, 16), {}, exec);
     // Several tiles and rounds of everything.
     weight<B, Half>(linear(3, 300, 264, 136), {}, exec);
     Options tf32;
@@ -268,11 +273,11 @@ const Case layouts_case("fisher_weight: layouts", [] {
   const Layer rows = {"rows of three axes", 2, 1, 24, 72, {2, 3, 4}};
   const Layer image = {"image", 2, 1, 8, 16, {1, 5, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}};
   const Layer wide = {"wide image", 1, 1, 16, 80, {1, 6, 6}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}};
-  for (const Layer& layer : {rows, image, wide})
+  for (const Layer& layer : thinned<Layer>({rows, image, wide}, 3))
     on_all([&]<Backend B, class T>(Options options, const Exec& exec) {
-      for (const Layout inputs : kLayouts)
+      for (const Layout inputs : thinned(kLayouts, 1))
         for (const Layout grads : kLayouts) {
-          if (inputs != grads && options.power == 1) continue;
+          if (inputs != grads && (options.power == 1 || reduced())) continue;
           options.inputs = inputs, options.grads = grads;
           options.offset = 0;
           weight<B, T>(layer, options, exec);
@@ -294,13 +299,13 @@ const Case convolutions_case("fisher_weight: convolutions", [] {
       {"grouped", 2, 3, 6, 5, {1, 5, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
       {"grouped, few", 7, 5, 2, 4, {1, 6, 5}, {1, 3, 3}, {1, 2, 1}, {0, 1, 1}, {0, 0, 1}},
       {"two per group", 2, 9, 1, 2, {1, 1, 40}, {1, 1, 4}, {1, 1, 1}, {0, 0, 3}},
-      {"depthwise", 3, 40, 1, 1, {1, 7, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
       {"depthwise, 5x5", 2, 3, 1, 1, {1, 9, 8}, {1, 5, 5}, {1, 2, 2}, {0, 2, 2}, {0, 1, 2}},
       {"depthwise, one position", 4, 33, 1, 1, {1, 1, 2}, {1, 1, 2}},
+      {"depthwise", 3, 40, 1, 1, {1, 7, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
   };
-  for (const Layer& layer : layers)
+  for (const Layer& layer : thinned(layers, 6))
     on_all([&]<Backend B, class T>(Options options, const Exec& exec) {
-      for (const Layout layout : kLayouts) {
+      for (const Layout layout : thinned(kLayouts, 3)) {
         options.inputs = options.grads = layout;
         weight<B, T>(layer, options, exec);
       }
@@ -394,18 +399,21 @@ const Case channels_case("fisher_channels", [] {
   struct Shape {
     int64_t samples, channels, extent[3];
   };
-  const Shape shapes[] = {{0, 3, {1, 1, 4}},   {3, 5, {1, 0, 4}},    {1, 1, {1, 1, 1}},   {5, 7, {1, 1, 1}},
-                          {300, 9, {1, 1, 1}}, {2, 16, {1, 1, 8}},   {3, 20, {1, 4, 6}},  {1, 3, {2, 3, 5}},
-                          {40, 2, {1, 7, 7}},  {2, 33, {1, 1, 100}}, {1, 8, {1, 40, 33}}, {3, 1, {1, 1, 5000}}};
+  const std::vector<Shape> shapes = {{0, 3, {1, 1, 4}},    {3, 5, {1, 0, 4}},   {1, 1, {1, 1, 1}},
+                                     {5, 7, {1, 1, 1}},    {300, 9, {1, 1, 1}}, {2, 16, {1, 1, 8}},
+                                     {3, 20, {1, 4, 6}},   {1, 3, {2, 3, 5}},   {40, 2, {1, 7, 7}},
+                                     {2, 33, {1, 1, 100}}, {1, 8, {1, 40, 33}}, {3, 1, {1, 1, 5000}}};
   on_dtypes([&]<class T>(Tag<T>) {
     on_backends([&]<Backend B>(const Exec& exec) {
-      for (const Shape& s : shapes)
-        for (const Layout layout : kLayouts)
+      for (const Shape& s : thinned(shapes, 4))
+        for (const Layout layout : thinned(kLayouts, 3))
           for (const bool normalized : {false, true}) {
             channels<B, T>(s.samples, s.channels, s.extent, layout, layout, normalized, 2, 0, exec);
             channels<B, T>(s.samples, s.channels, s.extent, layout,
-                           layout == Layout::gaps ? Layout::channels_last : Layout::channels_first, normalized, 1,
-                           layout == Layout::channels_last, exec);
+                           layout == Layout::gaps       ? Layout::channels_last
+                           : layout == Layout::expanded ? Layout::gaps
+                                                        : Layout::channels_first,
+                           normalized, 1, layout == Layout::channels_last, exec);
           }
     });
   });
@@ -477,9 +485,10 @@ const Case embedding_case("fisher_embedding", [] {
   const auto mixed = [](int64_t rows) { return [rows](int64_t n, int64_t t) { return (n * 7 + t * t * 3) % rows; }; };
   const std::vector<Lookups> all = {
       {"no lookups", 0, {1, 1, 4}, 5, 3, -1, mixed(3)},
+      {"all different", 1, {1, 1, 37}, 6, 37, -1, [](int64_t, int64_t t) { return t; }},
       {"one", 1, {1, 1, 1}, 1, 1, -1, mixed(1)},
-      {"few rows", 3, {1, 1, 20}, 7, 4, -1, mixed(4)},
       {"padding", 2, {1, 1, 17}, 16, 5, 2, mixed(5)},
+      {"few rows", 3, {1, 1, 20}, 7, 4, -1, mixed(4)},
       {"outside the table", 2, {1, 1, 12}, 8, 6, -1, [](int64_t n, int64_t t) { return t - 3 + n; }},
       {"three axes", 2, {2, 3, 4}, 24, 9, 0, mixed(9)},
       {"all alike", 2, {1, 1, 3}, 260, 2, -1, [](int64_t, int64_t) { return 1; }},
@@ -502,10 +511,10 @@ const Case embedding_case("fisher_embedding", [] {
                                        : t < 129 ? 1
                                                  : 2; }},
   };
-  for (const Lookups& l : all)
+  for (const Lookups& l : thinned(all, 2))
     on_dtypes([&]<class T>(Tag<T>) {
       on_backends([&]<Backend B>(const Exec& exec) {
-        for (const Layout layout : kLayouts) {
+        for (const Layout layout : thinned(kLayouts, 3)) {
           embedding<B, T>(l, layout, 2, 0, exec);
           embedding<B, T>(l, layout, 1, 1, exec);
         }

@@ -9,6 +9,7 @@
 #include "core/shuffled.h"
 #include "harness.h"
 #include "kernels/fisher.h"
+#include "kernels/fisher_layers.h"
 #include "kernels/gram.h"
 #include "kernels/masked.h"
 #include "kernels/pack.h"
@@ -133,6 +134,81 @@ const Case counts_case("huge selections", [] {
   });
 });
 
+// Two samples that far apart; the first is zero, the second has gradients of 1 and inputs of 1 to 8 at every position.
+constexpr int64_t kFar = kHuge / 8 * 8, kChannels = 8;
+
+template <class T>
+struct FarSamples {
+  int64_t positions, outputs;
+  Sparse<T> inputs{kFar + positions * kChannels}, grads{kFar + positions * outputs};
+
+  FarSamples(int64_t positions_, int64_t outputs_) : positions(positions_), outputs(outputs_) {
+    for (int64_t i = 0; i < positions * kChannels; ++i)
+      inputs[kFar + i] = nearest<T>(static_cast<double>(i % kChannels + 1));
+    for (int64_t i = 0; i < positions * outputs; ++i) grads[kFar + i] = nearest<T>(1.0);
+  }
+  Positions along(T* data, int64_t channels) const {
+    return {Format<T>::dtype, 2, channels, {1, 1, positions}, kFar, 1, {0, 0, channels}, data};
+  }
+};
+
+template <Backend B, class T>
+void far_weight(int64_t positions, int64_t outputs, bool tf32, const Exec& exec) {
+  const Scope scope(std::string(Format<T>::name) + ", positions " + std::to_string(positions));
+  using A = acc_t<T>;
+  FarSamples<T> far(positions, outputs);
+  LayerProduct layer{};
+  layer.inputs = {Format<T>::dtype, 2,    kChannels, {1, 1, positions}, {1, 1, positions}, {1, 1, 1}, {1, 1, 1}, {},
+                  {1, 1, 1},        kFar, 1,         {0, 0, kChannels}, far.inputs.data()};
+  layer.grads = far.along(far.grads.data(), outputs);
+  layer.groups = 1, layer.weight = 1, layer.power = 2, layer.tf32 = tf32;
+  const int64_t n = outputs * kChannels, splits = fisher_weight_partials<B>(layer);
+  Buf<A> fisher(n), partial(splits > 1 ? splits * n : 0);
+  for (int64_t i = 0; i < n; ++i) fisher[i] = 0;
+  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = 0;
+  CHECK(fisher_weight<B>(layer, fisher.device(), splits > 1 ? partial.device() : nullptr, exec) == 0, "error code");
+  fisher.fetch();
+  for (int64_t i = 0; i < n; ++i) {
+    const double sum = static_cast<double>(positions * (i % kChannels + 1));
+    CHECK(static_cast<double>(fisher[i]) == sum * sum, std::to_string(i));
+  }
+}
+
+template <Backend B, class T>
+void far_positions(const Exec& exec) {
+  const Scope scope(Format<T>::name);
+  using A = acc_t<T>;
+  constexpr int64_t kPositions = 5;
+  FarSamples<T> far(kPositions, kChannels);
+  const Positions g = far.along(far.grads.data(), kChannels), x = far.along(far.inputs.data(), kChannels);
+  Buf<A> fisher(kChannels), table(kChannels);
+  Buf<int64_t> indices(2 * kPositions), order(2 * kPositions);
+  for (int64_t c = 0; c < kChannels; ++c) fisher[c] = table[c] = 0;
+  for (int64_t i = 0; i < 2 * kPositions; ++i) indices[i] = 0, order[i] = i;
+  CHECK(fisher_channels<B>(g, &x, 1.0, 2, fisher.device(), exec) == 0, "error code");
+  CHECK(fisher_embedding<B>(x, indices.device(), order.device(), 1, -1, 1.0, 2, table.device(), exec) == 0,
+        "error code");
+  fisher.fetch(), table.fetch();
+  for (int64_t c = 0; c < kChannels; ++c) {
+    const double sum = static_cast<double>(kPositions * (c + 1));
+    CHECK(static_cast<double>(fisher[c]) == sum * sum, "channel " + std::to_string(c));
+    CHECK(static_cast<double>(table[c]) == sum * sum, "embedding " + std::to_string(c));
+  }
+}
+
+const Case far_case("huge strides of samples", [] {
+  on_backends([]<Backend B>(const Exec& exec) {
+    far_weight<B, float>(1, 16, false, exec);
+    far_weight<B, float>(5, 16, false, exec);
+    far_weight<B, float>(5, 16, true, exec);
+    far_weight<B, float>(40, 1, false, exec);
+    far_weight<B, double>(5, 16, false, exec);
+    far_weight<B, BFloat16>(5, 16, false, exec);
+    far_weight<B, BFloat16>(5, 15, false, exec);
+    far_positions<B, float>(exec), far_positions<B, Half>(exec);
+  });
+});
+
 #if defined(UNLEARN_EMULATE)  // the CPU kernel tells NaN by what it has not counted, and so has to see every score
 const Case topk_case("huge top-k", [] {
   on_ends([]<Backend B>(const Exec& exec) {
@@ -163,6 +239,21 @@ const Case table_case("huge unfold", [] {
   CHECK(unfold_rows<Backend::cuda>(p, 0, 3, rows.device(), Exec{}) == 0, "error code");
   rows.fetch();
   for (int64_t j = 0; j < 8; ++j) CHECK(rows[16 + j] == static_cast<float>(j), std::to_string(j));
+});
+
+const Case unfold_case("huge unfolded rows", [] {
+  constexpr int64_t kRows = kHuge / 8;
+  on_ends([]<Backend B>(const Exec& exec) {
+    Buf<float> data(8);
+    for (int64_t j = 0; j < 8; ++j) data[j] = static_cast<float>(j);
+    // Every row is the same eight values.
+    const Patches p{DType::f32, kRows,     8, {1, 1, 1}, {1, 1, 1}, {1, 1, 1},    {1, 1, 1},
+                    {},         {1, 1, 1}, 0, 1,         {8, 8, 8}, data.device()};
+    Sparse<float> rows(8 * kRows);
+    CHECK(unfold_rows<B>(p, 0, kRows, rows.data(), exec) == 0, "error code");
+    for (int64_t j = 0; j < 8; ++j)
+      CHECK(rows[j] == static_cast<float>(j) && rows.last(j) == static_cast<float>(7 - j), std::to_string(j));
+  });
 });
 
 #else

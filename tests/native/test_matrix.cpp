@@ -126,7 +126,8 @@ const Case add_symmetric_case("add_symmetric", [] {
   for (const auto& [d, column, width] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
            {1, 0, 1}, {32, 0, 32}, {33, 0, 33}, {70, 0, 40}, {70, 40, 30}, {70, 17, 5}, {70, 3, 0}, {95, 31, 64}}) {
     const Scope scope(std::to_string(d) + ", columns " + std::to_string(column) + " + " + std::to_string(width));
-    add<float, float>(d, column, width), add<float, double>(d, column, width), add<double, double>(d, column, width);
+    add<float, float>(d, column, width), add<float, double>(d, column, width);
+    add<double, float>(d, column, width), add<double, double>(d, column, width);
   }
 });
 

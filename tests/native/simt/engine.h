@@ -50,13 +50,15 @@ struct Rendezvous {  // one warp collective in progress: lanes deposit a pointer
   void (*op)(Rendezvous&) = nullptr;
   const char *what = nullptr, *file = nullptr;
   int line = 0;
+  char* sync = nullptr;  // address that stands for it towards TSan, if it orders memory
   void* arg[32];
   Thread* who[32];
 };
 
 struct Warp {
   uint32_t alive = 0;
-  char* sync = nullptr;  // address that stands for __syncwarp() towards TSan
+  char* sync = nullptr;  // addresses for its collectives, used in turn
+  unsigned turn = 0;
   Rendezvous collectives[16];
 };
 
@@ -107,7 +109,8 @@ struct Machine {  // the block being executed
   int votes = 0, votes_of_last = 0;  // __syncthreads_count, _and, _or
   const char* barrier_file = nullptr;
   int barrier_line = 0;
-  char* barrier_sync = nullptr;
+  char* barrier_sync = nullptr;  // addresses of even and odd barriers
+  unsigned turn = 0;
   void (*body)(void*) = nullptr;
   void* body_arg = nullptr;
   std::vector<SharedArray> shared;
@@ -121,8 +124,10 @@ struct Machine {  // the block being executed
 inline Machine machine;
 inline Thread* cur = nullptr;
 
-// Addresses that stand for launch start and end, and for the barriers of a block, towards TSan.
-inline char g_start_sync[8], g_end_sync[8], g_block_sync[1024 * 33 * 8];
+// Addresses that stand for launch start and end, and for the barriers of a block, towards TSan. Two barriers in a row
+// need two: a thread may arrive at the second one before another has left the first, which that must not be ordered by.
+constexpr unsigned kWarpSyncs = 8, kBlockSyncs = 2 + kMaxThreads / 32 * kWarpSyncs;
+inline char g_start_sync[8], g_end_sync[8], g_block_sync[1024 * kBlockSyncs * 8];
 
 // ---- Scheduler
 
@@ -263,12 +268,14 @@ inline void release_barrier_if_complete() {
   m.at_barrier.clear();
   m.votes_of_last = m.votes;
   m.votes = 0;
+  ++m.turn;
   ++stats().barriers;
 }
 
 SIMT_RUNTIME int barrier(int predicate, const char* file, int line) {  // the number of threads whose predicate holds
   Machine& m = machine;
-  happens_before(m.barrier_sync);
+  char* const sync = m.barrier_sync + m.turn % 2 * 8;
+  happens_before(sync);
   int votes;
   {
     Quiet q;
@@ -284,7 +291,7 @@ SIMT_RUNTIME int barrier(int predicate, const char* file, int line) {  // the nu
     wait_here(file, line);
     votes = m.votes_of_last;
   }
-  happens_after(m.barrier_sync);
+  happens_after(sync);
   return votes;
 }
 
@@ -301,7 +308,7 @@ inline void finish_if_complete(Rendezvous& r, const Warp& warp) {
 }
 
 SIMT_RUNTIME void collective(uint32_t mask, void* arg, void (*op)(Rendezvous&), const char* what, const char* file,
-                             int line) {
+                             int line, bool orders_memory = false) {
   Quiet q;
   Thread* t = cur;
   Warp& warp = *t->warp;
@@ -318,6 +325,7 @@ SIMT_RUNTIME void collective(uint32_t mask, void* arg, void (*op)(Rendezvous&), 
     if (!spare) fail("too many different masks in one warp");
     r = spare;
     r->mask = mask, r->op = op, r->what = what, r->file = file, r->line = line;
+    r->sync = warp.sync + warp.turn++ % kWarpSyncs * 8;
   } else if (r->op != op) {
     fail(std::string("warp divergence: ") + what + " at " + at(file, line) + " meets " + r->what + " at " +
          at(r->file, r->line));
@@ -325,8 +333,11 @@ SIMT_RUNTIME void collective(uint32_t mask, void* arg, void (*op)(Rendezvous&), 
   r->arg[t->lane] = arg;
   r->who[t->lane] = t;
   r->arrived |= 1u << t->lane;
+  char* const sync = r->sync;
+  if (orders_memory) happens_before(sync);
   finish_if_complete(*r, warp);
   wait_here(file, line);
+  if (orders_memory) happens_after(sync);
 }
 
 SIMT_RUNTIME void thread_exit(Thread* t) {
@@ -424,7 +435,7 @@ inline void begin_block(uint64_t index) {
   Machine& m = machine;
   m.bid = {static_cast<unsigned>(index % m.grid.x), static_cast<unsigned>(index / m.grid.x % m.grid.y),
            static_cast<unsigned>(index / m.grid.x / m.grid.y)};
-  char* pool = g_block_sync + m.serial++ % 1024 * 33 * 8;
+  char* pool = g_block_sync + m.serial++ % 1024 * kBlockSyncs * 8;
   m.barrier_sync = pool;
   m.live = m.n_threads;
   m.next = m.ready_head = m.n_ready = 0;
@@ -439,7 +450,7 @@ inline void begin_block(uint64_t index) {
   for (unsigned i = 0; i * 32 < m.n_threads; ++i) {
     const unsigned lanes = std::min(32u, m.n_threads - i * 32);
     m.warps[i].alive = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    m.warps[i].sync = pool + (i + 1) * 8;
+    m.warps[i].sync = pool + (2 + i * kWarpSyncs) * 8;
     for (Rendezvous& r : m.warps[i].collectives) r.arrived = 0;
   }
   m.order.resize(m.n_threads);

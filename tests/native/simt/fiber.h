@@ -68,8 +68,10 @@ struct Config {
       c.order = !std::strcmp(s, "rev") ? Order::rev : !std::strcmp(s, "rand") ? Order::rand : Order::fwd;
     if (const char* s = std::getenv("SIMT_SEED")) c.seed = std::strtoull(s, nullptr, 10);
     if (const char* s = std::getenv("SIMT_RACE")) c.race_inter = !std::strcmp(s, "inter");
-#if defined(SIMT_ASAN) || defined(SIMT_TSAN)
+#if defined(SIMT_ASAN)
     c.stack_bytes = 128 << 10;  // instrumented frames are larger
+#elif defined(SIMT_TSAN)
+    c.stack_bytes = 32 << 10;  // every block's stacks are cleared, and four times as much for ThreadSanitizer's notes
 #endif
     return c;
   }
@@ -107,6 +109,11 @@ inline void happens_after([[maybe_unused]] void* sync) {
 constexpr bool kTsan = true;
 #else
 constexpr bool kTsan = false;
+#endif
+#ifdef SIMT_ASAN
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = kTsan;
 #endif
 
 struct Fiber {

@@ -147,9 +147,7 @@ inline uint32_t vote(uint32_t mask, uint64_t value, void (*op)(Rendezvous&), con
   return a.out;
 }
 inline void warp_sync(uint32_t mask, const char* file, int line) {
-  happens_before(cur->warp->sync);
-  collective(mask, nullptr, &sync_op, "__syncwarp", file, line);
-  happens_after(cur->warp->sync);
+  collective(mask, nullptr, &sync_op, "__syncwarp", file, line, true);
 }
 template <class T>
 struct ReduceArg {
