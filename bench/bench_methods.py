@@ -56,14 +56,28 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """A data set and how to learn it: samples, seed, and whether to learn them by heart."""
+    """A data set and how to learn it.
+
+    Attributes:
+        name: Of data and network.
+        train: What networks learn that are to forget a class.
+        small: What they learn by heart, to forget samples of it: all of ``train`` or a part.
+        test: The test set.
+        batch_size: Of everything that methods read.
+        n_random: How many samples of ``small`` are forgotten, or mislabelled.
+        learn: Trains a network, from samples, a seed, and whether to learn them by heart.
+        n_retain: How many samples of the retain set methods get, and as many others to measure on; None: all,
+            for both.
+    """
 
     name: str
     train: TensorDataset
+    small: TensorDataset
     test: TensorDataset
     batch_size: int
     n_random: int
     learn: Callable[[TensorDataset, int, bool], tuple[nn.Module, float]]
+    n_retain: int | None = None
 
 
 def digits() -> Problem:
@@ -80,21 +94,23 @@ def digits() -> Problem:
             lambda: demo.train(data, epochs=epochs, seed=seed)[0],
         )
 
-    return Problem("digits", train, test, demo.BATCH_SIZE, demo.N_RANDOM, learn)
+    return Problem("digits", train, train, test, demo.BATCH_SIZE, demo.N_RANDOM, learn)
 
 
-def cifar10(path: Path, device: torch.device, recipe: cifar.Recipe) -> Problem:
+def cifar10(path: Path, device: torch.device, recipe: cifar.Recipe, n_retain: int | None = None) -> Problem:
     """CIFAR-10 and the network of the recipe."""
     train, test = (
         TensorDataset(*(tensor.to(device) for tensor in part.tensors)) for part in cifar.load(path)
     )
-    name = "cifar10" if recipe == cifar.CPU else f"cifar10-{recipe.network}"
+    # The order of the file is random. So small a part is learnt with wrong labels and all.
+    small = TensorDataset(*(tensor[:2500] for tensor in train.tensors))
 
     def learn(data: TensorDataset, seed: int, by_heart: bool) -> tuple[nn.Module, float]:
-        chosen = replace(recipe, crop=0, flip=False) if by_heart else recipe
+        small = {"epochs": 6 * recipe.epochs, "batch_size": 64, "lr": recipe.lr / 4, "crop": 0, "flip": False}
+        chosen = replace(recipe, **small) if by_heart else recipe
         return cifar.trained(data, chosen, seed, say=lambda line: print("   ", line, flush=True))
 
-    return Problem(name, train, test, 128, 500, learn)
+    return Problem(f"cifar10-{recipe.network}", train, small, test, 128, 250, learn, n_retain)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,9 @@ class Task:
         known: What the original network was trained on.
         forget: What it has to forget.
         retain: The rest.
+        given: What methods get of it.
         measures: What accuracy is measured on, by name.
+        by_heart: Whether the original network has learnt ``known`` by heart.
         corrected: The forget set with its right labels, where they were wrong.
     """
 
@@ -116,7 +134,9 @@ class Task:
     known: TensorDataset
     forget: TensorDataset
     retain: TensorDataset
+    given: TensorDataset
     measures: dict[str, TensorDataset]
+    by_heart: bool
     corrected: TensorDataset | None = None
 
     @property
@@ -125,50 +145,66 @@ class Task:
 
 
 def _where(data: TensorDataset, chosen: Tensor) -> TensorDataset:
+    """The samples of a mask, or at indices."""
     return TensorDataset(*(tensor[chosen.to(tensor.device)] for tensor in data.tensors))
+
+
+def _split(retain: TensorDataset, n: int | None) -> tuple[TensorDataset, TensorDataset]:
+    """What methods get of the retain set, and what is measured: other samples where there are enough."""
+    if n is None:
+        return retain, retain
+    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(0))
+    order = order.to(retain.tensors[0].device)
+    return _where(retain, order[:n]), _where(retain, order[-n:])
 
 
 def class_task(problem: Problem, label: int) -> Task:
     mine, test_mine = (part.tensors[1] == label for part in (problem.train, problem.test))
     forget, retain = _where(problem.train, mine), _where(problem.train, ~mine)
+    given, measured = _split(retain, problem.n_retain)
     measures = {
-        "retain": retain,
+        "retain": measured,
         "forget": forget,
         "test retain": _where(problem.test, ~test_mine),
         "test forget": _where(problem.test, test_mine),
     }
-    return Task("class", str(label), problem.train, forget, retain, measures)
+    return Task("class", str(label), problem.train, forget, retain, given, measures, by_heart=False)
 
 
 def _draw(problem: Problem, seed: int) -> Tensor:
-    chosen = torch.zeros(len(problem.train), dtype=torch.bool)
-    order = torch.randperm(len(problem.train), generator=torch.Generator().manual_seed(1000 + seed))
+    chosen = torch.zeros(len(problem.small), dtype=torch.bool)
+    order = torch.randperm(len(problem.small), generator=torch.Generator().manual_seed(1000 + seed))
     chosen[order[: problem.n_random]] = True
     return chosen
 
 
 def random_task(problem: Problem, seed: int) -> Task:
+    """Samples that the original knows by heart: one that does not has nothing to forget."""
     mine = _draw(problem, seed)
-    forget, retain = _where(problem.train, mine), _where(problem.train, ~mine)
+    forget, retain = _where(problem.small, mine), _where(problem.small, ~mine)
     measures = {"retain": retain, "forget": forget, "test": problem.test}
-    return Task("random", str(problem.n_random), problem.train, forget, retain, measures)
+    target = str(problem.n_random)
+    return Task("random", target, problem.small, forget, retain, retain, measures, by_heart=True)
 
 
 def mislabelled_task(problem: Problem, seed: int) -> Task:
     """The original has learnt wrong labels; they are to be forgotten, and perhaps the right ones found."""
-    images, labels = problem.train.tensors
+    images, labels = problem.small.tensors
     mine = _draw(problem, seed).to(labels.device)
     shift = torch.randint(1, 10, (len(labels),), generator=torch.Generator().manual_seed(2000 + seed))
     wrong = torch.where(mine, (labels + shift.to(labels.device)) % 10, labels)
     known = TensorDataset(images, wrong)
-    forget, retain, right = _where(known, mine), _where(known, ~mine), _where(problem.train, mine)
+    forget, retain, right = _where(known, mine), _where(known, ~mine), _where(problem.small, mine)
     measures = {
         "retain": retain,
         "forget (wrong labels)": forget,
         "right labels": right,
         "test": problem.test,
     }
-    return Task("mislabelled", str(problem.n_random), known, forget, retain, measures, corrected=right)
+    target = str(problem.n_random)
+    return Task(
+        "mislabelled", target, known, forget, retain, retain, measures, by_heart=True, corrected=right
+    )
 
 
 @dataclass
@@ -212,7 +248,9 @@ def _method(name: str, **settings: object) -> Runner:
         if task.corrected is not None and "objective" in accepted:
             given["objective"], forget = "relabel", task.corrected
         size = problem.batch_size
-        result = METHODS[name](model, Batches(forget, size), Batches(task.retain, size), **given)
+        # SSD reads every sample once, and compares importances on the forget set with those on the full set.
+        retain = task.retain if name == "ssd" else task.given
+        result = METHODS[name](model, Batches(forget, size), Batches(retain, size), **given)
         return sum(result.seconds.values()), result.changed
 
     return run
@@ -263,11 +301,10 @@ def measure(
         for make_task in tasks:
             task = make_task(seed)
             print(f"{problem.name}, seed {seed}: {task.name}", flush=True)
-            by_heart = task.corrected is not None  # wrong labels that were not learnt need no forgetting
-            original, seconds = problem.learn(task.known, seed, by_heart)
+            original, seconds = problem.learn(task.known, seed, task.by_heart)
             start = Record(problem.name, task.kind, task.target, seed, ORIGINAL, seconds=seconds)
             start.accuracies = {name: accuracy(original, data) for name, data in task.measures.items()}
-            retrained, seconds = problem.learn(task.retain, seed, by_heart)
+            retrained, seconds = problem.learn(task.retain, seed, task.by_heart)
             goal = Record(problem.name, task.kind, task.target, seed, REFERENCE, seconds=seconds)
             goal.accuracies = {name: accuracy(retrained, data) for name, data in task.measures.items()}
             for record in (start, goal):
@@ -399,6 +436,7 @@ def measure_ssd(
                     for lambda_ in LAMBDAS:
                         model = copy.deepcopy(original)
                         changed = _dampen(model, part, full, alpha, lambda_, estimator)
+                        accuracies = _four(model, task) if changed else before[label]
                         yield {
                             "problem": problem.name,
                             "seed": seed,
@@ -407,7 +445,7 @@ def measure_ssd(
                             "alpha": alpha,
                             "lambda": lambda_,
                             "changed": changed,
-                            "accuracies": _four(model, task),
+                            "accuracies": accuracies,
                             "before": before[label],
                         }
 
@@ -473,6 +511,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ssd", action="store_true", help="selective synaptic dampening over its settings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--epochs", type=int, help="of the CIFAR-10 network")
+    parser.add_argument("--retain", type=int, help="how much of the other classes methods get")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     options = parser.parse_args(arguments)
     if options.digits == (options.data is not None):
@@ -485,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = cifar.CPU if device.type == "cpu" else cifar.GPU
         if options.epochs is not None:
             recipe = replace(recipe, epochs=options.epochs)
-        problem = cifar10(options.data, device, recipe)
+        problem = cifar10(options.data, device, recipe, options.retain)
     if options.ssd:
         rows = list(measure_ssd(problem, options.classes, options.seeds))
         _save(options.out / f"ssd-{problem.name}", rows, ssd_table(rows))
@@ -513,6 +552,10 @@ def _save(stem: Path, rows: object, text: str) -> None:
         "Accuracies in %, means and standard deviations over the runs. *Within the rule*: the class's test",
         "accuracy at 20 % or less, and at most 5 points of retain accuracy lost. Random masks and scalars of",
         "the same number are controls. Seconds are those of a computer that did other things as well.",
+        "",
+        "Networks that are to forget samples have learnt their data by heart, right or wrong labels: all of",
+        "the digits, 2,500 images of CIFAR-10. `--retain N`: methods but SSD get N samples of the classes",
+        "that stay, and retain accuracy is measured on N others. `retrain` always learns all of them.",
         "",
         f"- commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, {device}",
         f"- reproduce with `{shlex.join(['python', '-m', 'bench.bench_methods', *_arguments()])}`",

@@ -209,6 +209,13 @@ def test_ascent_leaves_alone_what_is_at_the_cap():
     assert len(result.history) == 1
 
 
+@pytest.mark.parametrize("batches, epochs", [(2, 30), (40, 3)])
+def test_ascent_makes_about_a_hundred_steps_however_large_the_forget_set(batches, epochs):
+    model, forget, _ = linear()
+    result = ux.methods.gradient_ascent(model, forget * batches, lr=1e-6)
+    assert result.hyperparameters["epochs"] == len(result.history) == epochs
+
+
 def test_a_step_of_neg_grad_plus_by_hand():
     model, forget, retain = linear()
     kept, forgotten = (F.cross_entropy(model(x), y) for x, y in (*retain, *forget))

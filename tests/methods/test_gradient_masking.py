@@ -226,6 +226,39 @@ def test_every_objective_does_what_its_name_says(family, objective):
         assert after[0] > before[0]
 
 
+@pytest.mark.parametrize(
+    "objective, density, lr, epochs",
+    [("random_relabel", 0.05, 0.003, 10), ("ascend", 0.05, 0.03, 10), ("relabel", 0.2, 0.02, 50)],
+)
+def test_what_is_not_given_depends_on_the_objective(objective, density, lr, epochs):
+    """Two batches to put right: fifty passes are a hundred steps."""
+    model = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 3))
+    forget = [(torch.randn(4, 4), torch.arange(4) % 3)] * 2
+    result = gradient_masking(model, forget, score="fisher", objective=objective, generator=seeded())
+    found = {name: result.hyperparameters[name] for name in ("density", "lr", "epochs", "retain_weight")}
+    assert found == {"density": density, "lr": lr, "epochs": epochs, "retain_weight": 0.0}
+    assert sum(entry.get("steps", 0) for entry in result.history) == 2 * epochs
+
+
+def test_every_step_reads_the_retain_set_where_there_is_one():
+    read = []
+
+    def loss_fn(model, batch):
+        read.append(int(batch[1][0]))
+        return ux.losses.cross_entropy(model, batch)
+
+    model = nn.Linear(4, 3)
+    forget, retain = ([(torch.randn(4, 4), torch.full((4,), label))] * 3 for label in (0, 2))
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    settings = {"masks": masks, "objective": "relabel", "epochs": 1, "loss_fn": loss_fn}
+    result = gradient_masking(model, forget, retain, **settings)
+    assert read == [0, 2] * 3
+    assert result.hyperparameters["retain_weight"] == 1.0
+    read.clear()
+    gradient_masking(model, forget, retain, **settings, retain_weight=0.0)
+    assert read == [0] * 3
+
+
 def test_random_labels_are_never_the_true_ones_and_ignored_ones_stay():
     seen = []
 

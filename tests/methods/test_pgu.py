@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -359,7 +360,76 @@ def test_no_rule_is_applied_if_none_is_wanted():
     gram = full_gram(model, forget, retain)
     result = pgu(model, forget, gram=gram, epochs=2, validation=retain, stop=None)
     assert sum(entry["phase"] == "forget" for entry in result.history) == 2
-    assert {entry["phase"] for entry in result.history} == {"subspace", "forget"}
+    assert {entry["phase"] for entry in result.history} == {"subspace", "forget", "leak"}
+
+
+# The bound
+
+
+def answers(weight, rows):
+    return float((rows @ weight.flatten(1).double().T).square().sum())
+
+
+def retain_rows(model, retain):
+    """What the last layer of ``small`` gets from the retain set."""
+    rows = []
+    handle = model[6].register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].double()))
+    with torch.no_grad():
+        for x, _ in retain:
+            model.eval()(x)
+    handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("leak", [1e-4, 1e-2])
+def test_the_leak_is_the_change_of_the_answers_to_the_retain_set(leak):
+    """Counted by running the retain set through the layer; the bound itself never sees that set."""
+    model, forget, retain = small()
+    before, rows = bits(model), retain_rows(model, retain)
+    gram = full_gram(model, forget, retain)
+    result = pgu(model, forget, gram=gram, energy=0.6, lr=0.5, lr_end=0.5, epochs=5, leak=leak)
+    entry = next(e for e in reversed(result.history) if e["phase"] == "leak")
+    change = model[6].weight.detach() - before["6.weight"]
+    assert 0 < answers(change, rows) <= 1.001 * leak * answers(before["6.weight"], rows)
+    assert entry["held_back"] > 0
+    assert entry["leak"] == pytest.approx(leak)
+
+
+def test_without_the_bound_more_leaks():
+    model, forget, retain = small()
+    before, rows = bits(model), retain_rows(model, retain)
+    gram = full_gram(model, forget, retain)
+    result = pgu(model, forget, gram=gram, energy=0.6, lr=0.5, lr_end=0.5, epochs=5, leak=None)
+    change = model[6].weight.detach() - before["6.weight"]
+    assert answers(change, rows) > 1e-2 * answers(before["6.weight"], rows)
+    assert all(entry["phase"] != "leak" for entry in result.history)
+
+
+def test_what_is_like_the_retain_set_ends_at_the_bound_with_a_warning():
+    model, _, _ = small()
+    torch.manual_seed(1)
+    x, y = torch.randn(1000, 2, 4, 4), torch.randint(3, (1000,))
+    data = TensorDataset(x, y)
+    forget, retain = (DataLoader(part, 20) for part in ux.data.split(data, ids=range(100)))
+    gram = full_gram(model, forget, retain)
+    with pytest.warns(UserWarning, match="no layer sets the forget set apart"):
+        result = pgu(model, forget, gram=gram, epochs=50, lr=0.5, lr_end=0.5)
+    assert result.history[-1]["reason"].startswith("a layer reached the bound")
+    assert sum(entry["phase"] == "forget" for entry in result.history) < 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pgu(model, forget, gram=full_gram(model, forget, retain), epochs=2, validation=retain, stop="gap")
+
+
+def test_epochs_are_as_many_as_the_steps_take():
+    model, forget, retain = small()
+    gram = full_gram(model, forget, retain)
+    result = pgu(model, forget, gram=gram)
+    assert result.hyperparameters["epochs"] == 100
+    model, _, retain = small()
+    many = [next(iter(forget))] * 60
+    result = pgu(model, many, gram=activation_gram(model, many) + activation_gram(model, retain))
+    assert result.hyperparameters["epochs"] == 9  # 540 steps
 
 
 # What is refused
@@ -372,6 +442,7 @@ def test_no_rule_is_applied_if_none_is_wanted():
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr_end": -1.0}, "lr_end must be positive"),
         ({"offset": 0.0}, "offset must be positive"),
+        ({"leak": 0.0}, "leak must be positive"),
         ({"energy": 0.0}, "energy must lie in"),
         ({"criterion": "rank"}, "criterion must be"),
         ({"stop": "early"}, "stop must be"),

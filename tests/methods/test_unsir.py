@@ -226,7 +226,7 @@ def test_repair_makes_enough_steps_and_its_learning_rate_falls(phases):
     result = ux.unsir(model, 1, retain, noise_batch=2, noise_steps=1, repair_epochs=20)
     assert len(phases["repair"]) == 80
     result = ux.unsir(model, 1, retain, **QUICK, repair_schedule="constant")
-    assert result.history[-1]["lr"] == 0.005
+    assert result.history[-1]["lr"] == 0.003
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit", "sequences"])

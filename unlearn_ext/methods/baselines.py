@@ -21,6 +21,9 @@ from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_stati
 from unlearn_ext.report import UnlearnResult, callable_name
 from unlearn_ext.training import unlearning
 
+# Of gradient ascent: it spoils the more the longer it goes on, whatever the size of the forget set.
+_STEPS, _MOST_EPOCHS = 100, 30
+
 
 def retrain(
     model: nn.Module,
@@ -90,10 +93,9 @@ def finetune(
 
         min   CE(retain)
 
-    Nothing here acts against the forget set: it is forgotten only as far as the weights drift. With the
-    published, constant learning rate of 0.02 a class of scikit-learn's digits keeps 70 to 100 % accuracy. The
-    default is ten times as high, enough for such small networks to drift away from it, and falls with every
-    epoch, so that the rest recovers.
+    Nothing here acts against the forget set: it is forgotten only as far as the weights drift. The published,
+    constant learning rate of 0.02 leaves a small network close to where it was. The default is ten times as
+    high, enough for it to drift away from a class, and falls with every epoch, so that the rest recovers.
 
     Args:
         model: The model, changed in place; in train mode, so BatchNorm statistics move.
@@ -151,7 +153,7 @@ def gradient_ascent(
     forget: Batches,
     retain: Batches | None = None,
     *,
-    epochs: int = 30,
+    epochs: int | None = None,
     lr: float = 1e-3,
     cap: float | None = None,
     loss_fn: LossFn = losses.cross_entropy,
@@ -162,16 +164,16 @@ def gradient_ascent(
 
         max   mean_n min(CE_n(forget), cap)
 
-    Nothing here holds on to what is to be kept, so the price differs from class to class: with the defaults a
-    class of scikit-learn's digits falls below 20 % accuracy and costs less than 5 points of retain accuracy
-    in about two cases of three, and up to 25 points in the others. A higher cap costs more, a lower one
-    forgets less.
+    Nothing here holds on to what is to be kept, so the price differs from class to class and grows with the
+    number of steps: ``python -m bench.bench_methods`` shows it for classes of scikit-learn's digits and of
+    CIFAR-10. A higher cap costs more, a lower one forgets less.
 
     Args:
         model: The model, changed in place; BatchNorm statistics stay.
         forget: The forget set.
         retain: Not read.
-        epochs: Passes over the forget set; fewer if every sample reaches the cap.
+        epochs: Passes over the forget set; fewer if every sample reaches the cap. None: as many as 100 steps
+            take, but at most 30.
         lr: Learning rate.
         cap: Samples with a higher loss do not count. By default half of log(number of classes), and at least
             1: the label has lost to others then, mostly, with 37 % or less.
@@ -193,6 +195,8 @@ def gradient_ascent(
         'gradient_ascent'
     """
     check_batches(forget, "forget")
+    if epochs is None:
+        epochs = min(_MOST_EPOCHS, -(-_STEPS // max(1, sum(1 for _ in forget))))
     limit = max(1.0, math.log(n_classes(model, forget)) / 2) if cap is None else cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, "loss_fn": callable_name(loss_fn)}
     with unlearning(model, "gradient_ascent", settings, generator=generator) as run:

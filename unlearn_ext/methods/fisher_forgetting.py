@@ -43,9 +43,9 @@ def fisher_forgetting(
     their rows of the output layer are replaced by N(0, 1e-3).
 
     As a method of forgetting it is weak: noise does not tell what to forget from the rest, and a class whose
-    row is gone still wins wherever all other scores are negative. On scikit-learn's digits a class keeps
-    between 0 and 85 % accuracy at a cost of about one point of retain accuracy; ten times the variance
-    forgets it, but costs half of the retain accuracy or more.
+    row is gone still wins wherever all other scores are negative. How much of a class stays differs from
+    class to class and network to network (``python -m bench.bench_methods``), and a variance that forgets it
+    everywhere spoils the rest as well.
 
     Args:
         model: The model, changed in place; buffers stay.

@@ -41,6 +41,13 @@ from unlearn_ext.training import Run, train, unlearning
 
 Stop: TypeAlias = Literal["auto", "gap"] | None
 
+# The forget set stands apart where a layer's free directions hold this many times as much of it, as a share,
+# as of the retain set. Whole classes exceed that; random samples of the full set stay near 1.
+_APART = 1.3
+
+# What a class takes, and more passes over a small set than over a large one.
+_STEPS, _MOST_EPOCHS = 500, 100
+
 # Negative eigenvalues beyond this share say that the two Gram matrices were not measured alike.
 _CLAMPED_TOO_MUCH = 0.01
 
@@ -53,12 +60,13 @@ def pgu(
     gram_forget: ActivationGram | None = None,
     energy: float = 0.95,
     criterion: Criterion = "energy",
-    epochs: int = 100,
+    epochs: int | None = None,
     lr: float = 0.05,
     lr_end: float = 0.01,
     momentum: float = 0.0,
     offset: float = 0.05,
     entropy_weight: float = 0.2,
+    leak: float | None = 0.004,
     validation: Batches | None = None,
     stop: Stop = "auto",
     shift: bool | None = None,
@@ -72,12 +80,17 @@ def pgu(
     is protected or a weight has another use that ``gram`` does not cover. Biases, norms, position embeddings,
     recurrent layers and buffers keep their bits; norms use their running statistics. Dropout is active.
 
-    The defaults are for a class, or other data of a kind of its own. Samples that resemble retained ones use
-    the same directions; the free ones hold little of them, and the step there reaches all that is like them.
-    Protect more (``energy=0.98`` or above) and give ``validation``, so that they are forgotten only as far as
-    the model does not know others of their kind. Wrong labels call for ``entropy_weight=0``: the right answer
-    to those inputs is not to know nothing. How much of the retain set is lost varies from network to network
-    for such requests (on digits between nothing and two thirds of its accuracy): measure it, and keep a copy.
+    What the protected directions leave out adds up over many steps. With D the change of a weight W so far,
+    tr(D M_r D^T) is the squared change of all that the layer answers to the retain set, and needs no sample
+    of it. Where it exceeds the share ``leak`` of tr(W M_r W^T) after an epoch, D is scaled back to that.
+
+    The defaults are for a class, or other data of a kind of its own, which the free directions hold more of
+    than of the retain set. Random samples of the full set use the same directions as the others, and a
+    step there reaches all that is like them. Where no layer sets the forget set apart, the run ends as soon
+    as a layer is scaled back, with little forgotten, and a warning says so. Give ``validation`` then, so that
+    samples are forgotten only as far as the model does not know others of their kind. Wrong labels call for
+    ``entropy_weight=0``: the right answer to those inputs is not to know nothing.
+
     A weight that is also used outside its module, as in ``F.linear(x, embedding.weight)``, is protected for
     the module's inputs only.
 
@@ -96,12 +109,14 @@ def pgu(
             more and leaves less room to forget.
         criterion: Sum up to ``energy`` the eigenvalues (``"energy"``), or as the published code does their
             square roots (``"singular"``), which keeps far more directions.
-        epochs: Passes over the forget set, >= 1.
+        epochs: Passes over the forget set, >= 1. None: as many as 500 steps take, but at most 100.
         lr: Learning rate of the first epoch, > 0.
         lr_end: That of the last, > 0; in between it falls or rises exponentially.
         momentum: Momentum, >= 0; the update stays in the free space.
         offset: epsilon of the loss -log(1 - p + epsilon), > 0: bounds its slope by 1 / epsilon.
         entropy_weight: Weight of the entropy of the outputs, which is to rise.
+        leak: Bound on the squared change of any layer's answers to the retain set, biases left out, as a
+            share of their squares; > 0. None: no bound.
         validation: Held-out data of the forget set's kind, for the stopping rule.
         stop: ``"gap"`` ends the run once the accuracy on the forget set is below that on the validation set
             and keeps that one of the last two models where they are closer; None ends it after ``epochs``;
@@ -111,8 +126,9 @@ def pgu(
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
-        The record. Its history tells for every layer how many directions were protected and left free, then
-        every epoch, then why the run ended.
+        The record. Its history tells for every layer how many directions were protected and left free and
+        how far they set the forget set apart, then every epoch with its leak, then why the run ended early,
+        if it did.
 
     Raises:
         ValueError: If a set is empty or a one-shot iterator, a setting is out of range, ``gram`` does not fit
@@ -122,8 +138,8 @@ def pgu(
     Source:
         Hoang, Rana, Gupta & Venkatesh, WACV 2024: the method, its loss and its schedule; the released code
         counts singular values, unfolds convolutions with stride 1 and lets rounding turn negative eigenvalues
-        positive. Ours: the energy criterion as default, the layers' own strides, clamping, what is done to
-        transposed convolutions, embeddings and tied weights, and momentum.
+        positive. Ours: the energy criterion as default, the bound, the layers' own strides, clamping, what is
+        done to transposed convolutions, embeddings and tied weights, and momentum.
 
     Example:
         >>> model = nn.Linear(3, 2, bias=False)
@@ -136,10 +152,12 @@ def pgu(
         ([False, True, True], 2)
     """
     forget = check_batches(forget, "forget")
+    if epochs is None:
+        epochs = min(_MOST_EPOCHS, -(-_STEPS // max(1, sum(1 for _ in forget))))
     if validation is not None:
         validation = check_batches(validation, "validation")
     rule = ("gap" if validation is not None else None) if stop == "auto" else stop
-    _check_settings(epochs, lr, lr_end, offset, rule, validation)
+    _check_settings(epochs, lr, lr_end, offset, leak, rule, validation)
     layers = _layers(model, gram)
     hyperparameters = {
         "energy": energy,
@@ -150,6 +168,7 @@ def pgu(
         "momentum": momentum,
         "offset": offset,
         "entropy_weight": entropy_weight,
+        "leak": leak,
         "stop": rule,
         "shift": shift,
     }
@@ -161,10 +180,26 @@ def pgu(
         with run.phase("subspace"):
             if gram_forget is None:
                 gram_forget = activation_gram(model, forget, modules=gram, progress=progress)
-            free = _free_weights(run, layers, gram - gram_forget, energy, criterion)
+            free, apart = _free_weights(run, layers, gram - gram_forget, gram_forget, energy, criterion)
+        if apart < _APART and rule is None:
+            warnings.warn(
+                "pgu: no layer sets the forget set apart from the retain set (its free directions hold at "
+                f"most {apart:.2g} times as much of it): what forgets it reaches the others. Give validation "
+                "data, which tell how far to forget",
+                stacklevel=2,
+            )
         gap = None
         if rule == "gap" and validation is not None:
             gap = _GapRule(run, [part.weight for part in free], forget, validation, shift)
+        bound = None if leak is None else _Bound(run, free, leak)
+
+        def after_epoch(epoch: int) -> bool:
+            held_back = bound is not None and bound(epoch)
+            if held_back and gap is None and apart < _APART:
+                run.record("stop", reason="a layer reached the bound, and none sets the forget set apart")
+                return True
+            return gap is not None and gap(epoch)
+
         if gap is None or not gap.holds:
             for parameter in model.parameters():
                 parameter.requires_grad_(any(parameter is part.weight for part in free))
@@ -177,7 +212,7 @@ def pgu(
                 _optimizer(free, lr, momentum),
                 epochs=epochs,
                 schedule=lambda epoch: lr * (lr_end / lr) ** (epoch / max(1, epochs - 1)),
-                after_epoch=gap,
+                after_epoch=after_epoch,
                 progress=progress,
             )
         if gap is not None:
@@ -264,14 +299,33 @@ class _FreeWeight:
     """A weight with free directions, as the optimizer is to see it: rows that the basis meets on the right.
 
     ``take`` gives these rows of a tensor of the weight's shape, ``put`` writes them back into one; without
-    them the weight itself will do.
+    them the weight itself will do. ``moment`` is the retain set's second moment, ``[d, d]`` or ``[groups, d,
+    d]``, of the inputs that meet ``all_rows``; None where only rows change that it does not use.
     """
 
     name: str
     weight: nn.Parameter
     basis: Tensor
+    moment: Tensor | None
     take: Callable[[Tensor], Tensor] | None = None
     put: Callable[[Tensor, Tensor], object] | None = None
+    all_rows: Callable[[Tensor], Tensor] = torch.Tensor.detach
+
+    def answers(self, weight: Tensor) -> float:
+        """Sum the squares of what a weight makes of the retain set's inputs.
+
+        Args:
+            weight: Of the parameter's shape.
+
+        Returns:
+            The sum.
+        """
+        if self.moment is None:
+            return 0.0
+        d = self.moment.shape[-1]
+        moments = self.moment.reshape(-1, d, d)
+        rows = self.all_rows(weight).to(moments).reshape(len(moments), -1, d)
+        return float((rows @ moments * rows).sum())
 
 
 def _layers(model: nn.Module, gram: ActivationGram) -> dict[str, tuple[nn.Module, Layer]]:
@@ -293,11 +347,13 @@ def _free_weights(
     run: Run,
     layers: Mapping[str, tuple[nn.Module, Layer]],
     remaining: ActivationGram,
+    gram_forget: ActivationGram,
     energy: float,
     criterion: Criterion,
-) -> list[_FreeWeight]:
-    # What the retain set leaves of every weight.
+) -> tuple[list[_FreeWeight], float]:
+    # What the retain set leaves of every weight, and how far the best layer sets the forget set apart there.
     free: list[_FreeWeight] = []
+    most_apart = 0.0
     for name, weight in run.model.named_parameters():
         users = [
             (module_name, attribute)
@@ -316,14 +372,19 @@ def _free_weights(
             continue
         # Uses from one side add up to one space.
         totals: dict[str, Tensor] = {}
+        forget_totals: dict[str, Tensor] = {}
         for user in covered:
             side: str = layers[user][1].side
-            total = remaining[user].to(weight.device)
+            total, part = (moments[user].to(weight.device) for moments in (remaining, gram_forget))
             if side in totals and totals[side].shape != total.shape:
                 side = f"{side} {list(total.shape)}"
             totals[side] = totals[side] + total if side in totals else total
+            forget_totals[side] = forget_totals[side] + part if side in forget_totals else part
         spaces = {side: protected(total, energy, criterion) for side, total in totals.items()}
         for side, space in spaces.items():
+            apart = _outside(forget_totals[side], space) / max(_outside(totals[side], space), 1e-6)
+            if space.k < space.d:
+                most_apart = max(most_apart, apart)
             run.record(
                 "subspace",
                 parameter=name,
@@ -332,6 +393,7 @@ def _free_weights(
                 protected=space.k,
                 free=space.d - space.k,
                 kept=space.kept,
+                apart=apart,
                 clamped=space.clamped,
             )
         worst = max(space.clamped for space in spaces.values())
@@ -342,20 +404,32 @@ def _free_weights(
                 stacklevel=3,
             )
         if all(space.k < space.d for space in spaces.values()):
-            part = _free_weight(name, weight, spaces)
-            if part is None:
+            free_weight = _free_weight(name, weight, spaces, totals)
+            if free_weight is None:
                 run.record("subspace", parameter=name, frozen=f"used from {' and '.join(spaces)}")
             else:
-                free.append(part)
+                free.append(free_weight)
     if not free:
         raise ValueError(f"pgu: energy must leave a free direction in some layer of gram, got {energy}")
-    return free
+    return free, most_apart
 
 
-def _free_weight(name: str, weight: nn.Parameter, spaces: Mapping[str, Protected]) -> _FreeWeight | None:
+def _outside(moment: Tensor, space: Protected) -> float:
+    # The share of a set's second moment that the free directions hold.
+    if space.basis.dtype == torch.bool:
+        inside, total = moment[space.basis].sum(), moment.sum()
+    else:
+        rows = space.basis.mT.to(moment)
+        inside, total = ((rows @ moment) * rows).sum(), moment.diagonal(dim1=-2, dim2=-1).sum()
+    return max(0.0, 1 - float(inside) / float(total)) if float(total) > 0 else 0.0
+
+
+def _free_weight(
+    name: str, weight: nn.Parameter, spaces: Mapping[str, Protected], moments: Mapping[str, Tensor]
+) -> _FreeWeight | None:
     sides = set(spaces)
     if sides == {"right"}:
-        return _FreeWeight(name, weight, spaces["right"].basis)
+        return _FreeWeight(name, weight, spaces["right"].basis, moments["right"])
     if sides == {"left"}:
         basis = spaces["left"].basis
         groups, d = (1, *basis.shape)[-3], basis.shape[-2]
@@ -363,12 +437,11 @@ def _free_weight(name: str, weight: nn.Parameter, spaces: Mapping[str, Protected
         def put_transposed(weight: Tensor, rows: Tensor) -> None:
             weight.copy_(rows.reshape(groups, -1, d).mT.reshape(weight.shape))
 
+        def transposed(tensor: Tensor) -> Tensor:
+            return tensor.reshape(groups, d, -1).mT.reshape(-1, d)
+
         return _FreeWeight(
-            name,
-            weight,
-            basis,
-            take=lambda tensor: tensor.reshape(groups, d, -1).mT.reshape(-1, d),
-            put=put_transposed,
+            name, weight, basis, moments["left"], take=transposed, put=put_transposed, all_rows=transposed
         )
     if sides <= {"rows", "right"}:
         # An embedding, or one that is tied to a linear head: the two projections commute.
@@ -378,6 +451,7 @@ def _free_weight(name: str, weight: nn.Parameter, spaces: Mapping[str, Protected
             name,
             weight,
             spaces["right"].basis if "right" in spaces else nothing,
+            moments.get("right"),
             take=lambda tensor: tensor[absent],
             put=lambda weight, rows: weight.index_copy_(0, absent, rows),
         )
@@ -406,6 +480,8 @@ def _optimizer(free: Iterable[_FreeWeight], lr: float, momentum: float) -> Proje
         for weight, variable, take, _put in stand_ins:
             grad, weight.grad = weight.grad, None
             variable.grad = None if grad is None else take(grad.to_dense() if grad.is_sparse else grad)
+            with torch.no_grad():
+                variable.copy_(take(weight))  # which may have been held back since the last step
 
     def after(*_args: object) -> None:
         with torch.no_grad():
@@ -415,6 +491,32 @@ def _optimizer(free: Iterable[_FreeWeight], lr: float, momentum: float) -> Proje
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     return optimizer
+
+
+class _Bound:
+    """Holds the change of what each layer answers to the retain set within a share; called after epochs."""
+
+    def __init__(self, run: Run, free: list[_FreeWeight], leak: float) -> None:
+        self._run, self._free, self._leak = run, free, leak
+        self._squares = {part.name: part.answers(part.weight.detach()) for part in free}
+
+    @torch.no_grad()
+    def __call__(self, epoch: int) -> bool:
+        leaks: dict[str, float] = {}
+        for part in self._free:
+            if self._squares[part.name] == 0:
+                continue
+            original = self._run.original(part.name)
+            leak = part.answers(part.weight - original) / self._squares[part.name]
+            leaks[part.name] = min(leak, self._leak)
+            if leak > self._leak:  # which is quadratic in the change
+                part.weight.copy_(torch.lerp(original, part.weight, math.sqrt(self._leak / leak)))
+        worst = max(leaks, key=leaks.__getitem__, default=None)
+        if worst is None:
+            return False
+        held_back = sum(leak == self._leak for leak in leaks.values())
+        self._run.record("leak", epoch=epoch, parameter=worst, leak=leaks[worst], held_back=held_back)
+        return held_back > 0
 
 
 class _GapRule:
@@ -470,13 +572,21 @@ class _GapRule:
 
 
 def _check_settings(
-    epochs: int, lr: float, lr_end: float, offset: float, rule: str | None, validation: Batches | None
+    epochs: int,
+    lr: float,
+    lr_end: float,
+    offset: float,
+    leak: float | None,
+    rule: str | None,
+    validation: Batches | None,
 ) -> None:
     if epochs < 1:
         raise ValueError(f"pgu: epochs must be at least 1, got {epochs}")
     for name, value in (("lr", lr), ("lr_end", lr_end), ("offset", offset)):
         if not 0 < value < math.inf:
             raise ValueError(f"pgu: {name} must be positive and finite, got {value}")
+    if leak is not None and not leak > 0:
+        raise ValueError(f"pgu: leak must be positive or None, got {leak}")
     if rule not in ("gap", None):
         raise ValueError(f"pgu: stop must be 'auto', 'gap' or None, got {rule!r}")
     if rule == "gap" and validation is None:
