@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unlearn_ext import losses, training
 from unlearn_ext.data import Batch, Batches, check_batches, device_of, targets, with_targets
 from unlearn_ext.importance import LossFn
-from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics, trainable
+from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics, trainable
 from unlearn_ext.report import UnlearnResult, callable_name
 from unlearn_ext.training import unlearning
 
@@ -196,7 +196,7 @@ def gradient_ascent(
     """
     check_batches(forget, "forget")
     if epochs is None:
-        epochs = min(_MOST_EPOCHS, -(-_STEPS // max(1, sum(1 for _ in forget))))
+        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
     limit = max(1.0, math.log(n_classes(model, forget)) / 2) if cap is None else cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, "loss_fn": callable_name(loss_fn)}
     with unlearning(model, "gradient_ascent", settings, generator=generator) as run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -64,6 +65,43 @@ def n_classes(model: nn.Module, data: Batches) -> int:
             if count_samples(batch):
                 return scores_and_labels(model, batch)[0].shape[-1]
     raise ValueError("data must hold at least one sample, got none")
+
+
+def count_batches(data: Batches) -> int:
+    """Count batches: by ``len`` where that is known, else in a pass that leaves the random state as it was.
+
+    Args:
+        data: Re-iterable batches.
+
+    Returns:
+        Their number.
+
+    Example:
+        >>> count_batches([(torch.zeros(4, 3),), (torch.zeros(1, 3),)])
+        2
+    """
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader of a stream has the method, and no answer
+        with torch.random.fork_rng([]):
+            return sum(1 for _ in data)
+
+
+def epochs_of(steps: int, data: Batches) -> int:
+    """Return how many passes over the data make at least so many steps.
+
+    Args:
+        steps: One per batch.
+        data: Re-iterable batches; an empty set counts as one.
+
+    Returns:
+        The number of passes.
+
+    Example:
+        >>> epochs_of(5, [(torch.zeros(4, 3),), (torch.zeros(1, 3),)])
+        3
+    """
+    return math.ceil(steps / max(1, count_batches(data)))
 
 
 class Paired:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from unlearn_ext.data import (
     with_targets,
 )
 from unlearn_ext.importance import LossFn
-from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics
+from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics
 from unlearn_ext.methods.pgu import forgetting_loss
 from unlearn_ext.optim import MaskedAdamW, MaskedSGD
 from unlearn_ext.report import UnlearnResult, callable_name
@@ -34,10 +34,17 @@ GOALS: tuple[Goal, ...] = ("random_relabel", "ascend", "relabel", "finetune", "j
 _NEED_RETAIN = ("finetune", "joint", "alternate")
 _RETAIN_PASSES = ("finetune", "alternate")
 
-# Density, learning rate and least number of steps of a goal, where none are given. To put right what a
-# network has learnt by heart takes more scalars and more, larger steps than to spoil it.
-_DEFAULTS: tuple[float, float, int] = (0.05, 0.003, 0)
-_DEFAULTS_OF: dict[str, tuple[float, float, int]] = {"ascend": (0.05, 0.03, 0), "relabel": (0.2, 0.02, 100)}
+
+class _Usual(NamedTuple):
+    """What a goal takes where nothing is given; at least ``steps`` steps, and ten epochs."""
+
+    density: float = 0.05
+    lr: float = 0.003
+    steps: int = 0
+
+
+# To put right what a network has learnt by heart takes more scalars and more, larger steps than to spoil it.
+_USUAL = {"ascend": _Usual(lr=0.03), "relabel": _Usual(density=0.2, lr=0.02, steps=100)}
 
 # In -log(1 - p + offset), whose slope is 1 / offset where the model is certain: what it is multiplied by.
 _ASCEND_OFFSET = 0.05
@@ -155,12 +162,12 @@ def gradient_masking(
         >>> sorted(result.seconds)
         ['mask', 'training']
     """
-    usual_density, usual_lr, steps_min = _DEFAULTS_OF.get(objective, _DEFAULTS)
-    density = usual_density if density is None else density
-    lr = usual_lr if lr is None else lr
+    usual = _USUAL.get(objective, _Usual())
+    density = usual.density if density is None else density
+    lr = usual.lr if lr is None else lr
     check_batches(forget, "forget")
     if epochs is None:
-        epochs = max(10, -(-steps_min // max(1, sum(1 for _ in forget)))) if steps_min else 10
+        epochs = max(10, epochs_of(usual.steps, forget))
     _check(objective, optimizer, epochs, density)
     if retain is not None:
         check_batches(retain, "retain")

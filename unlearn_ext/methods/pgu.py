@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext.data import Batch, Batches, check_batches, scores_and_labels
-from unlearn_ext.methods.common import train_with_fixed_statistics
+from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.metrics import accuracy
 from unlearn_ext.optim import ProjectedSGD
 from unlearn_ext.report import UnlearnResult
@@ -153,7 +153,7 @@ def pgu(
     """
     forget = check_batches(forget, "forget")
     if epochs is None:
-        epochs = min(_MOST_EPOCHS, -(-_STEPS // max(1, sum(1 for _ in forget))))
+        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
     if validation is not None:
         validation = check_batches(validation, "validation")
     rule = ("gap" if validation is not None else None) if stop == "auto" else stop

@@ -24,6 +24,7 @@ from unlearn_ext.data import (
     targets,
     with_targets,
 )
+from unlearn_ext.methods.common import count_batches
 from unlearn_ext.report import UnlearnResult
 from unlearn_ext.state import borrowed
 from unlearn_ext.training import Run, train, unlearning
@@ -304,7 +305,7 @@ class _Mixed:
             Their number.
         """
         if self._n_batches is None:
-            self._n_batches = sum(1 for _ in self._retain)
+            self._n_batches = count_batches(self._retain)
         return self._n_batches
 
     def _check(self, batch: Batch) -> None:
