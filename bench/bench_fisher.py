@@ -26,7 +26,8 @@ from torch.func import functional_call, grad, vmap
 
 from bench.models import MODELS
 from bench.race import Contender, Race, replay
-from unlearn_ext import fisher_diagonal, losses
+from unlearn_ext import fisher_diagonal
+from unlearn_ext.tasks import losses
 
 OURS, PLAIN, LOOP, VMAP = "ours", "plain forward and backward", "single-sample loop", "vmap(grad)"
 BACKPACK, OPACUS = "BackPACK", "Opacus"

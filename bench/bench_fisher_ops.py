@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench.race import Contender, Race, replay
 from bench.shapes import LAYERS, Layer
-from unlearn_ext import ops, reference
+from unlearn_ext import ops
+from unlearn_ext.ops import reference
 
 OURS, PLAIN, EINSUM, SQUARES = "ours", "plain weight gradient", "einsum per sample", "product of squares"
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from bench.models import MODELS
 from bench.race import Contender, Race, replay
 from unlearn_ext import Scores, ops, select_mask
-from unlearn_ext.neurons import neuron_groups
-from unlearn_ext.optim import MaskedSGD
-from unlearn_ext.row_gradients import RowGradients
+from unlearn_ext.masks.neurons import neuron_groups
+from unlearn_ext.optim.masked import MaskedSGD
+from unlearn_ext.optim.row_gradients import RowGradients
 
 OURS, MASKED, FULL = "ours", "masked gradients", "full step"
 RUNS = ((0.5, 0.01), (0.5, 0.05), (0.5, 0.2), (0.5, 0.5), (0.0, 0.05), (0.0, 0.2))  # depth, density

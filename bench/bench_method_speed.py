@@ -28,7 +28,7 @@ from bench.bench_methods import Batches, Problem, Task, accuracy, markdown
 from unlearn_ext import gradient_masking, salun, select_mask, ssd, unsir
 from unlearn_ext import saliency as saliency_of
 from unlearn_ext.methods.pgu import pgu_from_sets
-from unlearn_ext.ops import unpack_mask
+from unlearn_ext.ops.masks import unpack_mask
 
 Way = Callable[[nn.Module, Batches, Batches], object]
 OURS, PLAIN = "ours", "plain torch"

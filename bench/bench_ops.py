@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bench.race import FLOOR, Contender, Race, replay
 from bench.shapes import MODELS
-from unlearn_ext import _C, ops, reference
-from unlearn_ext.optim import MaskedAdamW, MaskedSGD
+from unlearn_ext import _C, ops
+from unlearn_ext.ops import reference
+from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
 
 OURS, DOOR, REFERENCE = "ours", "direct door", "reference (eager)"
 FOREACH, FUSED, COMPILED = "torch._foreach", "torch fused", "torch.compile"

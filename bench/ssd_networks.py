@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from unlearn_ext import losses, metrics
+from unlearn_ext import metrics
 from unlearn_ext.demo import load_digits, make_model
-from unlearn_ext.importance import Importance, LossFn, fisher_diagonal
+from unlearn_ext.fisher.diagonal import fisher_diagonal
+from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.importance import LossFn
 from unlearn_ext.methods import plan_ssd
+from unlearn_ext.tasks import losses
 
 RESULT = Path(__file__).parent / "results" / "methods" / "ssd-networks.md"
 BATCH = 64

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unlearn_ext import _C, reference
+from unlearn_ext import _C
+from unlearn_ext.ops import reference
 
 Args = list
 Kwargs = dict

@@ -10,8 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
-from unlearn_ext import comparison, fingerprints, metrics, report, seeding, study
-from unlearn_ext.comparison import compare
+from unlearn_ext import metrics, report
+from unlearn_ext._internal import seeding
+from unlearn_ext.evaluation import cache as fingerprints
+from unlearn_ext.evaluation import study
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.rows import LOSS_EDGES
+from unlearn_ext.methods import METHODS
 
 pytest.importorskip("sklearn")
 
@@ -259,7 +264,7 @@ def test_losses_are_counted_once(trained, sets):
             assert sum(row.loss_counts["test"]) == 30  # unseen samples of the forgotten class
     assert study._histogram(torch.tensor([0.0, 1e9, math.nan], dtype=torch.float64)) == [
         1,
-        *[0] * (len(study.LOSS_EDGES) - 3),
+        *[0] * (len(LOSS_EDGES) - 3),
         2,
     ]
 
@@ -269,7 +274,7 @@ def test_controls(trained, sets, monkeypatch):
         masked.seen.append((score, density))
 
     masked.seen = []
-    monkeypatch.setitem(comparison.METHODS, "gradient_masking", masked)
+    monkeypatch.setitem(METHODS, "gradient_masking", masked)
     table = run(trained, sets, methods=[("gradient_masking", {"density": 0.3})], metrics=["retain"])
     assert table.labels[:2] == ("original", "retrained")
     assert table.labels[-1] == "random mask"
@@ -280,7 +285,7 @@ def test_controls(trained, sets, monkeypatch):
 
 
 def test_without_gradient_masking_the_control_says_why(trained, sets, monkeypatch):
-    monkeypatch.delitem(comparison.METHODS, "gradient_masking", raising=False)
+    monkeypatch.delitem(METHODS, "gradient_masking", raising=False)
     table = run(trained, sets, metrics=["retain"])
     assert "no method gradient_masking" in table.measures("random mask")["retain"].why
 
@@ -325,7 +330,7 @@ def test_an_interrupted_comparison_continues_to_the_same_table(trained, sets, tm
         train(model, data)
 
     # The name stands for the method; the code that counts is looked up through a module-level function.
-    monkeypatch.setitem(comparison.METHODS, "counted", counted)
+    monkeypatch.setitem(METHODS, "counted", counted)
     whole = run(trained, sets, **{**settings, "train": train, "methods": ["counted", "ssd", loader_reader]})
     bell.left, done = stop_at, len(calls)
     monkeypatch.setattr(fingerprints, "_function_key", lambda function: function.__qualname__)

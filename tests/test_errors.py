@@ -632,11 +632,11 @@ def _import_ops(folder):
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """The module alone, without the compiled library beside it."""
+    """The ops alone, without the compiled library beside them."""
     package = tmp_path / "unlearn_ext"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    shutil.copy(Path(ops.__file__), package)
+    shutil.copytree(Path(ops.__file__).parent, package / "ops")
     return package
 
 

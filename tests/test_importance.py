@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
-from unlearn_ext import Importance, fisher_diagonal, losses
+from unlearn_ext import Importance, fisher_diagonal
+from unlearn_ext.tasks import losses
 
 CLASSES = 4
 

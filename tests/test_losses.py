@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unlearn_ext import losses, metrics
+from unlearn_ext import metrics
+from unlearn_ext.tasks import losses
 
 
 class Fixed(nn.Module):

@@ -7,17 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_ext import metrics
-from unlearn_ext.metrics import (
-    accuracy,
-    activation_distance,
-    anamnesis_index,
-    js_divergence,
-    layer_distance,
-    mia,
-    relearn_steps,
-    zrf,
-)
+from unlearn_ext.evaluation.metrics import attacks
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
+from unlearn_ext.evaluation.metrics.attacks import mia
+from unlearn_ext.evaluation.metrics.distances import layer_distance
+from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence, zrf
+from unlearn_ext.evaluation.metrics.relearning import anamnesis_index, relearn_steps
 
 
 def fixed(*probabilities):
@@ -244,9 +239,9 @@ def test_auc_against_scikit_learn(sklearn):
     members, others = draws.normal(1, 1, 300).round(1), draws.normal(0, 1, 500).round(1)  # with ties
     truth = np.repeat([1, 0], [300, 500])
     scores = np.concatenate([members, others])
-    assert metrics._auc(members, others) == pytest.approx(roc_auc_score(truth, scores))
+    assert attacks._auc(members, others) == pytest.approx(roc_auc_score(truth, scores))
     fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
-    assert metrics._tpr(members, others) == pytest.approx(tpr[fpr <= 0.01].max())
+    assert attacks._tpr(members, others) == pytest.approx(tpr[fpr <= 0.01].max())
 
 
 def test_bootstrap_interval_covers_and_shrinks(sklearn):
@@ -316,7 +311,7 @@ def test_sequences_count_as_one_sample(sklearn):
     labels = torch.randint(3, (6, 4))
     labels[0, 1:] = -100
     data = [(scores, labels)]
-    features = metrics._features(nn.Identity(), data, "forget", False)
+    features = attacks._features(nn.Identity(), data, "forget", False)
     assert features.loss.shape == (6,)
     expected = nn.functional.cross_entropy(scores[0, :1].double(), labels[0, :1])
     assert features.loss[0] == pytest.approx(float(expected))

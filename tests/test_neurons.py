@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from methods.models import FAMILIES, make
 from torch import nn
 
-from unlearn_ext.neurons import module_groups, neuron_groups
+from unlearn_ext.masks.neurons import module_groups, neuron_groups
 
 
 def parts(groups):

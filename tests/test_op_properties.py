@@ -35,7 +35,8 @@ from op_cases import (
     unit_roundoff,
 )
 
-from unlearn_ext import ops, reference
+from unlearn_ext import ops
+from unlearn_ext.ops import reference
 
 LAYOUTS = [contiguous, channels_last, permuted, sliced, padded_rows, offset]
 

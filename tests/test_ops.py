@@ -41,7 +41,8 @@ from op_cases import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from unlearn_ext import _C, ops, reference
+from unlearn_ext import _C, ops
+from unlearn_ext.ops import reference
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.schema)
 each_writing_case = pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from unlearn_ext import ops
-from unlearn_ext.optim import MaskedAdamW, MaskedSGD, ProjectedSGD
+from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
+from unlearn_ext.optim.projected import ProjectedSGD
 
 SHAPES = ((7, 5), (1,), (3, 4, 3, 3), (129,), ())
 SGD_OPTIONS = [

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from unlearn_ext import page
-from unlearn_ext.comparison import Comparison
-from unlearn_ext.report import NOTICE
-from unlearn_ext.study import LOSS_EDGES, Measure, Row
+from unlearn_ext.evaluation import page
+from unlearn_ext.evaluation.compare import Comparison
+from unlearn_ext.evaluation.evidence import NOTICE
+from unlearn_ext.evaluation.rows import LOSS_EDGES, Measure, Row
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 COLUMNS = (

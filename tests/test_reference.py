@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from layer_calls import LAYERS
 from torch import tensor
 
-from unlearn_ext import reference
+from unlearn_ext.ops import reference
 
 NAN, INF = math.nan, math.inf
 ALL = torch.full((2,), 255, dtype=torch.uint8)  # a mask of up to 16 scalars

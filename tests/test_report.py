@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import unlearn_ext
-from unlearn_ext import UnlearnResult, losses, report, ssd
+from unlearn_ext import UnlearnResult, report, ssd
+from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.tasks import losses
 
 
 def result(**changes):
@@ -78,8 +80,8 @@ def test_callables_are_named_without_their_address():
         def __call__(self):
             return None
 
-    assert report.callable_name(Loss()).endswith("Loss")
-    assert "0x" not in report.callable_name(functools.partial(Loss(), 1, shift=True))
+    assert callable_name(Loss()).endswith("Loss")
+    assert "0x" not in callable_name(functools.partial(Loss(), 1, shift=True))
 
 
 def test_the_wording_promises_no_erasure():

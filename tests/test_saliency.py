@@ -8,7 +8,7 @@ from torch import nn
 
 import unlearn_ext as ux
 from unlearn_ext import Scores, fisher_diagonal, ops, saliency, select_mask
-from unlearn_ext.saliency import SCORES
+from unlearn_ext.masks.saliency import SCORES
 
 
 def bits(masks, shapes):

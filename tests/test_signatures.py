@@ -7,7 +7,8 @@ import pytest
 import torch
 from op_cases import CASES
 
-from unlearn_ext import _C, ops, reference
+from unlearn_ext import _C, ops
+from unlearn_ext.ops import reference
 
 SCHEMAS = {
     text.partition("(")[0]: torch._C.parse_schema("unlearn_ext::" + text)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_ext.state import borrowed
+from unlearn_ext._internal.borrow import borrowed
 
 
 class Counting(nn.Module):

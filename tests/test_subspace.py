@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from unlearn_ext import ActivationGram, activation_gram
-from unlearn_ext.subspace import layer_of, protected
+from unlearn_ext.subspace.basis import protected
+from unlearn_ext.subspace.layers import layer_of
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_ext.training import train, unlearning
+from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.run import unlearning
 
 
 def make_model():

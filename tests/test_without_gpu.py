@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unlearn_ext as ux
 from unlearn_ext import ops
-from unlearn_ext.optim import MaskedAdamW, MaskedSGD
+from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
 
 ROOT = Path(__file__).parents[1]
 WITH_CUDA = ops.build_info()["cuda"]

@@ -4,8 +4,11 @@ Importing the package loads its compiled operators, so that ``torch.ops.unlearn_
 """
 
 from unlearn_ext import comparison, data, importance, losses, methods, metrics, ops, optim, report, subspace
-from unlearn_ext.comparison import Comparison, compare
-from unlearn_ext.importance import Importance, fisher_diagonal
+from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext.fisher.diagonal import fisher_diagonal
+from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.masks.saliency import Scores, saliency
+from unlearn_ext.masks.selection import select_mask
 from unlearn_ext.methods import (
     METHODS,
     gradient_masking,
@@ -17,9 +20,8 @@ from unlearn_ext.methods import (
     unlearn,
     unsir,
 )
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.saliency import Scores, saliency, select_mask
-from unlearn_ext.subspace import ActivationGram, activation_gram
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.subspace.gram import ActivationGram, activation_gram
 
 __version__ = "0.1.0"
 

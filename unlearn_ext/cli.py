@@ -16,9 +16,9 @@ from torch import nn
 
 import unlearn_ext
 from unlearn_ext import demo, ops
-from unlearn_ext.comparison import Comparison, compare
-from unlearn_ext.data import Batches
+from unlearn_ext.evaluation.compare import Comparison, compare
 from unlearn_ext.methods import METHODS
+from unlearn_ext.tasks.batches import Batches
 
 _COMPARE = """
 Run unlearning methods on copies of a trained model and set them beside retraining. The user's code:

@@ -21,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from unlearn_ext import page
-from unlearn_ext.comparison import Comparison, Methods, compare
-from unlearn_ext.data import split
-from unlearn_ext.importance import Importance, fisher_diagonal
+from unlearn_ext._internal.digests import weights_digest
+from unlearn_ext.evaluation import page
+from unlearn_ext.evaluation.compare import Comparison, Methods, compare
+from unlearn_ext.evaluation.evidence import Evidence, evidence
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
+from unlearn_ext.evaluation.metrics.attacks import mia
+from unlearn_ext.fisher.diagonal import fisher_diagonal
+from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods import METHODS
 from unlearn_ext.methods.ssd import ssd
-from unlearn_ext.metrics import accuracy, mia
-from unlearn_ext.report import NOTICE, Evidence, evidence, weights_digest
+from unlearn_ext.results import NOTICE
+from unlearn_ext.tasks.split import split
 
 Samples = Dataset[tuple[Tensor, ...]]
 

@@ -35,7 +35,7 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY(unlearn_ext, m) {
-  m.set_python_module("unlearn_ext.ops");
+  m.set_python_module("unlearn_ext.ops.fakes");
   Ops::define(m);
 }
 TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) { Ops::implement(m); }

@@ -5,7 +5,8 @@ import copy
 import torch
 
 import unlearn_ext as ux
-from unlearn_ext import fisher_diagonal, losses
+from unlearn_ext import fisher_diagonal
+from unlearn_ext.tasks import losses
 
 
 def split(batch, size):

@@ -9,7 +9,7 @@ from oracle import assert_exact, errors, one_by_one, split
 from torch import nn
 
 from unlearn_ext import fisher_diagonal
-from unlearn_ext.engine import fallback
+from unlearn_ext.fisher.engine import fallback
 
 N, CLASSES = 37, 4
 

@@ -8,7 +8,7 @@ from test_engine_layers import CLASSES, Head, N, labels
 from torch import nn
 
 from bench.models import GPT
-from unlearn_ext.engine import tied, uses
+from unlearn_ext.fisher.engine import tied, uses
 
 
 def twice(layer, **settings):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.models import GPT
 from unlearn_ext import fisher_diagonal, importance, ops
-from unlearn_ext.engine import Channels, Gradients, Product, layers
+from unlearn_ext.fisher.engine import Channels, Gradients, Product, layers
 
 N, CLASSES = 6, 3
 

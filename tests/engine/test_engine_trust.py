@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from oracle import assert_exact, errors, one_by_one, split
 from torch import nn
 
-from unlearn_ext import fisher_diagonal, losses
-from unlearn_ext.engine import check, per_sample
+from unlearn_ext import fisher_diagonal
+from unlearn_ext.fisher.engine import check, per_sample
+from unlearn_ext.tasks import losses
 
 CLASSES = 3
 
@@ -361,7 +362,7 @@ def test_the_verdict_does_not_keep_the_model_alive():
 
 
 def test_a_rule_that_is_wrong_is_found_out(monkeypatch):
-    from unlearn_ext.engine import rules
+    from unlearn_ext.fisher.engine import rules
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, CLASSES))

@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import unlearn_ext as ux
-from unlearn_ext import demo, losses
+from unlearn_ext import demo
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.common import Paired
 from unlearn_ext.methods.fisher_forgetting import _fisher
 from unlearn_ext.methods.teachers import _initialised_afresh, divergence
-from unlearn_ext.metrics import accuracy
+from unlearn_ext.tasks import losses
 
 TWO_STEPS = {
     "finetune": {"epochs": 2},

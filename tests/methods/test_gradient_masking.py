@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
 from unlearn_ext import METHODS, demo, gradient_masking, metrics, ops, salun, select_mask
-from unlearn_ext.row_gradients import RowGradients
+from unlearn_ext.optim.row_gradients import RowGradients
 
 
 def seeded(seed=0):

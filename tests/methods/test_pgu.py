@@ -12,9 +12,10 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import unlearn_ext as ux
 from unlearn_ext import ActivationGram, activation_gram, demo, pgu
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.pgu import forgetting_loss
-from unlearn_ext.metrics import accuracy
-from unlearn_ext.subspace import layer_of, protected
+from unlearn_ext.subspace.basis import protected
+from unlearn_ext.subspace.layers import layer_of
 
 
 @pytest.fixture(autouse=True)

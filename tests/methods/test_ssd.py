@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
-from unlearn_ext import Importance, fisher_diagonal, losses, ops, plan_ssd, ssd
+from unlearn_ext import Importance, fisher_diagonal, ops, plan_ssd, ssd
 from unlearn_ext.demo import load_digits
+from unlearn_ext.tasks import losses
 
 
 class Two(nn.Module):

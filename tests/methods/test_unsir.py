@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import unlearn_ext as ux
 from unlearn_ext import demo
-from unlearn_ext.metrics import accuracy
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
 
 QUICK = {"noise_batch": 8, "noise_steps": 2, "repair_steps_min": 2}
 NOISE_ONLY = {"impair_epochs": 0, "repair_epochs": 0, "repair_steps_min": 0}

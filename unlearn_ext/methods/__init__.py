@@ -3,45 +3,29 @@
 ``METHODS[name](model, forget, retain, **settings)`` works for every one of them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from torch import nn
-
-from unlearn_ext.data import Batches
-from unlearn_ext.importance import Importance
+from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.baselines import finetune, gradient_ascent, neg_grad_plus, random_label, retrain
 from unlearn_ext.methods.fisher_forgetting import fisher_forgetting
 from unlearn_ext.methods.gradient_masking import gradient_masking, salun
 from unlearn_ext.methods.pgu import forgetting_loss, pgu, pgu_from_sets
 from unlearn_ext.methods.pruning import prune_neurons
-from unlearn_ext.methods.ssd import SsdPlan, Sweep, SweepRow, plan_ssd, ssd
+from unlearn_ext.methods.registry import METHODS, unlearn
+from unlearn_ext.methods.ssd import plan_ssd, ssd
+from unlearn_ext.methods.ssd_plan import SsdPlan
+from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
 from unlearn_ext.methods.teachers import bad_teacher, scrub
 from unlearn_ext.methods.unsir import unsir, unsir_by_data
-from unlearn_ext.report import UnlearnResult
-
-METHODS: dict[str, Callable[..., UnlearnResult]] = {
-    "ssd": ssd,
-    "gradient_masking": gradient_masking,
-    "salun": salun,
-    "pgu": pgu_from_sets,
-    "unsir": unsir_by_data,
-    "retrain": retrain,
-    "finetune": finetune,
-    "gradient_ascent": gradient_ascent,
-    "neg_grad_plus": neg_grad_plus,
-    "random_label": random_label,
-    "bad_teacher": bad_teacher,
-    "scrub": scrub,
-    "fisher_forgetting": fisher_forgetting,
-}
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.batches import Batches
 
 __all__ = [
     "METHODS",
+    "Batches",
+    "Importance",
     "SsdPlan",
     "Sweep",
     "SweepRow",
+    "UnlearnResult",
     "bad_teacher",
     "finetune",
     "fisher_forgetting",
@@ -50,6 +34,7 @@ __all__ = [
     "gradient_masking",
     "neg_grad_plus",
     "pgu",
+    "pgu_from_sets",
     "plan_ssd",
     "prune_neurons",
     "random_label",
@@ -59,36 +44,5 @@ __all__ = [
     "ssd",
     "unlearn",
     "unsir",
+    "unsir_by_data",
 ]
-
-
-def unlearn(
-    name: str,
-    model: nn.Module,
-    forget: Batches | Importance,
-    retain: Batches | Importance | None = None,
-    **settings: object,
-) -> UnlearnResult:
-    """Run a method by name.
-
-    Args:
-        name: A key of ``METHODS``.
-        model: The model, changed in place.
-        forget: The forget set.
-        retain: The retain set, where the method needs one.
-        **settings: The method's own keyword arguments.
-
-    Returns:
-        The record of the run.
-
-    Raises:
-        ValueError: If there is no such method.
-
-    Example:
-        >>> unlearn("magic", nn.Linear(1, 1), [])
-        Traceback (most recent call last):
-        ValueError: unlearn: name must be one of ..., got 'magic'
-    """
-    if name not in METHODS:
-        raise ValueError(f"unlearn: name must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name](model, forget, retain, **settings)

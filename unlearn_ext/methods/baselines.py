@@ -14,12 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext import losses, training
-from unlearn_ext.data import Batch, Batches, check_batches, device_of, targets, with_targets
-from unlearn_ext.importance import LossFn
+from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics, trainable
-from unlearn_ext.report import UnlearnResult, callable_name
-from unlearn_ext.training import unlearning
+from unlearn_ext.methods.run import unlearning
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
+from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.outputs import targets, with_targets
 
 # Of gradient ascent: it spoils the more the longer it goes on, whatever the size of the forget set.
 _STEPS, _MOST_EPOCHS = 100, 30
@@ -135,7 +138,7 @@ def finetune(
         optimizer = torch.optim.SGD(
             trainable(model, "finetune"), lr=lr, momentum=momentum, weight_decay=weight_decay
         )
-        training.train(
+        loop.train(
             run,
             "finetune",
             retain,
@@ -203,7 +206,7 @@ def gradient_ascent(
         train_with_fixed_statistics(model)
         # No momentum: it would carry on after the cap has been reached.
         optimizer = torch.optim.SGD(trainable(model, "gradient_ascent"), lr=lr)
-        training.train(
+        loop.train(
             run,
             "ascent",
             forget,
@@ -288,7 +291,7 @@ def neg_grad_plus(
     with unlearning(model, "neg_grad_plus", settings, generator=generator) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.SGD(trainable(model, "neg_grad_plus"), lr=lr, momentum=momentum)
-        training.train(
+        loop.train(
             run, "both", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
         )
     return run.result()
@@ -354,7 +357,7 @@ def random_label(
     with unlearning(model, "random_label", settings, generator=generator) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(trainable(model, "random_label"), lr=lr)
-        training.train(
+        loop.train(
             run, "relabel", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
         )
     return run.result()

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from unlearn_ext.data import Batch, Batches, count_samples, device_of, read_batches, scores_and_labels
-from unlearn_ext.state import borrowed
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches
+from unlearn_ext.tasks.outputs import scores_and_labels
 
 
 def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:

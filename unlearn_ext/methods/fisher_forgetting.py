@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.data import Batch, Batches, check_batches, scores_and_labels, targets
-from unlearn_ext.importance import fisher_diagonal
+from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.methods.common import n_classes, trainable
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.training import unlearning
+from unlearn_ext.methods.run import unlearning
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches
+from unlearn_ext.tasks.outputs import scores_and_labels, targets
 
 # Of the published code: added to the Fisher diagonal; bounds of its inverse; the output layer and vectors get
 # so much more noise; variance of a forgotten class's row.

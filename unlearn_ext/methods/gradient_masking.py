@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unlearn_ext import losses, ops
-from unlearn_ext.data import (
-    Batch,
-    Batches,
-    check_batches,
-    targets,
-    with_targets,
-)
-from unlearn_ext.importance import LossFn
+from unlearn_ext import ops
+from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.masks.saliency import Score, saliency
+from unlearn_ext.masks.selection import Granularity, select_mask
 from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics
+from unlearn_ext.methods.loop import Objective, train
 from unlearn_ext.methods.pgu import forgetting_loss
-from unlearn_ext.optim import MaskedAdamW, MaskedSGD
-from unlearn_ext.report import UnlearnResult, callable_name
-from unlearn_ext.row_gradients import RowGradients
-from unlearn_ext.saliency import Granularity, Score, saliency, select_mask
-from unlearn_ext.training import Objective, Run, train, unlearning
+from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
+from unlearn_ext.optim.row_gradients import RowGradients
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches
+from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.outputs import targets, with_targets
 
 Goal: TypeAlias = Literal["random_relabel", "ascend", "relabel", "finetune", "joint", "alternate"]
 GOALS: tuple[Goal, ...] = ("random_relabel", "ascend", "relabel", "finetune", "joint", "alternate")

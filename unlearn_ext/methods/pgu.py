@@ -23,21 +23,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.data import Batch, Batches, check_batches, scores_and_labels
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
-from unlearn_ext.metrics import accuracy
-from unlearn_ext.optim import ProjectedSGD
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.subspace import (
-    ActivationGram,
-    Criterion,
-    Layer,
-    Protected,
-    activation_gram,
-    layer_of,
-    protected,
-)
-from unlearn_ext.training import Run, train, unlearning
+from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.optim.projected import ProjectedSGD
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.subspace.basis import Criterion, Protected, protected
+from unlearn_ext.subspace.gram import ActivationGram, activation_gram
+from unlearn_ext.subspace.layers import Layer, layer_of
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches
+from unlearn_ext.tasks.outputs import scores_and_labels
 
 Stop: TypeAlias = Literal["auto", "gap"] | None
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
-from unlearn_ext.neurons import NeuronGroup, Part, module_groups
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.saliency import Reduction, Scope, Scores
-from unlearn_ext.training import unlearning
+from unlearn_ext.masks.neurons import NeuronGroup, Part, module_groups
+from unlearn_ext.masks.saliency import Reduction, Scores
+from unlearn_ext.masks.selection import Scope
+from unlearn_ext.methods.run import unlearning
+from unlearn_ext.results import UnlearnResult
 
 
 def prune_neurons(

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearn_ext import losses
-from unlearn_ext.data import Batch, Batches, check_batches, scores_and_labels
 from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics, trainable
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.training import train, unlearning
+from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.run import unlearning
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches
+from unlearn_ext.tasks.outputs import scores_and_labels
 
 
 def bad_teacher(

@@ -10,8 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext import losses
-from unlearn_ext.data import (
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.methods.common import count_batches
+from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import (
     Batch,
     Batches,
     check_batches,
@@ -20,14 +25,8 @@ from unlearn_ext.data import (
     is_per_sample,
     map_tensors,
     read_batches,
-    scores_and_labels,
-    targets,
-    with_targets,
 )
-from unlearn_ext.methods.common import count_batches
-from unlearn_ext.report import UnlearnResult
-from unlearn_ext.state import borrowed
-from unlearn_ext.training import Run, train, unlearning
+from unlearn_ext.tasks.outputs import scores_and_labels, targets, with_targets
 
 # The released loop runs over the channels where it means the batch, and copies what it gets so many times.
 _OFFICIAL_COPIES = 20

@@ -1,0 +1,1 @@
+"""What every room uses and no user imports: borrowing a model, files, digests, plain values."""

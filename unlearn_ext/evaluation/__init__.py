@@ -1,0 +1,6 @@
+"""Judging a model that has unlearned: metrics, comparisons beside retraining, and records."""
+
+from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext.evaluation.evidence import Evidence, evidence
+
+__all__ = ["Comparison", "Evidence", "compare", "evidence"]

@@ -1,0 +1,269 @@
+"""Membership inference: can forget samples be told as members of the training set?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.outputs import scores_and_labels
+
+_Numbers: TypeAlias = npt.NDArray[np.float64]
+
+Convention: TypeAlias = Literal["ssd", "salun", "scrub"]
+
+CONVENTIONS: tuple[Convention, ...] = ("ssd", "salun", "scrub")
+
+
+class Interval(NamedTuple):
+    """A 95 % bootstrap interval.
+
+    Attributes:
+        low: 2.5 % quantile.
+        high: 97.5 % quantile.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """What a membership inference attack made of a model; see ``mia``.
+
+    Attributes:
+        convention: Whose definition ``score`` follows.
+        score: The convention's number, in [0, 1].
+        ideal: What ``score`` would be for a perfectly unlearned model: ``"retrained"`` (that model's score)
+            or a number.
+        auc: Area under the ROC curve of telling forget samples (positive) from test samples by their loss:
+            0.5 is chance; below it, forget samples have *higher* losses than unseen ones.
+        auc_interval: Bootstrap interval of ``auc``.
+        tpr: Share of the forget samples recognised at a threshold that 1 % of the test samples pass.
+        tpr_interval: Bootstrap interval of ``tpr``.
+        reference_score: ``score`` of the retrained model, if one was given.
+        reference_auc: ``auc`` of the retrained model, if one was given.
+    """
+
+    convention: Convention
+    score: float
+    ideal: str | float
+    auc: float
+    auc_interval: Interval
+    tpr: float
+    tpr_interval: Interval
+    reference_score: float | None = None
+    reference_auc: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Say on which side of the retrained model this one lies.
+
+        ``"no reference"``, ``"like the reference"`` (its AUC lies in the interval), ``"still recognised"``
+        (forget samples are easier to tell as members) or ``"over-unlearned"`` (they stand out as the
+        opposite of members, which gives them away just as well).
+        """
+        if self.reference_auc is None:
+            return "no reference"
+        if self.auc_interval.low <= self.reference_auc <= self.auc_interval.high:
+            return "like the reference"
+        return "still recognised" if self.auc > self.reference_auc else "over-unlearned"
+
+
+def mia(
+    model: nn.Module,
+    retain: Batches,
+    forget: Batches,
+    test: Batches,
+    convention: Convention = "ssd",
+    *,
+    reference: nn.Module | None = None,
+    shift: bool | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Attack:
+    """Attack a model by membership inference: can forget samples be told as members of the training set?
+
+    ``score`` is one of three published numbers, which are not comparable with each other:
+
+        ssd     logistic regression (balanced classes) on the entropy of the prediction, fitted on retain
+                (member) against test; share of the forget set told as members. A retrained model's score is
+                what to aim for; lower is not better.
+        salun   support vector machine (RBF, C = 3) on the probability of the label, fitted on as many retain
+                samples as there are test samples (members) against test; share of the forget set told as
+                *non*-members. Again the retrained model's score is the aim.
+        scrub   logistic regression on the loss, forget against test samples, accuracy over five stratified
+                folds; 0.5 is ideal. For class forgetting give the test samples of that class only.
+
+    ``auc`` and ``tpr`` do not depend on the convention: they are those of the plain attack by loss, forget
+    against test. Over-unlearning shows as an ``auc`` below the reference's; see ``Attack.verdict``.
+
+    Args:
+        model: The unlearned model.
+        retain: Training samples that were kept.
+        forget: Training samples that were to be forgotten.
+        test: Samples that no model was trained on.
+        convention: Whose definition ``score`` follows.
+        reference: A model retrained without the forget set.
+        shift: As in ``losses.cross_entropy``.
+        bootstrap: Resamples behind the intervals; 0 for none (NaN).
+        seed: Of the resamples, the choice of retain samples and the folds.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If the convention is unknown, or a set is empty or too small for the convention.
+
+    Source:
+        ssd: code released with Foster, Schoepf & Brintrup, AAAI 2024; salun: Fan et al., ICLR 2024; scrub:
+        Kurmanji et al., NeurIPS 2023. TPR at 1 % FPR: Carlini et al., "Membership Inference Attacks From
+        First Principles", S&P 2022.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"mia: convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    sets = {"retain": retain, "forget": forget, "test": test}
+
+    def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
+        features = {name: _features(subject, data, name, shift) for name, data in sets.items()}
+        return _SCORES[convention](features["retain"], features["forget"], features["test"], seed), features
+
+    score, features = measured(model)
+    members, others = -features["forget"].loss, -features["test"].loss
+    auc, tpr = _auc(members, others), _tpr(members, others)
+    draws = np.random.default_rng(seed)
+    resampled = np.array(
+        [
+            (_auc(a, b), _tpr(a, b))
+            for a, b in (
+                (draws.choice(members, len(members)), draws.choice(others, len(others)))
+                for _ in range(bootstrap)
+            )
+        ]
+    ).reshape(-1, 2)
+    bounds = np.quantile(resampled, [0.025, 0.975], axis=0) if bootstrap else np.full((2, 2), math.nan)
+    reference_score = reference_auc = None
+    if reference is not None:
+        reference_score, compared = measured(reference)
+        reference_auc = _auc(-compared["forget"].loss, -compared["test"].loss)
+    return Attack(
+        convention=convention,
+        score=score,
+        ideal=0.5 if convention == "scrub" else "retrained",
+        auc=auc,
+        auc_interval=Interval(float(bounds[0, 0]), float(bounds[1, 0])),
+        tpr=tpr,
+        tpr_interval=Interval(float(bounds[0, 1]), float(bounds[1, 1])),
+        reference_score=reference_score,
+        reference_auc=reference_auc,
+    )
+
+
+class _Features(NamedTuple):
+    """One number per sample; means over a sample's positions where it has several."""
+
+    entropy: _Numbers  # of the prediction, nats
+    confidence: _Numbers  # probability of the label
+    loss: _Numbers  # cross entropy, nats
+
+
+def _features(model: nn.Module, data: Batches, name: str, shift: bool | None) -> _Features:
+    collected: list[Tensor] = []
+    with borrowed(model), torch.no_grad():
+        for batch in read_batches(check_batches(data, name), device_of(model)):
+            scores, labels = scores_and_labels(model, batch, shift=shift)
+            log_p = scores.double().log_softmax(-1)
+            counted = labels >= 0
+            own = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            values = torch.stack([-(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1), own.exp(), -own])
+            n = labels.shape[0]
+            counted, values = counted.reshape(n, -1), values.reshape(3, n, -1)
+            means = (values * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+            collected.append(means[:, counted.any(-1)].cpu())
+    if not collected or sum(part.shape[1] for part in collected) == 0:
+        raise ValueError(f"mia: the {name} set must hold at least one labelled sample, got none")
+    entropy, confidence, loss = torch.cat(collected, dim=1).numpy()
+    return _Features(entropy, confidence, loss)
+
+
+def _ssd_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+    linear = sklearn("linear_model")
+    judge = linear.LogisticRegression(class_weight="balanced", solver="lbfgs", random_state=seed)
+    judge.fit(*_labelled(retain.entropy, test.entropy))
+    return float(judge.predict(forget.entropy[:, None]).mean())
+
+
+def _salun_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+    # The first samples in the release; a draw does not depend on how the set is ordered.
+    chosen = np.random.default_rng(seed).permutation(len(retain.confidence))[: len(test.confidence)]
+    judge = sklearn("svm").SVC(C=3, gamma="auto", kernel="rbf")
+    judge.fit(*_labelled(retain.confidence[chosen], test.confidence))
+    return float(1 - judge.predict(forget.confidence[:, None]).mean())
+
+
+def _scrub_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+    selection, linear = sklearn("model_selection"), sklearn("linear_model")
+    n = min(len(forget.loss), len(test.loss))
+    if n < 5:
+        raise ValueError(f"mia: forget and test must hold at least 5 samples each for 'scrub', got {n}")
+    draws = np.random.default_rng(seed)
+    sides = [draws.permutation(side)[:n] for side in (forget.loss, test.loss)]
+    x, y = _labelled(*sides)
+    folds = selection.StratifiedKFold(5, shuffle=True, random_state=seed)
+    return float(selection.cross_val_score(linear.LogisticRegression(), x, y, cv=folds).mean())
+
+
+_SCORES: dict[str, Callable[[_Features, _Features, _Features, int], float]] = {
+    "ssd": _ssd_score,
+    "salun": _salun_score,
+    "scrub": _scrub_score,
+}
+
+
+def _labelled(members: _Numbers, others: _Numbers) -> tuple[_Numbers, _Numbers]:
+    return np.concatenate([members, others])[:, None], np.repeat([1.0, 0.0], [len(members), len(others)])
+
+
+def _auc(members: _Numbers, others: _Numbers) -> float:
+    # Mann-Whitney: the share of pairs in the right order, ties counting half.
+    ordered = np.sort(others)
+    below, upto = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
+    return float((below + upto).mean() / (2 * len(others)))
+
+
+def _tpr(members: _Numbers, others: _Numbers, fpr: float = 0.01) -> float:
+    # The lowest threshold that no more than this share of the others pass.
+    allowed = math.floor(fpr * len(others) + 1e-9)
+    threshold = np.sort(others)[::-1][allowed] if allowed < len(others) else -math.inf
+    return float((members > threshold).mean())
+
+
+def sklearn(module: str) -> Any:  # noqa: ANN401 - an optional module
+    """Import a module of scikit-learn.
+
+    Args:
+        module: Its name below ``sklearn``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If scikit-learn is not installed; the message says how to.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "membership inference needs scikit-learn: pip install 'unlearn_ext[metrics]'"
+        ) from error

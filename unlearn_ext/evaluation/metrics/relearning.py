@@ -1,0 +1,124 @@
+"""How fast a model learns again what it has forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext.evaluation.metrics.accuracy import accuracy
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+
+
+def relearn_steps(
+    model: nn.Module,
+    data: Batches,
+    target: float,
+    *,
+    evaluate: Batches | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] = losses.cross_entropy,
+    every: int = 1,
+    most: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Count the steps of training after which a copy of the model knows something again.
+
+    Args:
+        model: The unlearned model; a copy is trained.
+        data: What to train on: the forget set, or the full set for the anamnesis index.
+        target: Accuracy to reach, in [0, 1].
+        evaluate: Where to measure accuracy; ``data`` by default.
+        optimizer: Makes the optimizer of the copy; Adam with learning rate 1e-3 by default.
+        loss_fn: One loss per sample.
+        every: Steps between two measurements.
+        most: Give up after so many.
+        seed: Of data loaders that shuffle, and of dropout.
+
+    Returns:
+        Steps, 0 if the target is met at once; infinity if it was not reached.
+
+    Raises:
+        ValueError: If a count is not positive or ``data`` is empty.
+    """
+    if every < 1 or most < 1:
+        raise ValueError(f"relearn_steps: every and most must be positive, got {every} and {most}")
+    check_batches(data)
+    copy = deepcopy(model)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(True)
+    judged = data if evaluate is None else evaluate
+    if accuracy(copy, judged) >= target:
+        return 0
+    device, steps = device_of(copy), 0
+    devices = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(seed)
+        trained = torch.optim.Adam(copy.parameters(), lr=1e-3) if optimizer is None else optimizer(copy)
+        while True:
+            before = steps
+            for batch in read_batches(data, device):
+                copy.train()
+                trained.zero_grad()
+                loss_fn(copy, batch).mean().backward()  # type: ignore[no-untyped-call]
+                trained.step()
+                steps += 1
+                if (steps % every == 0 or steps == most) and accuracy(copy, judged) >= target:
+                    return steps
+                if steps == most:
+                    return math.inf
+            if steps == before:
+                raise ValueError("relearn_steps: data must hold at least one batch, got none")
+
+
+def anamnesis_index(
+    model: nn.Module,
+    original: nn.Module,
+    retrained: nn.Module,
+    data: Batches,
+    forget: Batches,
+    *,
+    margin: float = 0.05,
+    **settings: Any,  # noqa: ANN401 - passed on
+) -> float:
+    """Return the anamnesis index: relearning steps of the unlearned model over those of the retrained one.
+
+    Steps of ordinary training until the accuracy on the forget set is back within ``margin`` of the original
+    model's. 1 is ideal; far below 1, the forget set was still in the model; far above, it was pushed out so
+    hard that its absence shows.
+
+    Args:
+        model: The unlearned model.
+        original: The model before unlearning.
+        retrained: A model trained without the forget set.
+        data: What to train on, the forget set included.
+        forget: Where to measure.
+        margin: Share of the original accuracy that may be missing, in [0, 1).
+        **settings: For ``relearn_steps``.
+
+    Returns:
+        The index; infinity if only the retrained model relearned.
+
+    Raises:
+        ValueError: If the retrained model did not relearn, or knew the forget set at once.
+
+    Source:
+        Chundawat et al., "Zero-Shot Machine Unlearning", IEEE TIFS 2023.
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"anamnesis_index: margin must lie in [0, 1), got {margin}")
+    target = (1 - margin) * accuracy(original, forget)
+    ours, theirs = (
+        relearn_steps(subject, data, target, evaluate=forget, **settings) for subject in (model, retrained)
+    )
+    if theirs == 0 or math.isinf(theirs):
+        raise ValueError(
+            "anamnesis_index: the retrained model must relearn the forget set in a positive number of steps, "
+            f"got {theirs}"
+        )
+    return ours / theirs

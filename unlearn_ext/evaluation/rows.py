@@ -1,0 +1,188 @@
+"""Figures and rows of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext._internal.plain import plain
+
+Method: TypeAlias = Callable[..., object]
+
+# Raised when a row means something else than before, so that rows cached earlier are not taken for it.
+FORMAT = 1
+
+# Edges of the loss histograms: powers of ten, so that the losses of well-learned samples do not share a bar.
+LOSS_EDGES: tuple[float, ...] = tuple(10 ** (step / 4) for step in range(-20, 9))
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One figure, or the reason why there is none.
+
+    Attributes:
+        value: The figure; None if it could not be computed.
+        why: Why not; None if it could.
+        low: Lower end of its 95 % interval, if it has one.
+        high: Upper end.
+        spread: Standard deviation over the seeds, where it is a mean of several.
+        note: What to read into it, such as the verdict of the attack.
+    """
+
+    value: float | None
+    why: str | None = None
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one model: of the original, of the retrained one, or after a method with one seed.
+
+    Attributes:
+        label: What the row is called; rows of one label differ in the seed.
+        kind: ``"original"``, ``"reference"``, ``"method"`` or ``"control"``.
+        method: Name of the method; empty where none was run.
+        settings: What it was called with, as far as JSON can tell.
+        seed: Decides every random choice.
+        why: Why the row has no figures: the method's error; None if it ran.
+        measures: The figures by column, ``changed`` and ``seconds`` among them.
+        phases: Seconds per phase, where the method tells.
+        layers: Relative distance of every layer's parameters from the original's; None where they were zero.
+        loss_counts: Histograms of the loss over ``LOSS_EDGES`` (what lies outside is counted in the outermost
+            bars), by set.
+    """
+
+    label: str
+    kind: str
+    method: str
+    settings: Mapping[str, object]
+    seed: int
+    why: str | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, float | None] = field(default_factory=dict)
+    loss_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Row:
+        """Make a row of what ``dataclasses.asdict`` and JSON made of one.
+
+        Args:
+            record: The fields by name.
+
+        Returns:
+            The row.
+        """
+        measures = {name: Measure(**measure) for name, measure in record["measures"].items()}
+        return cls(**{**record, "measures": measures})
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row to be made, for every seed.
+
+    Attributes:
+        label: See ``Row``.
+        kind: See ``Row``.
+        name: Name of the method; empty where none is run.
+        function: The method; None where none is run.
+        settings: Its keyword arguments.
+    """
+
+    label: str
+    kind: str
+    name: str
+    function: Method | None
+    settings: Mapping[str, Any]
+
+
+def described(settings: Mapping[str, Any]) -> dict[str, object]:
+    """Tell settings in short: what is long, such as importances, by its kind.
+
+    Args:
+        settings: Keyword arguments of a method.
+
+    Returns:
+        Plain values by name.
+
+    Example:
+        >>> described({"alpha": 2.0, "importance": {"weight": torch.ones(2, 2)}})
+        {'alpha': 2.0, 'importance': 'dict of 1'}
+    """
+    told: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Tensor):
+            told[name] = f"tensor {list(value.shape)}"
+        elif isinstance(value, Mapping):
+            told[name] = f"{type(value).__name__} of {len(value)}"
+        elif isinstance(value, (nn.Module, torch.Generator)) or (
+            isinstance(value, Iterable) and not isinstance(value, (str, list, tuple, set, frozenset, range))
+        ):
+            told[name] = type(value).__name__
+        else:
+            text = plain(value)
+            told[name] = text if len(str(text)) <= 200 else f"{type(value).__name__}, {len(str(text))} long"
+    return told
+
+
+def read_row(path: Path | None, label: str) -> Row | None:
+    """Read a row from the cache.
+
+    Args:
+        path: Its file, or None where nothing is cached.
+        label: What to call it.
+
+    Returns:
+        The row, or None if there is none that can be read.
+    """
+    if path is None or not path.exists():
+        return None
+    try:
+        row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # cut short or not ours: run again
+        return None
+    return replace(row, label=label)
+
+
+def attempt(measure: Callable[..., float], *arguments: object) -> Measure:
+    """Take a figure, or note why there is none.
+
+    Args:
+        measure: Returns the figure.
+        *arguments: Its arguments.
+
+    Returns:
+        The figure or the reason.
+    """
+    try:
+        value = float(measure(*arguments))
+    except Exception as error:
+        return Measure(None, reason_of(error))
+    return Measure(value) if math.isfinite(value) else Measure(None, f"it came to {value}")
+
+
+def reason_of(error: BaseException) -> str:
+    """Put an error into one line.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Its message, with its class where the message alone would not do.
+    """
+    text = " ".join(str(error).split())
+    named = isinstance(error, (ValueError, LookupError, ImportError, NotImplementedError)) and text
+    if isinstance(error, KeyError):
+        named = False
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return text if named else f"{type(error).__name__}: {text}".rstrip(": ")

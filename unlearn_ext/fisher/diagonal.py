@@ -1,0 +1,199 @@
+"""How much each scalar parameter matters to a data set: the diagonal of the Fisher information, and its kin.
+
+Every estimator here is a mean of powers of gradients; they differ in which gradients. See
+``fisher_diagonal``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
+from unlearn_ext.fisher.engine import register_layer as register_layer
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
+from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.outputs import scores_and_labels, targets, with_targets
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data: Batches,
+    *,
+    loss_fn: LossFn = losses.cross_entropy,
+    estimator: Estimator = "per_sample",
+    power: int = 2,
+    params: Iterable[str] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Importance:
+    """Estimate the diagonal of the Fisher information of every trainable parameter.
+
+    With g_n the gradient of sample n's own loss:
+
+        per_sample   F = (1/N) sum_n |g_n|^power               the empirical Fisher
+        mc           the same, with targets drawn from softmax(model(inputs))      the true Fisher
+        batch        F = (1/B) sum_b |gradient of the mean loss of batch b|^power
+
+    ``per_sample`` does not depend on the batch size, on the order or on a ragged last batch, and is exact for
+    any architecture. ``batch`` depends on all of them; it is what the published code of selective synaptic
+    dampening computes, and is here for comparison with it only.
+
+    Parameters that PyTorch's own functions use (linear, convolution, lookup, norm functions, sums, products)
+    cost one forward and backward pass per batch, in which every sample's gradient is squared as it arises and
+    none is stored; ``coverage`` calls them ``"fused"``. The first call on a model makes sure, on a few
+    samples, that plain autograd agrees. What it does not agree with, and what autograd cannot look into, is
+    computed sample by sample, and ``coverage`` says why. ``register_layer`` adds rules for layers with
+    functions of their own.
+
+    The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
+    random state are as before afterwards, also after an exception or an interrupt.
+
+    Args:
+        model: Any model; parameters float32, float64, float16 or bfloat16. Frozen ones are left out, a tied
+            one counts under its first name, one that gets no gradient gets zeros.
+        data: Re-iterable batches; tensors are moved to the model's device.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample.
+        estimator: See above.
+        power: 2 for squares, 1 for absolute values.
+        params: Names of the parameters to look at; all trainable ones by default.
+        generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
+            calls draw the same targets.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
+
+    Returns:
+        The importances, on the parameters' devices; float32, float64 for double parameters.
+
+    Raises:
+        ValueError: If ``data`` is empty or a one-shot iterator, no parameter is trainable, ``params`` names
+            an unknown or frozen one, the loss is not one value per sample or does not depend on the
+            parameters, or ``"mc"`` finds no targets it could replace.
+        TypeError: If a parameter is of another dtype.
+        FloatingPointError: If a loss is NaN or infinite; the message names the batch.
+
+    Source:
+        Foster, Schoepf & Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
+        Dampening", AAAI 2024; Kunstner, Balles & Hennig, "Limitations of the Empirical Fisher Approximation
+        for Natural Gradient Descent", NeurIPS 2019, on the difference between the first two.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> importance = fisher_diagonal(model, [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))])
+        >>> importance.n_samples, importance["weight"].shape
+        (4, torch.Size([3, 2]))
+    """
+    check_estimator("fisher_diagonal", estimator, power)
+    batches = check_batches(data)
+    chosen = _chosen_parameters(model, params)
+    n_samples = n_batches = batch_size = 0
+    with borrowed(model):
+        fisher = {
+            name: torch.zeros_like(
+                parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            )
+            for name, parameter in chosen.items()
+        }
+        kind = _BatchGradients if estimator == "batch" else PerSample
+        gradients = kind(model, loss_fn, chosen, fisher, power)
+        reader = read_batches(batches, device_of(model), description="importance", progress=progress)
+        for index, batch in enumerate(reader):
+            n = count_samples(batch)
+            if n == 0:
+                continue
+            values = gradients.accumulate(
+                _with_drawn_targets(model, batch, index, generator) if estimator == "mc" else batch, n
+            )
+            _check_finite("loss", values, index)
+            n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
+        gradients.finish()
+    if n_samples == 0:
+        raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
+    for tensor in fisher.values():
+        tensor.div_(n_batches if estimator == "batch" else n_samples)
+    return Importance(
+        fisher,
+        n_samples=n_samples,
+        estimator=estimator,
+        power=power,
+        batch_size=batch_size,
+        n_batches=n_batches,
+        coverage=gradients.coverage,
+    )
+
+
+class _BatchGradients:
+    """Adds powers of the gradient of each batch's mean loss, inside ``borrowed(model)``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        chosen: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor],
+        power: int,
+    ) -> None:
+        self._objective = Objective(model, loss_fn)
+        self._chosen, self._fisher, self._power = chosen, fisher, power
+        why = "fallback: one plain gradient per batch is the estimator's definition"
+        self.coverage = dict.fromkeys(fisher, why)
+
+    def accumulate(self, batch: Batch, n: int) -> Tensor:
+        with prepared(self._objective.model):
+            values = self._objective.losses(batch, n, is_whole=True)
+            add_gradient(values.mean(), self._chosen, self._fisher, self._power)
+        return values.detach()
+
+    def finish(self) -> None:
+        pass
+
+
+def _with_drawn_targets(
+    model: nn.Module, batch: Batch, index: int, generator: torch.Generator | None
+) -> Batch:
+    labels = targets(batch)
+    with torch.no_grad():
+        scores, given = scores_and_labels(model, batch)
+    _check_finite("output of the model", scores, index)
+    chances = scores.softmax(-1).flatten(0, -2)
+    drawn = torch.multinomial(
+        chances if generator is None else chances.to(generator.device), 1, generator=generator
+    )
+    drawn = drawn.view(given.shape).to(given)
+    drawn = torch.where(given < 0, given, drawn)  # negative labels mark what the loss ignores
+    if given.shape != labels.shape:
+        drawn = torch.cat([labels[:, :1], drawn], dim=1)
+    return with_targets(batch, drawn)
+
+
+def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("fisher_diagonal: the model must have a trainable parameter, got none")
+    if names is not None:
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in trainable:
+                raise ValueError(f"fisher_diagonal: params must name trainable parameters, got {name!r}")
+        if not wanted:
+            raise ValueError("fisher_diagonal: params must name at least one parameter, got none")
+        trainable = {name: p for name, p in trainable.items() if name in wanted}
+    for name, parameter in trainable.items():
+        if parameter.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"fisher_diagonal: {name} must be float32, float64, float16 or bfloat16, "
+                f"got {parameter.dtype}"
+            )
+    return trainable
+
+
+def _check_finite(what: str, values: Tensor, index: int) -> None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise FloatingPointError(
+            f"fisher_diagonal: the {what} must be finite, got {values[~finite][0].item()} in batch {index}"
+        )

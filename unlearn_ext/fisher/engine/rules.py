@@ -1,0 +1,346 @@
+"""Rules: the kinds of autograd nodes out of whose inputs and output gradients a parameter's use is read.
+
+A rule ``rule(call) -> Use`` reads what the node has saved for its own backward. It knows nothing of modules:
+``F.linear(x, embedding.weight)``, a packed attention projection and an ``nn.Linear`` are all an ``Addmm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearn_ext.fisher.engine.graph import CASTS, MOVES, Node, is_identity, kind_of
+from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError
+from unlearn_ext.fisher.engine.uses import Channels, Convolution, Lookup, Product, Stacked, Use
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node in a backward pass.
+
+    Attributes:
+        node: The node.
+        index: Which of its inputs is the tensor in question.
+        shape: Shape of that tensor.
+        grad: Gradient of the node's output.
+        layout: Where the samples are.
+    """
+
+    node: Node
+    index: int
+    shape: tuple[int, ...]
+    grad: Tensor
+    layout: Layout
+
+    def broadcast(self, grad: Tensor, other: Tensor | None = None) -> Use:
+        """Describe a tensor that is broadcast to the output, and added to or multiplied by what is there.
+
+        Args:
+            grad: Gradient of the sum or product.
+            other: The other factor, if a product.
+
+        Returns:
+            The use of the tensor.
+        """
+        if other is not None:
+            other = self.layout.broadcast(other.expand(grad.shape), self.shape)
+        return Channels(self.layout.broadcast(grad, self.shape), other, self.shape)
+
+
+Rule: TypeAlias = Callable[[Call], Use]
+
+
+class Reach(IntEnum):
+    """How far to follow a parameter before it counts as having met the data.
+
+    NEAR: to the first node that computes something with it.
+    DERIVED: through whatever has no rule, and through lookups: weights that are functions of parameters
+        (normalised ones, say), embeddings of positions that all samples share.
+    BROADCAST: to where something is broadcast over the samples: small networks whose input is no data.
+    """
+
+    NEAR = 0
+    DERIVED = 1
+    BROADCAST = 2
+
+
+def is_met(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int) -> bool:
+    """Say whether a node is where something of a parameter meets the data.
+
+    Args:
+        node: A node that takes a parameter, or something made of parameters only.
+        index: As which of its inputs.
+        shape: That input's shape.
+        reach: How far to go.
+        n: Number of samples.
+
+    Returns:
+        False if the node's output still counts as something made of parameters only.
+    """
+    kind = kind_of(node)
+    if kind in MOVES or kind in CASTS:
+        return False
+    if kind in _BROADCAST and not (kind == "Addmm" and index):
+        if reach is Reach.NEAR:
+            # A batch of one sample does not show that something is broadcast over it.
+            return not is_identity(node, index, shape) or (n == 1 and shape[:1] == (1,))
+        if kind == "Addmm":
+            return reach is Reach.DERIVED
+        if kind == "Repeat":
+            return bool(node._saved_repeats[0] % n == 0)
+        out = tuple(node._input_metadata[0].shape)
+        return len(out) > len(shape) or (bool(shape) and shape[0] == 1 and out[0] % n == 0)
+    if reach is Reach.NEAR:
+        return True
+    return reach is Reach.DERIVED and _is_weight(kind, index) and kind != "Embedding"
+
+
+def read(call: Call) -> Use:
+    """Apply the rule for a node.
+
+    Args:
+        call: The node and its gradient.
+
+    Returns:
+        The use of the tensor in question.
+
+    Raises:
+        MismatchError: If the samples are not where they are looked for.
+        NoRuleError: If there is no rule for the node.
+    """
+    kind = kind_of(call.node)
+    if not _is_weight(kind, call.index):
+        raise NoRuleError(f"no rule for {type(call.node).__name__}")
+    return RULES[kind](call)
+
+
+def _is_weight(kind: str, index: int) -> bool:
+    # The first input of these is what a layer is applied to.
+    return kind in RULES and (index > 0 or kind not in _APPLIED)
+
+
+def _addmm(call: Call) -> Use:
+    node, grad = call.node, call.grad
+    if call.index == 0:
+        return call.broadcast(grad if node._saved_beta == 1 else grad * node._saved_beta)
+    grad = grad if node._saved_alpha == 1 else grad * node._saved_alpha
+    return _product(call, grad, node._saved_mat1 if call.index == 2 else node._saved_mat2)
+
+
+def _mm(call: Call) -> Use:
+    return _product(call, call.grad, call.node._saved_self if call.index else call.node._saved_mat2)
+
+
+def _bmm(call: Call) -> Use:
+    other = call.node._saved_self if call.index else call.node._saved_mat2
+    return Stacked([_product(call, *pair) for pair in zip(call.grad, other, strict=True)])
+
+
+def _product(call: Call, grad: Tensor, other: Tensor) -> Product:
+    # The matrix stands on the right of the data, [rows, I] @ [I, O], or on the left, [O, I] @ [I, rows].
+    rows = call.layout.rows
+    on_right = call.index == (2 if kind_of(call.node) == "Addmm" else 1)
+    return Product(rows(grad), rows(other)) if on_right else Product(rows(other.mT), rows(grad.mT))
+
+
+def _mv(call: Call) -> Use:
+    if call.index == 0:
+        raise NoRuleError("no rule for a matrix times a vector of data")
+    data = call.node._saved_self
+    return Channels(call.layout.rows(call.grad.unsqueeze(-1).expand_as(data)), call.layout.rows(data))
+
+
+def _convolution(call: Call) -> Use:
+    node, images = call.node, call.layout.images
+    if call.index == 2:
+        return Channels(call.layout.rows(call.grad.movedim(1, -1)))
+    grad, inputs = call.grad, node._saved_input
+    padding = [(p, p) for p in node._saved_padding]
+    if node._saved_transposed:
+        # The layer is the backward of a convolution: seen from its output, the roles are swapped.
+        after = [p - more for p, more in zip(node._saved_padding, node._saved_output_padding, strict=True)]
+        for dim, size in enumerate(after, 2):
+            grad = grad.narrow(dim, 0, grad.shape[dim] + min(size, 0))
+        padding = [(p, max(size, 0)) for p, size in zip(node._saved_padding, after, strict=True)]
+        inputs, grad = grad, inputs
+    return Convolution(
+        images(inputs),
+        images(grad),
+        kernel=call.shape[2:],
+        stride=node._saved_stride,
+        padding=padding,
+        dilation=node._saved_dilation,
+        groups=node._saved_groups,
+    )
+
+
+def _embedding(call: Call) -> Use:
+    node, rows = call.node, call.layout.rows
+    if node._saved_scale_grad_by_freq:
+        raise MismatchError("scale_grad_by_freq counts over the batch")
+    indices = node._saved_indices
+    return Lookup(
+        rows(indices.unsqueeze(-1)).squeeze(-1),
+        rows(call.grad),
+        rows=call.shape[0],
+        padding_idx=padding_of(node),
+    )
+
+
+def padding_of(node: Node) -> int:
+    """Read the padding index of an embedding.
+
+    Args:
+        node: The embedding's node.
+
+    Returns:
+        The index, -1 for none.
+    """
+    found = int(node._saved_padding_idx)
+    return found if found < 2**63 else -1  # kept as an unsigned number
+
+
+def _layer_norm(call: Call) -> Use:
+    node = call.node
+    inputs, dims = node._saved_input, len(node._saved_normalized_shape)
+    return _affine(call, lambda: _shifted(inputs, node._saved_result1, node._saved_result2), dims)
+
+
+def _rms_norm(call: Call) -> Use:
+    node = call.node
+    dims = len(node._saved_normalized_shape)
+    return _affine(call, lambda: node._saved_input * node._saved_result1, dims)
+
+
+def _affine(call: Call, normalized: Callable[[], Tensor], dims: int) -> Use:
+    def rows(tensor: Tensor) -> Tensor:
+        return call.layout.rows(tensor.flatten(-dims))
+
+    if call.index == 2:
+        return Channels(rows(call.grad), shape=call.shape)
+    return Channels(rows(call.grad), rows(normalized().to(call.grad.dtype)), call.shape)
+
+
+def _group_norm(call: Call) -> Use:
+    node = call.node
+
+    def normalized() -> Tensor:
+        inputs = node._saved_input
+        groups = inputs.reshape(*node._saved_result1.shape, -1)
+        mean, rstd = node._saved_result1.unsqueeze(-1), node._saved_result2.unsqueeze(-1)
+        return _shifted(groups, mean, rstd).view(inputs.shape)
+
+    return _channels_second(call, normalized)
+
+
+def _batch_norm(call: Call) -> Use:
+    node = call.node
+    mean, var = node._saved_running_mean, node._saved_running_var
+    if node._saved_training or mean is None:
+        raise MismatchError("the norm's statistics are those of the batch")
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+
+    def normalized() -> Tensor:
+        return F.batch_norm(node._saved_input, mean, var, eps=eps)
+
+    return _channels_second(call, normalized)
+
+
+def _channels_second(call: Call, normalized: Callable[[], Tensor]) -> Use:
+    def rows(tensor: Tensor) -> Tensor:
+        return call.layout.rows(tensor.movedim(1, -1))
+
+    if call.index == 2:
+        return Channels(rows(call.grad))
+    return Channels(rows(call.grad), rows(normalized().to(call.grad.dtype)))
+
+
+def _shifted(inputs: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    # (inputs - mean) * rstd in one pass over the inputs
+    return torch.addcmul(-mean * rstd, inputs, rstd)
+
+
+def _add(call: Call) -> Use:
+    return call.broadcast(call.grad * call.node._saved_alpha if call.index else call.grad)
+
+
+def _sub(call: Call) -> Use:
+    return call.broadcast(-call.grad * call.node._saved_alpha if call.index else call.grad)
+
+
+def _rsub(call: Call) -> Use:
+    return call.broadcast(-call.grad * call.node._saved_alpha)
+
+
+def _mul(call: Call) -> Use:
+    other = call.node._saved_self if call.index else call.node._saved_other
+    return call.broadcast(call.grad, other.to(call.grad.dtype))
+
+
+def _div(call: Call) -> Use:
+    other = call.node._saved_other
+    factor = other.reciprocal() if call.index == 0 else -call.node._saved_self / other.square()
+    return call.broadcast(call.grad, factor.to(call.grad.dtype))
+
+
+def _expand(call: Call) -> Use:
+    return call.broadcast(call.grad)
+
+
+def _repeat(call: Call) -> Use:
+    repeats: Sequence[int] = call.node._saved_repeats
+    sizes = [1] * (len(repeats) - len(call.shape)) + list(call.shape)
+    # Every axis as (repeats, entries); the samples are among the repeats of the first axis.
+    both = [size for pair in zip(repeats, sizes, strict=True) for size in pair]
+    aligned = [size for entries in sizes for size in (1, entries)]
+    grad = call.layout.broadcast(call.grad.reshape(both), aligned)
+    return Channels(grad, shape=call.shape)
+
+
+def _where(call: Call) -> Use:
+    condition = call.node._saved_condition
+    return call.broadcast(call.grad * (condition if call.index == 0 else ~condition))
+
+
+def _prelu(call: Call) -> Use:
+    return call.broadcast(call.grad, call.node._saved_self.clamp(max=0))
+
+
+_BROADCAST: dict[str, Rule] = {
+    "Add": _add,
+    "Addmm": _addmm,
+    "Div": _div,
+    "Expand": _expand,
+    "Mul": _mul,
+    "PreluKernel": _prelu,
+    "Repeat": _repeat,
+    "Rsub": _rsub,
+    "Sub": _sub,
+    "Where": _where,
+}
+
+_APPLIED = {
+    *("Convolution", "CudnnBatchNorm", "FusedRmsNorm", "MiopenBatchNorm", "NativeBatchNorm"),
+    *("NativeGroupNorm", "NativeLayerNorm", "PreluKernel"),
+}
+
+RULES: dict[str, Rule] = {
+    **_BROADCAST,
+    "Bmm": _bmm,
+    "Convolution": _convolution,
+    "CudnnBatchNorm": _batch_norm,
+    "Embedding": _embedding,
+    "FusedRmsNorm": _rms_norm,
+    "MiopenBatchNorm": _batch_norm,
+    "Mm": _mm,
+    "Mv": _mv,
+    "NativeBatchNorm": _batch_norm,
+    "NativeGroupNorm": _group_norm,
+    "NativeLayerNorm": _layer_norm,
+}

@@ -1,0 +1,149 @@
+"""The losses of a batch and of some of its samples, and plain autograd on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext import ops
+from unlearn_ext.fisher.engine.layout import MismatchError
+from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors
+from unlearn_ext.tasks.losses import LossFn
+
+
+class NotPerSampleError(ValueError):
+    """A loss is not one value per sample."""
+
+
+class Objective:
+    """A model and its loss, which is one value per sample.
+
+    Args:
+        model: The model, borrowed for a pass.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[n]``.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self._is_first = True
+        self.device = device_of(model)
+        halves = (torch.float16, torch.bfloat16)
+        self.is_half = torch.is_autocast_enabled(self.device.type) or any(
+            parameter.dtype in halves for parameter in model.parameters()
+        )
+
+    def losses(self, batch: Batch, n: int, *, is_whole: bool = False) -> Tensor:
+        """Compute the losses.
+
+        Args:
+            batch: A batch on the model's device.
+            n: Its number of samples.
+            is_whole: It is a batch as the user gave it, and not some samples of one.
+
+        Returns:
+            ``[n]``, with their graph.
+
+        Raises:
+            NotPerSampleError: If the loss is not one value per sample.
+            ValueError: If that of the first whole batch does not depend on the parameters.
+        """
+        # Weights that autocast has cast for an earlier pass belong to a graph that is used up.
+        torch.clear_autocast_cache()
+        values = self.loss_fn(self.model, batch)
+        if not isinstance(values, Tensor) or values.shape != (n,):
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise NotPerSampleError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
+        if is_whole:
+            if self._is_first and not values.requires_grad:
+                raise ValueError("loss_fn must return losses that depend on the parameters, got a constant")
+            self._is_first = False
+        return values
+
+    def agree(self, a: Tensor, b: Tensor) -> bool:
+        """Say whether losses of the same samples, computed in two ways, are the same but for rounding.
+
+        Args:
+            a: Losses.
+            b: The same losses, and perhaps more.
+
+        Returns:
+            False for what is wrong altogether; True where one is not finite.
+        """
+        # Rounding in the logits counts fully in the losses of samples that are fitted well.
+        floor = 3e-2 if self.is_half else 1e-4 if self.device.type == "cpu" else 1e-3
+        relative = 0.1 if self.is_half else 1e-2
+        allowed = (relative * b.abs().amax()).clamp(min=floor)
+        return bool(((a - b[: a.shape[0]]).abs() <= allowed).all() | ~torch.isfinite(b).all())
+
+
+def add_gradient(
+    loss: Tensor, chosen: Mapping[str, Tensor], totals: Mapping[str, Tensor], power: int, weight: float = 1.0
+) -> None:
+    """Add a power of the plain gradient of one loss.
+
+    Args:
+        loss: A scalar.
+        chosen: Parameter name to parameter.
+        totals: Parameter name to accumulator, written in place.
+        power: 1 or 2.
+        weight: Factor of what is added.
+    """
+    if not loss.requires_grad:  # a sample that the loss function leaves out
+        return
+    grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+    pairs = [
+        (totals[name], grad.to_dense() if grad.is_sparse else grad)
+        for name, grad in zip(chosen, grads, strict=True)
+        if grad is not None
+    ]
+    ops.fisher_accumulate_(
+        [total for total, _ in pairs], [grad for _, grad in pairs], power=power, weight=weight
+    )
+
+
+def pick(batch: Batch, n: int, samples: Iterable[int]) -> Batch:
+    """Return the batch of some samples.
+
+    Args:
+        batch: A batch in either form.
+        n: Its number of samples.
+        samples: Which ones; one may come several times.
+
+    Returns:
+        A batch of the same form; tensors that the samples share stay whole.
+    """
+    chosen = list(samples)
+    return map_tensors(lambda tensor: tensor[chosen] if is_per_sample(tensor, n) else tensor, batch)
+
+
+def in_channels_last(batch: Batch, n: int) -> Batch:
+    """Return the batch with its images in channels-last order; the values are the same.
+
+    Args:
+        batch: A batch in either form.
+        n: Its number of samples.
+
+    Returns:
+        A batch of the same form.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        is_image = tensor.ndim == 4 and tensor.is_floating_point() and is_per_sample(tensor, n)
+        return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
+
+    return map_tensors(convert, batch)
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line why a way of computing something failed.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The message, with the error's class unless it is about the layout of the samples.
+    """
+    text = str(error).strip().split("\n")[0][:100]
+    return text if isinstance(error, MismatchError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,308 @@
+"""Importances of a model's parameters on a data set, as a mapping that can be pooled, stored and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from unlearn_ext._internal.files import FileKind
+from unlearn_ext.fisher.engine import register_layer as register_layer
+
+Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
+
+ESTIMATORS: tuple[Estimator, ...] = ("per_sample", "batch", "mc")
+
+_FILE = FileKind(
+    "unlearn_ext.importance.1", owner="Importance", contents="importances", instance="saved importances"
+)
+
+
+class Importance(Mapping[str, Tensor]):
+    """Importances of a model's parameters on one data set, with what is needed to combine them.
+
+    A mapping from parameter names to non-negative tensors, float32 (float64 for double parameters). Two of
+    them can be pooled with ``+`` and one taken out of the other with ``-``, as if they had been computed on
+    the union or the difference of the data sets. The tensors are shared, not copied.
+
+    Attributes:
+        n_samples: Number of samples they are a mean over.
+        estimator: ``"per_sample"``, ``"batch"`` or ``"mc"``.
+        power: 2 for squared gradients, 1 for absolute values.
+        batch_size: Samples in the largest batch; decides the values of the ``"batch"`` estimator only.
+        n_batches: Number of batches.
+        coverage: Parameter name to how its values were computed: ``"fused"`` or ``"fallback: why"``.
+
+    Example:
+        >>> a = Importance.from_dict({"weight": torch.tensor([1.0, 3.0])}, n_samples=30)
+        >>> b = Importance.from_dict({"weight": torch.tensor([5.0, 3.0])}, n_samples=10)
+        >>> (a + b)["weight"], (a + b).n_samples
+        (tensor([2., 3.]), 40)
+        >>> ((a + b) - b)["weight"]
+        tensor([1., 3.])
+    """
+
+    __slots__ = ("_tensors", "batch_size", "coverage", "estimator", "n_batches", "n_samples", "power")
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        n_samples: int,
+        estimator: Estimator,
+        power: int,
+        batch_size: int,
+        n_batches: int,
+        coverage: Mapping[str, str],
+    ) -> None:
+        self._tensors = dict(tensors)
+        self.n_samples = n_samples
+        self.estimator = estimator
+        self.power = power
+        self.batch_size = batch_size
+        self.n_batches = n_batches
+        self.coverage = dict(coverage)
+
+    @classmethod
+    def from_dict(
+        cls,
+        tensors: Mapping[str, Tensor],
+        n_samples: int,
+        *,
+        estimator: Estimator = "per_sample",
+        power: int = 2,
+        batch_size: int = 1,
+        n_batches: int | None = None,
+    ) -> Importance:
+        """Take importances computed elsewhere.
+
+        Args:
+            tensors: Parameter name to importances, float32 or float64, non-negative; a mean over the samples
+                (over the batches for ``"batch"``), not a sum.
+            n_samples: Number of samples they were computed on, >= 1.
+            estimator: What they are; see ``fisher_diagonal``.
+            power: 2 for squares, 1 for absolute values.
+            batch_size: Samples in the largest batch.
+            n_batches: Number of batches; by default ``n_samples / batch_size``, rounded up.
+
+        Returns:
+            The importances; the tensors are shared, not copied.
+
+        Raises:
+            ValueError: If a count is not positive, a value is negative, or there is no tensor.
+            TypeError: If a value is not a float32 or float64 tensor.
+        """
+        check_estimator("Importance.from_dict", estimator, power)
+        if n_batches is None and batch_size >= 1:
+            n_batches = -(-n_samples // batch_size)
+        for name, count in (("n_samples", n_samples), ("batch_size", batch_size), ("n_batches", n_batches)):
+            if count is None or count < 1:
+                raise ValueError(f"Importance.from_dict: {name} must be at least 1, got {count}")
+        if not tensors:
+            raise ValueError("Importance.from_dict: tensors must name at least one parameter, got none")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.float32, torch.float64):
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"Importance.from_dict: {name} must be float32 or float64, got {kind}")
+            if bool((tensor < 0).any()):
+                raise ValueError(
+                    f"Importance.from_dict: {name} must be non-negative, got {tensor.min().item()}"
+                )
+        return cls(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            n_samples=n_samples,
+            estimator=estimator,
+            power=power,
+            batch_size=batch_size,
+            n_batches=cast("int", n_batches),
+            coverage=dict.fromkeys(tensors, "fallback: computed elsewhere"),
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return (
+            f"Importance({len(self)} parameters, n_samples={self.n_samples}, estimator={self.estimator!r}, "
+            f"power={self.power}, batch_size={self.batch_size}, n_batches={self.n_batches})"
+        )
+
+    def __add__(self, other: Importance) -> Importance:
+        """Pool two data sets.
+
+        Args:
+            other: Importances of the same kind on other samples.
+
+        Returns:
+            The mean over both data sets, weighted by samples; by batches for the ``"batch"`` estimator.
+
+        Raises:
+            ValueError: If estimators, powers or parameters differ, or the batch sizes of ``"batch"`` do.
+        """
+        if not isinstance(other, Importance):
+            return NotImplemented
+        check_same_kind("Importance +", self, other)
+        if self.estimator == "batch" and self.batch_size != other.batch_size:
+            raise ValueError(
+                f"Importance +: batch sizes must agree for the 'batch' estimator, got {self.batch_size} and "
+                f"{other.batch_size}"
+            )
+        return pool(self, other)
+
+    def __sub__(self, other: Importance) -> Importance:
+        """Remove a part of the data set; rounding never takes a value below 0.
+
+        Args:
+            other: Importances of the same kind on some of this data set's samples.
+
+        Returns:
+            The mean over the samples that remain.
+
+        Raises:
+            ValueError: If estimators, powers or parameters differ, no sample would remain, or the estimator
+                is ``"batch"``, where no batch belongs to either part alone.
+        """
+        if not isinstance(other, Importance):
+            return NotImplemented
+        check_same_kind("Importance -", self, other)
+        if self.estimator == "batch":
+            raise ValueError(
+                "Importance -: the 'batch' estimator has no difference, its batches mix the samples"
+            )
+        remaining = self.n_samples - other.n_samples
+        if remaining < 1:
+            raise ValueError(
+                f"Importance -: the part must be smaller than the whole, got {other.n_samples} of "
+                f"{self.n_samples} samples"
+            )
+        share = self.n_samples / remaining
+        return Importance(
+            {
+                name: (share * tensor - (share - 1) * other[name].to(tensor.device)).clamp_(min=0)
+                for name, tensor in self.items()
+            },
+            n_samples=remaining,
+            estimator=self.estimator,
+            power=self.power,
+            batch_size=self.batch_size,
+            n_batches=max(1, self.n_batches - other.n_batches),
+            coverage=_joined(self.coverage, other.coverage),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file; a failure leaves the old file, if any, as it was.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+        """
+        meta = {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
+        _FILE.save(path, self, {"importance": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Importance:
+        """Read what ``save`` has written.
+
+        Args:
+            path: The file.
+            device: Where to put the tensors.
+
+        Returns:
+            The importances.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            ValueError: If the file holds something else.
+        """
+        tensors, facts = _FILE.load(path)
+        meta = json.loads(facts["importance"])
+        return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
+
+
+def check_estimator(who: str, estimator: str, power: int) -> None:
+    """Refuse what is no kind of importance.
+
+    Args:
+        who: For the message.
+        estimator: One of ``ESTIMATORS``.
+        power: 1 or 2.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"{who}: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if power not in (1, 2):
+        raise ValueError(f"{who}: power must be 1 or 2, got {power}")
+
+
+def check_same_kind(who: str, a: Importance, b: Importance) -> None:
+    """Refuse importances that mean different things.
+
+    Args:
+        who: Whose message it is.
+        a: Importances.
+        b: Importances.
+
+    Raises:
+        ValueError: If estimators, powers, parameter names or shapes differ.
+    """
+    for what in ("estimator", "power"):
+        if getattr(a, what) != getattr(b, what):
+            raise ValueError(f"{who}: {what} must agree, got {getattr(a, what)!r} and {getattr(b, what)!r}")
+    for name in sorted(a.keys() ^ b.keys()):
+        raise ValueError(f"{who}: parameters must agree, got {name!r} on one side only")
+    for name, tensor in a.items():
+        if tensor.shape != b[name].shape:
+            raise ValueError(
+                f"{who}: shapes must agree, got {list(tensor.shape)} and {list(b[name].shape)} for {name!r}"
+            )
+
+
+def pool(a: Importance, b: Importance) -> Importance:
+    """Pool importances of one kind without asking for equal batch sizes; ``+`` is the checked form.
+
+    Args:
+        a: Importances.
+        b: Importances of the same kind, of other samples.
+
+    Returns:
+        Their mean, weighted by samples; by batches for the ``"batch"`` estimator.
+    """
+    weights = (a.n_batches, b.n_batches) if a.estimator == "batch" else (a.n_samples, b.n_samples)
+    share = weights[0] / sum(weights)
+    return Importance(
+        {name: share * tensor + (1 - share) * b[name].to(tensor.device) for name, tensor in a.items()},
+        n_samples=a.n_samples + b.n_samples,
+        estimator=a.estimator,
+        power=a.power,
+        batch_size=max(a.batch_size, b.batch_size),
+        n_batches=a.n_batches + b.n_batches,
+        coverage=_joined(a.coverage, b.coverage),
+    )
+
+
+def _joined(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+    joined = {}
+    for name, how in a.items():
+        other = b[name]
+        parts = dict.fromkeys(
+            part
+            for text in (how, other)
+            if text != "fused"
+            for part in text.removeprefix("fallback: ").split("; ")
+        )
+        joined[name] = how if how == other else "fallback: " + "; ".join(parts)
+    return joined
