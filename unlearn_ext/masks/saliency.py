@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
 from unlearn_ext.fisher.diagonal import fisher_diagonal
-from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
 from unlearn_ext.tasks import losses
 from unlearn_ext.tasks.batches import Batches, check_batches, count_samples, device_of, read_batches
@@ -33,6 +35,7 @@ class Scores(Mapping[str, Tensor]):
     Attributes:
         groups: The layers with their neurons; every scored parameter is part of exactly one.
         score: What the scores are; see ``saliency``.
+        coverage: Parameter name to how its importances were computed, where the scores are made from any.
 
     Args:
         tensors: Parameter name to scores of the parameter's shape.
@@ -40,6 +43,7 @@ class Scores(Mapping[str, Tensor]):
         score: A name for the record.
         fraction: Numerator and denominator, where the scores are a quotient: a neuron's is then the quotient
             of its means.
+        coverage: How importances were computed, by parameter name.
     """
 
     def __init__(
@@ -49,15 +53,17 @@ class Scores(Mapping[str, Tensor]):
         *,
         score: str = "given",
         fraction: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
+        coverage: Mapping[str, str] | None = None,
     ) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = with_plain_names(tensors)
+        self.coverage = dict(coverage or {})
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.groups = tuple(groups) if groups is not None else tuple(groups_by_prefix(shapes))
         self.score = score
         self._fraction = fraction
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name if name in self._tensors else plain_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -150,6 +156,7 @@ def saliency(
     Raises:
         ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, or a set is empty or a one-shot
             iterator.
+        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -172,13 +179,18 @@ def saliency(
         if retain is None:
             raise ValueError("saliency: retain must be given for the score 'ratio', got None")
         check_batches(retain, "retain")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    check_model(model, "saliency")
+    parameters = {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
     if not parameters:
         raise ValueError("saliency: the model must have a trainable parameter, got none")
     groups = neuron_groups(model, forget, loss_fn=loss_fn)
 
+    coverage: dict[str, str] = {}
+
     def fisher(data: Batches, power: int = 2) -> Importance:
-        return fisher_diagonal(model, data, loss_fn=loss_fn, power=power, progress=progress)
+        importance = fisher_diagonal(model, data, loss_fn=loss_fn, power=power, progress=progress)
+        coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
+        return importance
 
     fraction: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
     tensors: Mapping[str, Tensor]
@@ -206,7 +218,7 @@ def saliency(
                 gradient.mul_(parameters[name].detach())
         for gradient in tensors.values():
             gradient.abs_()
-    return Scores(tensors, groups, score=score, fraction=fraction)
+    return Scores(tensors, groups, score=score, fraction=fraction, coverage=coverage)
 
 
 def _accumulator(parameter: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def retrain(
     """
     check_batches(retain, "retain")
     settings = {"make_model": callable_name(make_model), "train": callable_name(train)}
-    with unlearning(model, "retrain", settings, generator=generator) as run, run.phase("train"):
+    with unlearning(model, "retrain", settings, generator=generator, data=(forget, retain)) as run, run.phase("train"):
         new = make_model().to(device_of(model))
         _check_new(model, new)
         new.train()
@@ -133,7 +133,7 @@ def finetune(
         "weight_decay": weight_decay,
         "loss_fn": callable_name(loss_fn),
     }
-    with unlearning(model, "finetune", settings, generator=generator) as run:
+    with unlearning(model, "finetune", settings, generator=generator, data=(forget, retain)) as run:
         model.train()
         optimizer = torch.optim.SGD(
             trainable(model, "finetune"), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -202,7 +202,7 @@ def gradient_ascent(
         epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
     limit = max(1.0, math.log(n_classes(model, forget)) / 2) if cap is None else cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, "loss_fn": callable_name(loss_fn)}
-    with unlearning(model, "gradient_ascent", settings, generator=generator) as run:
+    with unlearning(model, "gradient_ascent", settings, generator=generator, data=(forget, retain)) as run:
         train_with_fixed_statistics(model)
         # No momentum: it would carry on after the cap has been reached.
         optimizer = torch.optim.SGD(trainable(model, "gradient_ascent"), lr=lr)
@@ -288,11 +288,11 @@ def neg_grad_plus(
         "cap": limit,
         "loss_fn": callable_name(loss_fn),
     }
-    with unlearning(model, "neg_grad_plus", settings, generator=generator) as run:
+    with unlearning(model, "neg_grad_plus", settings, generator=generator, data=(forget, retain)) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.SGD(trainable(model, "neg_grad_plus"), lr=lr, momentum=momentum)
         loop.train(
-            run, "both", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
+            run, "both", Paired("neg_grad_plus", retain, forget=forget), objective, optimizer, epochs=epochs, progress=progress
         )
     return run.result()
 
@@ -354,11 +354,11 @@ def random_label(
         return loss_fn(model, kept).mean() + loss_fn(model, wrong).mean()
 
     settings = {"epochs": epochs, "lr": lr, "loss_fn": callable_name(loss_fn)}
-    with unlearning(model, "random_label", settings, generator=generator) as run:
+    with unlearning(model, "random_label", settings, generator=generator, data=(forget, retain)) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(trainable(model, "random_label"), lr=lr)
         loop.train(
-            run, "relabel", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
+            run, "relabel", Paired("random_label", retain, forget=forget), objective, optimizer, epochs=epochs, progress=progress
         )
     return run.result()
 

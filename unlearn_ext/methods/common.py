@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches
 from unlearn_ext.tasks.outputs import scores_and_labels
 
@@ -61,7 +63,7 @@ def n_classes(model: nn.Module, data: Batches) -> int:
     Raises:
         ValueError: If there is no sample.
     """
-    with borrowed(model), torch.no_grad():
+    with borrowed(model), random_states_kept(data), torch.no_grad():
         for batch in read_batches(data, device_of(model)):
             if count_samples(batch):
                 return scores_and_labels(model, batch)[0].shape[-1]
@@ -84,7 +86,7 @@ def count_batches(data: Batches) -> int:
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:  # a DataLoader of a stream has the method, and no answer
-        with torch.random.fork_rng([]):
+        with random_states_kept(data):
             return sum(1 for _ in data)
 
 
@@ -105,25 +107,154 @@ def epochs_of(steps: int, data: Batches) -> int:
     return math.ceil(steps / max(1, count_batches(data)))
 
 
-class Paired:
-    """Every batch of one set together with one of another, which starts again when it ends; re-iterable.
+def check_count(who: str, name: str, value: object, least: int = 0) -> None:
+    """Refuse what is no number of epochs or steps.
 
     Args:
-        first: Read once per pass.
-        second: Read as often as it takes.
+        who: Whose message it is.
+        name: Name of the argument.
+        value: What was given.
+        least: The least that makes sense.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is less than ``least``.
+
+    Example:
+        >>> check_count("finetune", "epochs", -1)
+        Traceback (most recent call last):
+        ValueError: finetune: epochs must be >= 0, got -1
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{who}: {name} must be >= {least}, got {value}")
+
+
+@contextmanager
+def single_values_normalised(model: nn.Module) -> Iterator[None]:
+    """Let batch normalisations in train mode take batches of one sample.
+
+    With a single value per channel there is no variance to divide by, and torch refuses. Inside, such a call
+    uses the running statistics, as in eval mode, and does not move them; all other calls are as ever.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> with single_values_normalised(model):
+        ...     model(torch.ones(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    switched: list[nn.Module] = []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0] if args else None
+        if not (module.training and isinstance(values, Tensor) and values.ndim > 1):
+            return
+        if values.numel() == values.shape[1]:
+            if module.running_mean is None:
+                raise ValueError(
+                    "a batch normalisation without running statistics must get more than one value per channel, "
+                    "got a batch of one sample; leave such batches out (drop_last=True)"
+                )
+            module.training = False
+            switched.append(module)
+
+    def after(module: nn.Module, *_: object) -> None:
+        if module in switched:
+            switched.remove(module)
+            module.training = True
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Endless:
+    """The batches of a set one after the other, from the first again after the last.
+
+    Args:
+        who: Whose message it is.
+        name: Name of the set, for messages.
+        data: Re-iterable batches.
     """
 
-    def __init__(self, first: Batches, second: Batches) -> None:
+    def __init__(self, who: str, name: str, data: Batches) -> None:
+        self._who, self._name, self._data = who, name, data
+        self._batches: Iterator[Batch] = iter(())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self._data)
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f"{self._who}: {self._name} must hold a batch, got none")
+        return batch
+
+
+class Paired:
+    """Every batch of one set together with one of another; re-iterable.
+
+    The second set goes on from one pass to the next and starts again when it ends, so that all of its samples
+    are read equally often, however small the first set is.
+
+    Args:
+        who: Whose message it is.
+        first: Read once per pass.
+        **second: The other set, under its name for messages.
+
+    Example:
+        >>> pairs = Paired("example", [(1,), (2,)], retain=[("a",), ("b",), ("c",)])
+        >>> list(pairs), list(pairs)
+        ([((1,), ('a',)), ((2,), ('b',))], [((1,), ('c',)), ((2,), ('a',))])
+    """
+
+    def __init__(self, who: str, first: Batches, **second: Batches) -> None:
+        ((name, data),) = second.items()
         self._first = first
-        self._second = second
+        self._second = Endless(who, name, data)
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
-        others: Iterator[Batch] = iter([])
         for batch in self._first:
-            other = next(others, None)
-            if other is None:
-                others = iter(self._second)
-                other = next(others, None)
-                if other is None:
-                    raise ValueError("forget must hold a batch, got none")
-            yield batch, other
+            yield batch, next(self._second)
+
+
+class Portion:
+    """A share of a set's batches per pass, at least one, each pass going on where the last ended; re-iterable.
+
+    Args:
+        who: Whose message it is.
+        name: Name of the set, for messages.
+        data: Re-iterable batches.
+        share: In (0, 1].
+
+    Example:
+        >>> part = Portion("example", "retain", [("a",), ("b",), ("c",)], 0.5)
+        >>> list(part), list(part)
+        ([('a',), ('b',)], [('c',), ('a',)])
+    """
+
+    def __init__(self, who: str, name: str, data: Batches, share: float) -> None:
+        self._data, self._share = data, share
+        self._batches = Endless(who, name, data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        n = max(1, math.ceil(self._share * count_batches(self._data) - 1e-9))
+        for _ in range(n):
+            yield next(self._batches)

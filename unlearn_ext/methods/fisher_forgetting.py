@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.methods.common import n_classes, trainable
 from unlearn_ext.methods.run import unlearning
@@ -88,7 +89,7 @@ def fisher_forgetting(
     check_batches(retain, "retain")
     trainable(model, "fisher_forgetting")
     settings: dict[str, object] = {"scale": scale, "estimator": estimator}
-    with unlearning(model, "fisher_forgetting", settings, generator=generator) as run:
+    with unlearning(model, "fisher_forgetting", settings, generator=generator, data=(forget, retain)) as run:
         rows = _classes_gone(forget, retain) if forget_classes is None else sorted(set(forget_classes))
         run.hyperparameters["forget_classes"] = rows
         classes = n_classes(model, retain)
@@ -96,7 +97,7 @@ def fisher_forgetting(
             fisher = _fisher(model, retain, classes, estimator, progress)
         output = _output_layer(fisher, classes)
         with run.phase("noise"), torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in parameters_by_name(model).items():
                 if name not in fisher:
                     continue
                 variance = 1 / (fisher[name] + _DAMPING)

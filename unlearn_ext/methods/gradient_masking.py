@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_ext import ops
+from unlearn_ext._internal.names import parameters_by_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.masks.saliency import Score, saliency
 from unlearn_ext.masks.selection import Granularity, select_mask
@@ -307,7 +308,7 @@ def _run(
     generator: torch.Generator | None,
     progress: bool,
 ) -> UnlearnResult:
-    with unlearning(model, method, settings, generator=generator) as run:
+    with unlearning(model, method, settings, generator=generator, data=(forget, retain)) as run:
         with run.phase("mask"):
             if masks is None:
                 scores = saliency(
@@ -319,13 +320,14 @@ def _run(
                     granularity=settings["granularity"],
                     min_depth=settings["min_depth"],
                 )
+                run.coverage = dict(scores.coverage)
                 del scores
-            chosen = _freeze_the_rest(model, method, masks)
+            chosen = _selected(model, method, masks)
         goal = settings["objective"]
         objective = _objective(model, goal, forget, loss_fn, settings["retain_weight"])
         optimizer = _optimizer(model, chosen, settings)
         with _training_mode(model, settings["freeze_norm_stats"]):
-            data = _Tagged(goal, forget, retain, paired=settings["retain_weight"] != 0)
+            data = _Tagged(method, goal, forget, retain, paired=settings["retain_weight"] != 0)
             saving = _RowsOnly(run, chosen, objective)
             run.record("mask", **_facts(model, chosen))
             train(
@@ -334,6 +336,7 @@ def _run(
                 data,
                 saving,
                 optimizer,
+                parameters=saving.parameters.values(),
                 epochs=settings["epochs"],
                 schedule=lambda epoch: _cosine(settings["lr"], epoch, settings["epochs"]),
                 progress=progress,
@@ -347,15 +350,16 @@ def _cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (0.1 + 0.9 * half)
 
 
-def _freeze_the_rest(model: nn.Module, method: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Freezes every parameter of which nothing is selected; the packed masks of the others.
+def _selected(model: nn.Module, method: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # The packed masks of the parameters of which something is selected.
+    given = with_plain_names(masks)
     chosen: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_by_name(model).items():
         if not parameter.requires_grad:
             continue
-        if name not in masks:
+        if name not in given:
             raise ValueError(f"{method}: masks must name every trainable parameter, got none for {name!r}")
-        mask = masks[name].to(parameter.device)
+        mask = given[name].to(parameter.device)
         if mask.dtype == torch.bool:
             if mask.shape != parameter.shape:
                 raise ValueError(
@@ -368,15 +372,13 @@ def _freeze_the_rest(model: nn.Module, method: str, masks: Mapping[str, Tensor])
             raise ValueError(f"{method}: masks[{name!r}] must be bool or packed uint8, got {got}")
         if bool(mask.any()):
             chosen[name] = mask
-        else:
-            parameter.requires_grad_(False)
     if not chosen:
         raise ValueError(f"{method}: masks must select at least one scalar, got none")
     return chosen
 
 
 def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     counts = {
         name: int(ops.unpack_mask(mask, list(parameters[name].shape)).sum()) for name, mask in chosen.items()
     }
@@ -388,7 +390,7 @@ def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def _optimizer(model: nn.Module, chosen: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Optimizer:
-    parameters = [(name, p) for name, p in model.named_parameters() if name in chosen]
+    parameters = [(name, p) for name, p in parameters_by_name(model).items() if name in chosen]
     lr, decay = settings["lr"], settings["weight_decay"]
     if settings["optimizer"] == "adamw":
         return MaskedAdamW(parameters, lr, weight_decay=decay, masks=chosen)
@@ -413,15 +415,17 @@ def _training_mode(model: nn.Module, freeze: bool) -> Iterator[None]:
 class _Tagged:
     """Batches with what they are for: ``("forget", batch)``, ``("retain", batch)``, ``("both", f, r)``."""
 
-    def __init__(self, goal: Goal, forget: Batches, retain: Batches | None, *, paired: bool) -> None:
-        self._goal, self._forget, self._retain, self._paired = goal, forget, retain, paired
+    def __init__(
+        self, method: str, goal: Goal, forget: Batches, retain: Batches | None, *, paired: bool
+    ) -> None:
+        self._goal, self._forget, self._retain = goal, forget, retain
+        self._pairs = Paired(method, forget, retain=retain) if paired and retain is not None else None
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self._goal == "finetune":
             pass
-        elif self._paired:
-            assert self._retain is not None
-            for forget, retain in Paired(self._forget, self._retain):
+        elif self._pairs is not None:
+            for forget, retain in self._pairs:
                 yield "both", forget, retain
         else:
             for batch in self._forget:
@@ -472,15 +476,16 @@ class _RowsOnly:
         objective: What to minimise.
 
     Attributes:
+        parameters: What is trained, by name.
         facts: For the record: the weights concerned, or why there are none.
     """
 
     def __init__(self, run: Run, chosen: Mapping[str, Tensor], objective: Objective) -> None:
         self._run, self._chosen, self._objective = run, chosen, objective
-        self._parameters = {name: p for name, p in run.model.named_parameters() if name in chosen}
+        self.parameters = {name: p for name, p in parameters_by_name(run.model).items() if name in chosen}
         rows: dict[Tensor, Tensor] = {}
         self._weights: list[str] = []
-        for name, p in self._parameters.items():
+        for name, p in self.parameters.items():
             if p.ndim < 2:
                 continue
             mask = ops.unpack_mask(chosen[name], [p.shape[0], p.numel() // p.shape[0]])
@@ -516,7 +521,7 @@ class _RowsOnly:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
         if mode.calls == 0:
             return "the model has no plain linear or convolutional layer among the selected"
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             mask = ops.unpack_mask(self._chosen[name], list(parameter.shape))
             expected, got = plain[name][mask].float(), rows[name][mask].float()
             tolerance = 0.1 if parameter.dtype in (torch.float16, torch.bfloat16) else 1e-3
@@ -530,15 +535,15 @@ class _RowsOnly:
         self, model: nn.Module, batch: Batch, mode: RowGradients | None = None
     ) -> dict[str, Tensor]:
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        devices = {p.device.index for p in self._parameters.values() if p.is_cuda}
+        devices = {p.device.index for p in self.parameters.values() if p.is_cuda}
         with torch.random.fork_rng(devices):  # the same dropout and the same labels every time
             if mode is None:
                 loss = self._objective(model, batch).mean()
             else:
                 with mode:
                     loss = self._objective(model, batch).mean()
-        grads = torch.autograd.grad(loss, list(self._parameters.values()), materialize_grads=True)
+        grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        return dict(zip(self._parameters, grads, strict=True))
+        return dict(zip(self.parameters, grads, strict=True))

@@ -311,4 +311,6 @@ def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Impo
         batch_size=importance.batch_size,
         n_batches=importance.n_batches,
         coverage=importance.coverage,
+        loss=importance.loss,
+        weights_digest=importance.weights_digest,
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics, trainable
+from unlearn_ext.methods.common import Paired, Portion, check_count, n_classes, train_with_fixed_statistics, trainable
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
@@ -48,7 +48,8 @@ def bad_teacher(
         retain: The retain set.
         incompetent: The untrained teacher. By default a copy of the model in which every layer is
             initialised afresh by its ``reset_parameters``, and N(0, 0.02^2) where there is none.
-        retain_share: Share of the retain batches that is used in an epoch, in (0, 1].
+        retain_share: Share of the retain batches that is used in an epoch, in (0, 1]; the next epoch goes on
+            with those that follow.
         epochs: Passes over them.
         lr: Learning rate.
         temperature: Of both distributions, > 0.
@@ -85,7 +86,7 @@ def bad_teacher(
         "lr": lr,
         "temperature": temperature,
     }
-    with unlearning(model, "bad_teacher", settings, generator=generator) as run:
+    with unlearning(model, "bad_teacher", settings, generator=generator, data=(forget, retain)) as run:
         competent = _teacher(model)
         ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
 
@@ -98,7 +99,7 @@ def bad_teacher(
 
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(trainable(model, "bad_teacher"), lr=lr)
-        pairs = Paired(_Part(retain, retain_share), forget)
+        pairs = Paired("bad_teacher", Portion("bad_teacher", "retain", retain, retain_share), forget=forget)
         train(run, "distil", pairs, objective, optimizer, epochs=epochs, progress=progress)
     return run.result()
 
@@ -171,7 +172,7 @@ def scrub(
         "temperature": temperature,
         "cap": limit,
     }
-    with unlearning(model, "scrub", settings, generator=generator) as run:
+    with unlearning(model, "scrub", settings, generator=generator, data=(forget, retain)) as run:
         original = _teacher(model)
 
         def disobey(model: nn.Module, batch: Batch) -> Tensor:
@@ -214,19 +215,6 @@ def divergence(teacher: nn.Module, student: nn.Module, batch: Batch, temperature
         return values
     counted = labels >= 0
     return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
-
-
-class _Part:
-    """A share of the batches, spread evenly over a pass, the first of them always; re-iterable."""
-
-    def __init__(self, data: Batches, share: float) -> None:
-        self._data = data
-        self._share = share
-
-    def __iter__(self) -> Iterator[Batch]:
-        for index, batch in enumerate(self._data):
-            if math.ceil((index + 1) * self._share - 1e-9) > math.ceil(index * self._share - 1e-9):
-                yield batch
 
 
 def _check_temperature(who: str, temperature: float) -> None:

@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.modules import check_model, eager
+from unlearn_ext._internal.names import modules_by_name, plain_module_name, with_plain_names
 from unlearn_ext.subspace.layers import Layer, layer_of
 from unlearn_ext.tasks.batches import Batches, check_batches, count_samples, device_of, read_batches
 from unlearn_ext.tasks.outputs import logits
@@ -84,11 +86,11 @@ class ActivationGram(Mapping[str, Tensor]):
                     f"ActivationGram: {name} must be [d, d], [groups, d, d] or [tokens], "
                     f"got {list(tensor.shape)}"
                 )
-        self._tensors = dict(tensors)
+        self._tensors = with_plain_names(tensors, plain_module_name)
         self.n_samples = n_samples
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name if name in self._tensors else plain_module_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -196,7 +198,8 @@ def activation_gram(
     one that does not run has no entry. Rows are raw inputs: not centred, and without the bias's constant 1.
 
     The model runs in eval mode, without gradients; forward hooks see the inputs, and nothing in the model is
-    replaced. Training flags, hooks, buffers and the global random state are as before afterwards, also after
+    replaced. A compiled model runs eagerly, since compiled code calls no hooks; names are those that it has
+    without a wrapper. Training flags, hooks, buffers and the global random state are as before afterwards, also after
     an exception. Memory is that of the totals, 8 d^2 bytes per layer; patches are never stored as a whole.
 
     Args:
@@ -210,7 +213,8 @@ def activation_gram(
 
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, or ``modules`` names a module that is not
-            there or not covered.
+            there or not covered, or no covered layer ran.
+        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
         FloatingPointError: If a total is NaN or infinite; the message names the module.
 
     Source:
@@ -226,6 +230,7 @@ def activation_gram(
         ([[10.0, 14.0], [14.0, 20.0]], 2)
     """
     batches = check_batches(data)
+    check_model(model, "activation_gram")
     chosen = _chosen_modules(model, modules)
     totals: dict[str, Tensor] = {}
 
@@ -237,7 +242,7 @@ def activation_gram(
         layer.add(totals[name], *inputs)
 
     n_samples = 0
-    with borrowed(model), torch.no_grad(), _watched(model, chosen, record):
+    with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
         for batch in read_batches(
             batches, device_of(model), description="activation Gram matrices", progress=progress
         ):
@@ -259,7 +264,7 @@ _Chosen: TypeAlias = dict[nn.Module, tuple[str, Layer]]
 
 
 def _chosen_modules(model: nn.Module, names: Iterable[str] | None) -> _Chosen:
-    known = dict(model.named_modules())
+    known = modules_by_name(model)
     layers = {name: layer_of(module) for name, module in known.items()}
     wanted = set(known) if names is None else {names} if isinstance(names, str) else set(names)
     for name in sorted(wanted if names is not None else ()):
