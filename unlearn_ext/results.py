@@ -25,8 +25,8 @@ class UnlearnResult:
         changed: Share of the model's scalar parameters whose value changed, in [0, 1].
         changed_per_parameter: The same for each parameter, by name.
         history: What happened, phase by phase or step by step.
-        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``, where
-            the method computed any.
+        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``,
+            where the method computed any.
 
     Example:
         >>> result = UnlearnResult("ssd", {"alpha": 2.0}, {"importance": 0.5}, 0.1, {"weight": 0.1}, ())

@@ -17,8 +17,8 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     Restored, also after an exception or an interrupt: the training flag of every module, ``requires_grad``
     and ``.grad`` of every parameter (the same tensor with the same content), and the global random states of
-    torch (CPU and the model's CUDA devices), NumPy and Python. Inside, gradients are None and autograd works even where the
-    caller has turned it off.
+    torch (CPU and the model's CUDA devices), NumPy and Python. Inside, gradients are None and autograd
+    works even where the caller has turned it off.
 
     Args:
         model: The user's model.

@@ -62,8 +62,8 @@ def check_model(model: nn.Module, who: str) -> None:
     for name, parameter in model.named_parameters():
         if tensors is not None and isinstance(parameter, tensors.DTensor):
             raise NotImplementedError(
-                f"{who}: model must not be sharded, got the DTensor {name}; call it on an unsharded model with "
-                "the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                f"{who}: model must not be sharded, got the DTensor {name}; call it on an unsharded model "
+                "with the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True), and load the result back"
             )
         if parameter.device.type == "meta":
@@ -75,16 +75,17 @@ def check_model(model: nn.Module, who: str) -> None:
 
 def _check_module(name: str, module: nn.Module, who: str) -> None:
     what = f"its part {name}" if name else "model"
-    where = f"model.{name}.module" if name else "model.module"
+    kind = type(module).__name__
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = f"model.{name}.module" if name else "model.module"
+        is_many = not isinstance(module, nn.DataParallel)
+        then = ", on one rank, and send the result to the others" if is_many else ""
         raise NotImplementedError(
-            f"{who}: {what} must not be wrapped in {type(module).__name__}; pass what it wraps, {where}"
-            + ("" if isinstance(module, nn.DataParallel) else ", on one rank, and send the result to the others")
+            f"{who}: {what} must not be wrapped in {kind}; pass what it wraps, {inner}{then}"
         )
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
         raise NotImplementedError(
-            f"{who}: {what} must not be wrapped in FullyShardedDataParallel; call it on an unsharded model with "
-            "the full state dict (FullyShardedDataParallel.state_dict_type with FULL_STATE_DICT), and load the "
-            "result back"
+            f"{who}: {what} must not be wrapped in {kind}; call it on an unsharded model with the full state "
+            "dict (FullyShardedDataParallel.state_dict_type with FULL_STATE_DICT), and load the result back"
         )

@@ -127,7 +127,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matcher(patterns: str | Iterable[str] | None, who: str) -> Callable[[str], bool]:
-    """Say which parameters some patterns mean, as ``target_modules`` of PEFT does.
+    r"""Say which parameters some patterns mean, as ``target_modules`` of PEFT does.
 
     Args:
         patterns: One or several. Each is a regular expression that matches the whole name of a parameter or
@@ -143,30 +143,30 @@ def matcher(patterns: str | Iterable[str] | None, who: str) -> Callable[[str], b
         TypeError: If one is not a string.
 
     Example:
-        >>> is_meant = matcher(["head", r"blocks\\.[01]\\..*", "*.bias"], "example")
+        >>> is_meant = matcher(["head", r"blocks\.[01]\..*", "*.bias"], "example")
         >>> [is_meant(name) for name in ("model.head.weight", "blocks.1.w", "blocks.2.w", "blocks.2.bias")]
         [True, True, False, True]
     """
     if patterns is None:
         return lambda _: False
-    known = [patterns] if isinstance(patterns, str) else list(patterns)
+    known: list[object] = [patterns] if isinstance(patterns, str) else list(patterns)
     if not known:
         raise ValueError(f"{who}: patterns of parameter names must be at least one, got none")
-    expressions = []
+    expressions: list[tuple[str, re.Pattern[str]]] = []
     for pattern in known:
         if not isinstance(pattern, str):
             kind = type(pattern).__name__
             raise TypeError(f"{who}: patterns of parameter names must be strings, got {kind}")
         try:
-            expressions.append(re.compile(pattern))
+            expressions.append((pattern, re.compile(pattern)))
         except re.error:
-            expressions.append(re.compile(fnmatch.translate(pattern)))
+            expressions.append((pattern, re.compile(fnmatch.translate(pattern))))
 
     def matches(name: str) -> bool:
         names = {name, layer_name(name)}
         return any(
             expression.fullmatch(one) or one == pattern or one.endswith(f".{pattern}")
-            for pattern, expression in zip(known, expressions, strict=True)
+            for pattern, expression in expressions
             for one in names
         )
 

@@ -39,8 +39,8 @@ class Importance(Mapping[str, Tensor]):
         n_batches: Number of batches.
         coverage: Parameter name to how its values were computed: ``"fused"`` or ``"fallback: why"``.
         loss: Full name of the loss; None where it is not known.
-        weights_digest: Tells with which weights they were computed (``weights_fingerprint`` of the model); None
-            where that is not known. Set it to None to have it overlooked.
+        weights_digest: Tells with which weights they were computed (``weights_fingerprint`` of the model);
+            None where that is not known. Set it to None to have it overlooked.
 
     Names of parameters are those that the model has without a wrapper: ``torch.compile`` and the like do not
     matter, in looking up either.
@@ -180,7 +180,7 @@ class Importance(Mapping[str, Tensor]):
         """
         if not isinstance(other, Importance):
             return NotImplemented
-        check_same_kind("Importance +", self, other)
+        check_same_kind("Importance +", self, other, same_weights=True)
         if self.estimator == "batch" and self.batch_size != other.batch_size:
             raise ValueError(
                 f"Importance +: batch sizes must agree for the 'batch' estimator, got {self.batch_size} and "
@@ -198,12 +198,12 @@ class Importance(Mapping[str, Tensor]):
             The mean over the samples that remain.
 
         Raises:
-            ValueError: If estimators, powers, losses, weights or parameters differ, no sample would remain, or
-                the estimator is ``"batch"``, where no batch belongs to either part alone.
+            ValueError: If estimators, powers, losses, weights or parameters differ, no sample would remain,
+                or the estimator is ``"batch"``, where no batch belongs to either part alone.
         """
         if not isinstance(other, Importance):
             return NotImplemented
-        check_same_kind("Importance -", self, other)
+        check_same_kind("Importance -", self, other, same_weights=True)
         if self.estimator == "batch":
             raise ValueError(
                 "Importance -: the 'batch' estimator has no difference, its batches mix the samples"
@@ -279,7 +279,7 @@ def check_estimator(who: str, estimator: str, power: int) -> None:
         raise ValueError(f"{who}: power must be 1 or 2, got {power}")
 
 
-def check_same_kind(who: str, a: Importance, b: Importance, *, same_weights: bool = True) -> None:
+def check_same_kind(who: str, a: Importance, b: Importance, *, same_weights: bool = False) -> None:
     """Refuse importances that mean different things.
 
     Args:
@@ -302,8 +302,8 @@ def check_same_kind(who: str, a: Importance, b: Importance, *, same_weights: boo
     digests = (a.weights_digest, b.weights_digest)
     if same_weights and None not in digests and len(set(digests)) > 1:
         raise ValueError(
-            f"{who}: the weights that importances are computed with must agree, got those of {digests[0]} and "
-            f"{digests[1]}; compute both again on the model as it is, or set weights_digest of one to None"
+            f"{who}: the weights that importances are computed with must agree, got {digests[0]} "
+            f"and {digests[1]}; compute both again on the model as it is, or set a weights_digest to None"
         )
     for name in sorted(a.keys() ^ b.keys()):
         raise ValueError(f"{who}: parameters must agree, got {name!r} on one side only")
@@ -328,8 +328,8 @@ def check_weights(who: str, importance: Importance, model: nn.Module) -> None:
     known = importance.weights_digest
     if known is not None and known != (now := weights_fingerprint(model)):
         raise ValueError(
-            f"{who}: importances must be those of the model's weights, got importances of weights {known} for "
-            f"a model with {now} (trained on, unlearned or converted since?); compute them again, or set "
+            f"{who}: importances must be those of the model's weights, got importances of weights {known} "
+            f"for a model with {now} (trained on, unlearned or converted since?); compute them again, or set "
             "weights_digest to None to use them all the same"
         )
 
@@ -353,8 +353,8 @@ def check_covers(who: str, full: Importance, forget: Importance) -> None:
         forget: Importances of a part of it.
 
     Raises:
-        ValueError: If there are fewer samples than in the part, or any scalar breaks the rule beyond rounding;
-            the message has the share of those that do.
+        ValueError: If there are fewer samples than in the part, or any scalar breaks the rule beyond
+            rounding; the message has the share of those that do.
     """
     what = "importances of the full set must cover the forget set"
     if full.n_samples < forget.n_samples:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -19,9 +19,9 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.modules import eager, is_hf_conv1d
 from unlearn_ext._internal.names import modules_by_name, parameters_by_name
 from unlearn_ext.fisher.engine.graph import Node, kind_of
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches, take_samples
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -139,19 +139,31 @@ class _Layer:
 
 
 def neuron_groups(
-    model: nn.Module, data: Batches, *, loss_fn: LossFn = losses.cross_entropy
+    model: nn.Module,
+    data: Batches,
+    *,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[NeuronGroup, ...]:
     """Find out which scalars make up the neurons of every layer.
 
     Args:
         model: The model; run in eval mode on a few samples, left as it was.
         data: Re-iterable batches, of which the first is looked at.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        task: What the model is for.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        names: The parameters to look at; None: all that are trainable.
 
     Returns:
-        The layers; every trainable parameter is part of exactly one.
+        The layers; every parameter looked at is part of exactly one.
     """
-    scored = {name: tuple(p.shape) for name, p in parameters_by_name(model).items() if p.requires_grad}
+    chosen = task if task is not None and loss_fn is None else resolve(task, loss_fn, who="neuron_groups")
+    scored = {
+        name: tuple(p.shape)
+        for name, p in parameters_by_name(model).items()
+        if (p.requires_grad if names is None else name in names)
+    }
     groups = {group.name: group for group in module_groups(model, scored)}
     layers = [
         _Layer(name, module, groups.get(name), is_norm)
@@ -159,9 +171,9 @@ def neuron_groups(
         if (is_norm := _is_norm(module)) or _channels_out(module)
     ]
     first = next(iter(read_batches(data, device_of(model))), None)
-    if first is not None and count_samples(first):
-        batch = take_samples(first, 0, min(4, count_samples(first)))
-        _connect(model, batch, loss_fn, layers, groups)
+    if first is not None and chosen.count(first):
+        batch = chosen.select(first, range(min(4, chosen.count(first))))
+        _connect(model, batch, chosen.loss, layers, groups)
     return tuple(groups.values())
 
 

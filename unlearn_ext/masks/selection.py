@@ -87,8 +87,8 @@ def select_mask(
         raise ValueError(f"select_mask: min_depth must lie in [0, 1), got {min_depth}")
     known = scores if isinstance(scores, Scores) else Scores(scores)
     deep = known.groups[int(min_depth * len(known.groups)) :]
-    names = [part.name for group in deep for part in group.parts]
-    groups = list(_kept(deep, set(chosen_names(names, include, exclude, "select_mask"))))
+    known_names = [part.name for group in deep for part in group.parts]
+    groups = list(_kept(deep, set(chosen_names(known_names, include, exclude, "select_mask"))))
     if not groups:
         raise ValueError("select_mask: scores must hold a scalar, got none")
 

@@ -14,7 +14,7 @@ from unlearn_ext.methods.ssd import plan_ssd, ssd
 from unlearn_ext.methods.ssd_plan import SsdPlan
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
 from unlearn_ext.methods.teachers import bad_teacher, scrub
-from unlearn_ext.methods.unsir import unsir, unsir_by_data
+from unlearn_ext.methods.unsir import unsir
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import Batches
 
@@ -44,5 +44,4 @@ __all__ = [
     "ssd",
     "unlearn",
     "unsir",
-    "unsir_by_data",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,28 +11,112 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.names import chosen_names, parameters_by_name
+from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import random_states_kept
-from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, cross_entropy, resolve
 
 
-def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
+def prepared(who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | None) -> Task:
+    """Look at what every method is called with, before anything is done.
+
+    Args:
+        who: The method.
+        model: The model.
+        task: What the user passed.
+        loss_fn: What the user passed.
+
+    Returns:
+        The task, whose ``loss`` is the user's where one was given.
+    """
+    check_model(model, who)
+    return resolve(task, loss_fn, who=who)
+
+
+def required(who: str, **sets: Batches | None) -> None:
+    """Refuse sets that are missing or cannot be read more than once.
+
+    Args:
+        who: The method.
+        **sets: Sets by the names of their arguments.
+
+    Raises:
+        ValueError: If one is None, or a one-shot iterator.
+
+    Example:
+        >>> required("finetune", retain=None)
+        Traceback (most recent call last):
+        ValueError: finetune: retain must be given, got None
+    """
+    for name, data in sets.items():
+        if data is None:
+            raise ValueError(f"{who}: {name} must be given, got None")
+        check_batches(data, name)
+
+
+def facts_of(task: Task | None, loss_fn: LossFn | None) -> dict[str, object]:
+    """Return what a record says of task and loss.
+
+    Args:
+        task: What the user passed.
+        loss_fn: What the user passed.
+
+    Returns:
+        The task, where one was given, and the name of the loss, where it is not the task's.
+    """
+    facts: dict[str, object] = {} if task is None else {"task": repr(task)}
+    if task is None or loss_fn is not None:
+        facts["loss_fn"] = callable_name(cross_entropy if loss_fn is None else loss_fn)
+    return facts
+
+
+@contextmanager
+def what_a_task_must_have(who: str, instead: str = "") -> Iterator[None]:
+    """Say of what a task lacks who needs it, and what can be done.
+
+    Args:
+        who: The method.
+        instead: What works for such tasks.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NotImplementedError: If the task raises it.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{who}: {error}{'; ' if instead else ''}{instead}") from error
+
+
+def trainable(
+    model: nn.Module,
+    method: str,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> dict[str, nn.Parameter]:
     """Return the parameters that may change.
 
     Args:
         model: The model.
         method: For the message.
+        include: Patterns of those that may; see ``chosen_names``.
+        exclude: Patterns of those that may not.
 
     Returns:
-        Those that require grad, at least one.
+        Those that require grad, by plain name, at least one.
 
     Raises:
         ValueError: If there is none.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
     if not parameters:
         raise ValueError(f"{method}: model must have a trainable parameter, got none")
-    return parameters
+    return {name: parameters[name] for name in chosen_names(parameters, include, exclude, method)}
 
 
 def train_with_fixed_statistics(model: nn.Module) -> None:
@@ -50,24 +134,53 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def n_classes(model: nn.Module, data: Batches) -> int:
+def n_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
     """Ask the model for the number of its classes.
 
     Args:
+        who: The method.
         model: The model; left as it was.
         data: Its first non-empty batch is read.
+        task: The task.
 
     Returns:
-        The size of the logits' class dimension.
-
-    Raises:
-        ValueError: If there is no sample.
+        The size of the class dimension of the task's scores.
     """
     with borrowed(model), random_states_kept(data), torch.no_grad():
-        for batch in read_batches(data, device_of(model)):
-            if count_samples(batch):
-                return scores_and_labels(model, batch)[0].shape[-1]
-    raise ValueError("data must hold at least one sample, got none")
+        batch = _first_batch(who, model, data, task)
+        return task.log_scores(task.forward(model, batch), batch).shape[-1]
+
+
+def relabelling(
+    who: str, model: nn.Module, data: Batches, task: Task, instead: str = ""
+) -> Callable[[Batch], Batch]:
+    """Return the function that gives a batch labels other than its own, drawn anew on every call.
+
+    Args:
+        who: The method.
+        model: The model; left as it was.
+        data: Its first non-empty batch is tried.
+        task: The task; what it ignores stays ignored.
+        instead: What works for tasks that have no other labels, for the message.
+
+    Returns:
+        A function of a batch. It draws from the global random state of the CPU, so that a seed means the same
+        labels on every device.
+    """
+    with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
+        batch = _first_batch(who, model, data, task)
+        with torch.no_grad():
+            task.loss(model, batch)  # says best what labels of another kind need
+        known = task.settled(model, batch)
+        known.relabel(batch)
+    return known.relabel
+
+
+def _first_batch(who: str, model: nn.Module, data: Batches, task: Task) -> Batch:
+    for batch in read_batches(data, device_of(model)):
+        if task.count(batch):
+            return batch
+    raise ValueError(f"{who}: the data must hold at least one sample, got none")
 
 
 def count_batches(data: Batches) -> int:
@@ -159,8 +272,8 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
         if values.numel() == values.shape[1]:
             if module.running_mean is None:
                 raise ValueError(
-                    "a batch normalisation without running statistics must get more than one value per channel, "
-                    "got a batch of one sample; leave such batches out (drop_last=True)"
+                    "a batch normalisation without running statistics must get more than one value per "
+                    "channel, got a batch of one sample; leave such batches out (drop_last=True)"
                 )
             module.training = False
             switched.append(module)
@@ -236,7 +349,7 @@ class Paired:
 
 
 class Portion:
-    """A share of a set's batches per pass, at least one, each pass going on where the last ended; re-iterable.
+    """A share of a set's batches per pass, each pass going on where the last ended; re-iterable.
 
     Args:
         who: Whose message it is.

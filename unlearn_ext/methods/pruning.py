@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -109,10 +109,9 @@ def _groups(model: nn.Module, scores: Mapping[str, Tensor]) -> list[NeuronGroup]
     return [replace(group, is_output=group.name == layers[-1]) for group in groups] if layers else groups
 
 
-def _prunable(groups: Iterable[NeuronGroup], patterns: Iterable[str]) -> Iterable[NeuronGroup]:
+def _prunable(groups: Iterable[NeuronGroup], is_excluded: Callable[[str], bool]) -> Iterable[NeuronGroup]:
     for group in groups:
-        names = (group.name, *(part.name for part in group.parts))
-        excluded = any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        excluded = any(is_excluded(name) for name in (group.name, *(part.name for part in group.parts)))
         if group.is_layer and not group.is_output and not excluded:
             yield group
 

@@ -57,11 +57,11 @@ class RowGradients(TorchFunctionMode):
         # Compiled code would not be seen, or would be compiled anew for every pass.
         self._stack.append(ExitStack())
         self._stack[-1].enter_context(eager())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.pop().close()
 
     def __torch_function__(
