@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import parameters_by_name, plain_name
-from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
 from unlearn_ext.fisher.engine import register_layer as register_layer
-from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
@@ -128,7 +127,7 @@ def fisher_diagonal(
         batch_size=batch_size,
         n_batches=n_batches,
         coverage=gradients.coverage,
-        loss=callable_name(loss_fn),
+        loss=loss_name(judge),
         weights_digest=weights_fingerprint(model),
     )
 

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import plain_name, with_plain_names
+from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.engine import register_layer as register_layer
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.infer import INFERRED
+from unlearn_ext.tasks.losses import cross_entropy, log_odds, logit_norm
 
 Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
 
@@ -277,6 +282,32 @@ def check_estimator(who: str, estimator: str, power: int) -> None:
         raise ValueError(f"{who}: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if power not in (1, 2):
         raise ValueError(f"{who}: power must be 1 or 2, got {power}")
+
+
+def loss_name(task: Task) -> str:
+    """Name the loss of a task, so that importances of other losses can be told.
+
+    Args:
+        task: The task, perhaps with a loss of the user's.
+
+    Returns:
+        The full name of the user's function; ``unlearn_ext.losses.cross_entropy``, ``log_odds`` or
+        ``logit_norm`` where it is the same for any task of one label in many; else the task itself.
+
+    Example:
+        >>> from unlearn_ext.tasks import Classification, Regression
+        >>> loss_name(Classification()), loss_name(Regression())
+        ('unlearn_ext.losses.cross_entropy', 'Regression()')
+    """
+    given = task.loss_fn
+    if given is None:
+        return (
+            callable_name(cross_entropy) if task is INFERRED or isinstance(task, Categorical) else repr(task)
+        )
+    if getattr(given, "__func__", None) is Task.odds_loss:
+        return callable_name(log_odds)
+    is_norm = type(given).__name__ == "_LogitNorm" and type(given).__module__ == logit_norm.__module__
+    return callable_name(logit_norm if is_norm else given)
 
 
 def check_same_kind(who: str, a: Importance, b: Importance, *, same_weights: bool = False) -> None:

@@ -233,9 +233,7 @@ def scored(
     coverage: dict[str, str] = {}
 
     def fisher(data: Batches, power: int = 2) -> Importance:
-        importance = fisher_diagonal(
-            model, data, loss_fn=loss_fn, power=power, params=names, progress=progress
-        )
+        importance = fisher_diagonal(model, data, task=task, power=power, params=names, progress=progress)
         coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
         return importance
 

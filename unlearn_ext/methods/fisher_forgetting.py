@@ -161,7 +161,7 @@ def _fisher(
     if estimator != "expected":
         kind: Literal["mc", "per_sample"] = "mc" if estimator == "mc" else "per_sample"
         importance = fisher_diagonal(
-            run.model, data, loss_fn=task.loss, estimator=kind, params=names, progress=progress
+            run.model, data, task=task, estimator=kind, params=names, progress=progress
         )
         run.coverage = dict(importance.coverage)
         return dict(importance)
@@ -176,7 +176,7 @@ def _fisher(
             logs = scores[:, label]
             return -(logs.detach() / 2).exp() * logs
 
-        part = fisher_diagonal(run.model, data, loss_fn=weighted, params=names, progress=progress)
+        part = fisher_diagonal(run.model, data, task=task, loss_fn=weighted, params=names, progress=progress)
         run.coverage = dict(part.coverage)
         total = {name: tensor + total.get(name, 0.0) for name, tensor in part.items()}
     return total

@@ -384,8 +384,8 @@ class _Reader:
                 known = self.task.settled(model, batch)
             if not isinstance(known, Categorical):
                 raise TypeError(
-                    f"unsir: the samples of retain must be of one class each, got the task {known!r}; it forgets "
-                    "whole classes, finetune works for tasks without them"
+                    f"unsir: the samples of retain must be of one class each, got the task {known!r}; it "
+                    "forgets whole classes, finetune works for tasks without them"
                 )
 
     def _labels(self, batch: Batch) -> Tensor:
