@@ -86,6 +86,10 @@ class Gpt(nn.Module):
         return {"logits": self.lm_head(self.norm(x))}
 
 
+class GptForCausalLM(Gpt):
+    """Its name says what it predicts, as those of Hugging Face do."""
+
+
 class Lstm(nn.Module):
     def __init__(self, tokens=20, width=8, classes=4):
         super().__init__()
@@ -121,7 +125,7 @@ def _language():
 _FAMILIES = {
     "resnet": (ResNet, _images),
     "vit": (ViT, _images),
-    "gpt": (Gpt, _language),
+    "gpt": (GptForCausalLM, _language),
     "lstm": (Lstm, _classified_sentences),
 }
 FAMILIES = tuple(_FAMILIES)

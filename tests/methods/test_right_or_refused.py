@@ -280,8 +280,6 @@ def test_a_part_that_is_compiled_is_called_as_if_it_were_not():
 def test_compiled_models_end_up_with_the_weights_of_plain_ones(name):
     model, (forget, retain) = network(), sets()
     twin = copy.deepcopy(model)
-    if name == "retrain":
-        pytest.skip("make_model decides whether the new model is compiled")
     plain = run(name, model, forget, retain, generator=torch.Generator().manual_seed(0))
     wrapped = run(name, compiled(twin), forget, retain, generator=torch.Generator().manual_seed(0))
     for key, tensor in bits(model).items():

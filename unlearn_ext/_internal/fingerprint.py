@@ -43,6 +43,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     totals: list[Tensor] = []
     for tensor in tensors.values():
         words = tensor.detach().flatten()
+        if not words.numel():
+            continue
         if words.numel() < _SMALL:
             parts = small.setdefault(str(words.dtype), [])
             parts.append(words.to(parts[0].device if parts else words.device))

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import parameters_by_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
@@ -448,7 +449,7 @@ def _log_classes(who: str, model: nn.Module, data: Batches, task: Task) -> float
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return with_plain_names({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 def _check_new(model: nn.Module, new: nn.Module) -> None:
@@ -457,7 +458,7 @@ def _check_new(model: nn.Module, new: nn.Module) -> None:
         raise ValueError(
             "retrain: make_model must make a new model, got one that shares tensors with the old"
         )
-    for name, p in model.named_parameters():
+    for name, p in parameters_by_name(model).items():
         # Biases and scales start from constants, which a trained model may still have.
         same = name in fresh and p.ndim > 1 and p.requires_grad and torch.equal(p, fresh[name])
         if same and p.numel() > 1 and bool((p != p.flatten()[0]).any()):

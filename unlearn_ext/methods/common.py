@@ -169,10 +169,13 @@ def relabelling(
     """
     with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
         batch = _first_batch(who, model, data, task)
-        with torch.no_grad():
-            task.loss(model, batch)  # says best what labels of another kind need
         known = task.settled(model, batch)
-        known.relabel(batch)
+        try:
+            known.relabel(batch)
+        except ValueError:
+            with torch.no_grad():
+                task.loss(model, batch)  # says best what labels of another kind need
+            raise
     return known.relabel
 
 
