@@ -1,6 +1,7 @@
 """Every method on every kind of task: what it does is what the formula says, or it refuses."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -558,6 +559,19 @@ def test_patterns_choose_what_may_change(method, patterns, changed):
     assert differ == changed
 
 
+@pytest.mark.parametrize("method", TRAINING)
+def test_all_methods_have_one_calling_form(method):
+    parameters = inspect.signature(ux.METHODS[method]).parameters
+    assert list(parameters)[:3] == ["model", "forget", "retain"]
+    assert parameters["retain"].default is None
+    common = {"task": None, "generator": None, "progress": False, "include": None, "exclude": None}
+    if method not in ("bad_teacher", "fisher_forgetting"):  # which compare or draw what the model predicts
+        common["loss_fn"] = None
+    for name, default in common.items():
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == default
+
+
 def test_patterns_that_leave_nothing_are_refused():
     task, model, forget, retain, _ = make("classification")
     with pytest.raises(
@@ -594,3 +608,16 @@ def test_gram_matrices_call_the_model_as_the_task_does(name):
     handle.remove()
     rows = torch.cat([x.movedim(1, -1) if name == "segmentation" else x for x in inputs]).flatten(0, -2)
     torch.testing.assert_close(list(gram.values())[-1], rows.mT @ rows)
+
+
+@pytest.mark.parametrize("method", ["gradient_ascent", "neg_grad_plus", "scrub"])
+def test_a_loss_of_ones_own_does_not_make_numbers_classes(method):
+    _, model, forget, retain, loss = make("regression")
+    with pytest.raises(ValueError, match=r"task=ux\.tasks\.Regression\(\)"):
+        ux.unlearn(method, model, forget, retain, loss_fn=loss)
+
+
+def test_a_loss_of_ones_own_needs_no_task_where_nothing_else_is_asked():
+    _, model, forget, retain, loss = make("regression")
+    assert ux.unlearn("finetune", model, None, retain, loss_fn=loss).changed == 1.0
+    assert ux.gradient_masking(model, forget, retain, objective="finetune", loss_fn=loss).changed > 0

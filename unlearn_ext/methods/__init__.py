@@ -1,6 +1,8 @@
 """Unlearning methods: functions that change a model in place and return an ``UnlearnResult``.
 
-``METHODS[name](model, forget, retain, **settings)`` works for every one of them.
+``METHODS[name](model, forget, retain, **settings)`` works for every one of them. Keywords mean the same
+everywhere: ``task`` says what the model is for, ``loss_fn`` replaces the task's loss, ``generator`` decides
+every random choice, ``progress`` shows bars, ``include`` and ``exclude`` choose what may change.
 """
 
 from unlearn_ext.fisher.importance import Importance

@@ -148,7 +148,10 @@ def n_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
     """
     with borrowed(model), random_states_kept(data), torch.no_grad():
         batch = _first_batch(who, model, data, task)
-        return task.log_scores(task.forward(model, batch), batch).shape[-1]
+        outputs = task.forward(model, batch)
+        scores = task.log_scores(outputs, batch)
+        task.counted(outputs, batch)  # refuses labels that are no classes
+        return scores.shape[-1]
 
 
 def relabelling(
@@ -166,6 +169,9 @@ def relabelling(
     Returns:
         A function of a batch. It draws from the global random state of the CPU, so that a seed means the same
         labels on every device.
+
+    Raises:
+        ValueError: If the labels are no classes; the message names the task to pass.
     """
     with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
         batch = _first_batch(who, model, data, task)
