@@ -138,7 +138,7 @@ def saliency(
         retain: The retain set, for ``"ratio"``; not read otherwise.
         score: See above.
         generator: For ``"random"``. Without one the global random state is used, and put back.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample.
 
     Returns:

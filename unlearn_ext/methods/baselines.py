@@ -110,7 +110,7 @@ def finetune(
         weight_decay: Weight decay.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.
@@ -182,7 +182,7 @@ def gradient_ascent(
             1: the label has lost to others then, mostly, with 37 % or less.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.
@@ -250,7 +250,7 @@ def neg_grad_plus(
             likely than a guess is certain not to be predicted.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.
@@ -320,7 +320,7 @@ def random_label(
         lr: Learning rate.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.

@@ -59,7 +59,7 @@ def fisher_forgetting(
         forget_classes: Classes whose output rows are replaced; by default those that occur in ``forget`` and
             not in ``retain``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.

@@ -135,7 +135,7 @@ def gradient_masking(
         freeze_norm_stats: Keep all buffers as they are. False lets normalisation statistics move.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; ``"ascend"`` has its own.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record. Its history begins with what was selected, layer by layer.
@@ -243,7 +243,7 @@ def salun(
         masks: Masks of your own, by parameter name.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record.

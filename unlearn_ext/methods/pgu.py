@@ -119,7 +119,7 @@ def pgu(
             ``"auto"`` is ``"gap"`` if there are validation data.
         shift: As in ``losses.cross_entropy``: whether position t predicts the label of position t + 1.
         generator: Decides the order of shuffled data and dropout.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record. Its history tells for every layer how many directions were protected and left free and

@@ -76,7 +76,7 @@ def plan_ssd(
         power: 2 for squared gradients, 1 for absolute values.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
@@ -210,7 +210,7 @@ def ssd(
         power: 2 for squared gradients, 1 for absolute values.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.

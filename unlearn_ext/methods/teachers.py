@@ -53,7 +53,7 @@ def bad_teacher(
         lr: Learning rate.
         temperature: Of both distributions, > 0.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.
@@ -137,7 +137,7 @@ def scrub(
         temperature: Of both distributions, > 0.
         cap: Forget samples with a higher divergence do not count; by default T^2 log(number of classes).
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record of the run.

@@ -104,7 +104,7 @@ def unsir(
         freeze_bn_during_noise: False learns the noise in train mode, as the released code does: BatchNorm
             statistics then end up those of noise.
         generator: Decides every random choice.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The record: the noise loss of every class, step by step, and the epochs of impair and repair.

@@ -203,7 +203,7 @@ def activation_gram(
         model: Any model.
         data: Re-iterable batches; labels are not needed.
         modules: Names of the modules to look at; all that are covered by default.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         The totals, on the devices of the weights.

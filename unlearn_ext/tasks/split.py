@@ -27,9 +27,9 @@ def split(
         dataset: A map-style data set, or a list of ``(input, label)`` pairs or of mappings with ``labels``.
         ids: The samples to forget, as distinct indices in ``[0, len(dataset))``.
         classes: The class or classes to forget.
-        column: Where ``classes`` are looked up instead of the labels: a key of samples that are mappings, such
-            as ``"user"``, a position in those that are tuples, or a data set's column of that name (that of a
-            Hugging Face ``Dataset``, a data frame's, or a list or array kept as an attribute).
+        column: Where ``classes`` are looked up instead of the labels: a key of samples that are mappings,
+            such as ``"user"``, a position in those that are tuples, or a column that the data set keeps (that
+            of a Hugging Face ``Dataset``, or a list or array kept as an attribute).
         where: ``where(sample)`` is true for what is to be forgotten; every sample is read once.
 
     Returns:
@@ -37,8 +37,8 @@ def split(
 
     Raises:
         TypeError: If ``dataset`` has no length or an id is not an integer.
-        ValueError: If not exactly one of ``ids``, ``classes`` and ``where`` is given, an id is out of range or
-            repeated, no sample has a named class, or one of the two parts would be empty.
+        ValueError: If not exactly one of ``ids``, ``classes`` and ``where`` is given, an id is out of range
+            or repeated, no sample has a named class, or one of the two parts would be empty.
 
     Example:
         >>> forget, retain = split([("a", 0), ("b", 1), ("c", 0)], classes=0)

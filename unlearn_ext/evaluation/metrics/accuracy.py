@@ -21,7 +21,7 @@ def accuracy(model: nn.Module, data: Batches, *, shift: bool | None = None, prog
         data: Re-iterable batches with integer labels.
         shift: As in ``losses.cross_entropy``: whether position ``t`` predicts the label of position ``t +
             1``.
-        progress: Show a progress bar, where tqdm is installed.
+        progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
         A number in [0, 1].
