@@ -76,7 +76,7 @@ $(BUILT): $(SOURCES) $(READY)
 
 # In a process per core where pytest-xdist is; ARGS='-n 0' in one.
 test: build
-	$(PY) -m pytest -q $$($(PY) -c "import importlib.util as u; print('-n auto' * bool(u.find_spec('xdist')))") $(ARGS)
+	$(PY) -m pytest -q $$($(PY) -c "import importlib.util as u; print('-n auto --dist worksteal' * bool(u.find_spec('xdist')))") $(ARGS)
 
 demo: build
 	$(PY) -m unlearn_ext demo $(ARGS)
