@@ -39,8 +39,9 @@ def pytest_xdist_auto_num_workers(config):
     """How many processes `-n auto`, which `make test` passes, stands for; 0 is this one alone."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist's own rule reads it
-    # Starting workers takes longer than most files. Slow tests need the memory for themselves, CUDA tests the GPU.
-    few = all(Path(argument.partition("::")[0]).is_file() for argument in config.args) and len(config.args) < 3
+    # Starting workers takes longer than most files. Slow tests need the memory for themselves, CUDA tests
+    # the GPU.
+    few = len(config.args) < 3 and all(Path(name.partition("::")[0]).is_file() for name in config.args)
     chosen = config.option.markexpr.replace("not slow", "").replace("not cuda", "")
     alone = few or config.getoption("--slow") or "slow" in chosen or "cuda" in chosen or not _why_no_cuda()
     return 0 if alone else min(_physical_cores(), 16)
