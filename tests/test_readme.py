@@ -24,3 +24,15 @@ def test_readme_code_runs_and_forgets(tmp_path, monkeypatch, capsys):
     assert len(measured) == 2
     namespace["plan"].revert()
     assert ux.metrics.accuracy(namespace["model"], namespace["forget"]) >= 0.9
+
+
+def test_what_can_be_added_is_named_where_the_readme_says():
+    section = README.read_text(encoding="utf-8").partition("## Adding to it")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["method", "metric", "task", "layer rule", "op"]
+    for kind, _, place, named in rows:
+        folder = README.parent / re.search(r"`([\w/.]+)`", place)[1]
+        assert folder.exists(), f"{kind}: {folder}"
+        registry, path = re.search(r"`(\w+)`, `([\w/.]+)`", named).groups()
+        text = (README.parent / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b{registry}\b.*=", text), f"{kind}: no {registry} in {path}"
