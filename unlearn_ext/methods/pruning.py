@@ -56,9 +56,10 @@ def prune_neurons(
             parameter is unknown, or there is no neuron to drop.
 
     Source:
-        From the abstract of M. Masood's seminar (Uppsala University, 15 December 2025): that the least
-        influential neurons can be found and pruned. What is dropped and how: our design, after Molchanov et
-        al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
+        From the abstract of Sharjeel Masood's seminar (Centre for Image Analysis, Uppsala University,
+        15 December 2025): that the least influential neurons can be found and pruned. What is dropped and
+        how: our design, after Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR
+        2019.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
