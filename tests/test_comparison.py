@@ -484,7 +484,7 @@ def test_language_models_are_compared_too():
     def batches(n):
         return [{"input_ids": ids, "labels": ids} for ids in torch.randint(7, (n, 4, 6), generator=generator)]
 
-    class Language(nn.Module):
+    class LanguageForCausalLM(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7)
@@ -492,7 +492,14 @@ def test_language_models_are_compared_too():
         def forward(self, input_ids):
             return self.head(self.embed(input_ids))
 
-    table = compare(Language(), batches(2), batches(4), batches(3), methods=["ssd"], reference=Language())
+    table = compare(
+        LanguageForCausalLM(),
+        batches(2),
+        batches(4),
+        batches(3),
+        methods=["ssd"],
+        reference=LanguageForCausalLM(),
+    )
     assert table.facts["forget_classes"] is None
     assert table.facts["samples"] == {"forget": 8, "retain": 16, "test": 12}
     for measure in table.measures("ssd").values():

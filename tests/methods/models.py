@@ -67,7 +67,7 @@ class GptBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Gpt(nn.Module):
+class GptForCausalLM(nn.Module):
     """Called with keywords, as Hugging Face models are; the head is tied to the embedding."""
 
     def __init__(self, tokens=20, width=12):
@@ -84,10 +84,6 @@ class Gpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         return {"logits": self.lm_head(self.norm(x))}
-
-
-class GptForCausalLM(Gpt):
-    """Its name says what it predicts, as those of Hugging Face do."""
 
 
 class Lstm(nn.Module):

@@ -162,7 +162,7 @@ def gradient_masking(
         FloatingPointError: If a loss is NaN or infinite. The model is then as it was.
 
     Source:
-        After M. Masood, seminar at the Centre for Image Analysis, Uppsala University, 15 December 2025. From
+        After Sharjeel Masood, seminar, Centre for Image Analysis, Uppsala University, 15 December 2025. From
         its abstract: that small parts of a network are mainly responsible for given data, that a gradient
         mask restricts training to a small set of neurons and leaves the rest untouched, and what that is for
         (privacy, class bias, corrected labels, pruning). Everything else is our design: scores, the choice

@@ -57,9 +57,10 @@ def prune_neurons(
             parameter is unknown, or there is no neuron to drop.
 
     Source:
-        From the abstract of M. Masood's seminar (Uppsala University, 15 December 2025): that the least
-        influential neurons can be found and pruned. What is dropped and how: our design, after Molchanov et
-        al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
+        From the abstract of Sharjeel Masood's seminar (Centre for Image Analysis, Uppsala University,
+        15 December 2025): that the least influential neurons can be found and pruned. What is dropped and
+        how: our design, after Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR
+        2019.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -111,7 +112,9 @@ def _groups(model: nn.Module, scores: Mapping[str, Tensor]) -> list[NeuronGroup]
 
 def _prunable(groups: Iterable[NeuronGroup], is_excluded: Callable[[str], bool]) -> Iterable[NeuronGroup]:
     for group in groups:
-        excluded = any(is_excluded(name) for name in (group.name, *(part.name for part in group.parts)))
+        # A layer's name is asked about like that of a parameter in it.
+        names = (f"{group.name}.", *(part.name for part in group.parts))
+        excluded = any(is_excluded(name) for name in names)
         if group.is_layer and not group.is_output and not excluded:
             yield group
 
