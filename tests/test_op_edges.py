@@ -1,4 +1,4 @@
-"""Ops at the edges, behind both doors: subclasses, lazy views and clones, odd strides, huge numbers, transforms."""
+"""Ops at the edges, behind both doors: subclasses, lazy views and clones, odd strides, huge numbers."""
 
 import pytest
 import torch
