@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 
 from unlearn_ext._internal.plain import plain
-from unlearn_ext._internal.texts import write_text
+from unlearn_ext._internal.files import write_text
 from unlearn_ext.evaluation import page
 from unlearn_ext.evaluation.references import References
 from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Measure, Method, Row, described

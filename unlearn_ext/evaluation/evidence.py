@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import plain
-from unlearn_ext._internal.texts import write_text
+from unlearn_ext._internal.files import write_text
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 _SALT_BYTES = 16

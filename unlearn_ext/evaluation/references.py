@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
+from unlearn_ext._internal.files import replacing
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.cache import NoKeyError, key
 from unlearn_ext.evaluation.rows import reason_of
@@ -114,10 +115,8 @@ class References:
         trained = returned if isinstance(returned, nn.Module) else made
         path = self._path(seed)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.draft")
-            torch.save({"weights": trained.state_dict(), "seconds": seconds}, draft)
-            draft.replace(path)
+            with replacing(path) as draft:
+                torch.save({"weights": trained.state_dict(), "seconds": seconds}, draft)
         return trained, seconds
 
     def _load(self, seed: int, make_model: Callable[[], nn.Module]) -> tuple[nn.Module, float] | None:

@@ -21,7 +21,7 @@ from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import callable_name, plain
 from unlearn_ext._internal.seeding import seeded
-from unlearn_ext._internal.texts import write_text
+from unlearn_ext._internal.files import write_text
 from unlearn_ext.evaluation.cache import NoKeyError, key
 from unlearn_ext.evaluation.evidence import environment
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
