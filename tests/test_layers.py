@@ -44,7 +44,7 @@ ALLOWED = {
 }
 # Modules under the names that users know; they only hand on, and nothing of the package reads them.
 PUBLIC = {
-    "comparison": {"evaluation"},
+    "comparison": {"evaluation", "evaluation.metrics"},
     "data": {"tasks"},
     "engine": {"fisher.engine"},
     "importance": {"fisher", "fisher.engine", "tasks"},

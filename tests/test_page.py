@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from unlearn_ext.evaluation import page
-from unlearn_ext.evaluation.compare import Comparison
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import NOTICE
-from unlearn_ext.evaluation.rows import LOSS_EDGES, Measure, Row
+from unlearn_ext.evaluation.metrics.measures import Measure
+from unlearn_ext.evaluation.rows import LOSS_EDGES, Row
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 COLUMNS = (

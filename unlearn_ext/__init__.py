@@ -4,7 +4,8 @@ Importing the package loads its compiled operators, so that ``torch.ops.unlearn_
 """
 
 from unlearn_ext import comparison, data, importance, losses, methods, metrics, ops, optim, report, subspace
-from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.masks.saliency import Scores, saliency

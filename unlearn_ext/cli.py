@@ -16,7 +16,8 @@ from torch import nn
 
 import unlearn_ext
 from unlearn_ext import demo, ops
-from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.methods import METHODS
 from unlearn_ext.tasks.batches import Batches
 

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext.evaluation import page
-from unlearn_ext.evaluation.compare import Comparison, Methods, compare
+from unlearn_ext.evaluation.compare import Methods, compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import Evidence, evidence
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.evaluation.metrics.attacks import mia

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ext._internal.seeding import seeded
-from unlearn_ext.evaluation.cache import sample_hashes
+from unlearn_ext.evaluation.keys import sample_hashes
 from unlearn_ext.tasks.batches import (
     Batch,
     Batches,
@@ -22,15 +22,23 @@ from unlearn_ext.tasks.batches import (
 from unlearn_ext.tasks.outputs import targets
 
 
-class Task:
-    """The three sets, what is in them, and how the test set is split."""
+class Sets:
+    """The three sets, what is in them, and how the test set is split.
+
+    Attributes:
+        all: The three by name.
+        sizes: Their numbers of samples.
+        fingerprints: What stands for their content, where they were hashed.
+        classes: The forgotten classes; None where other samples of the same classes are kept.
+        tests: The test set, split by the forgotten classes if there are any.
+    """
 
     def __init__(self, forget: Batches, retain: Batches, test: Batches, *, hashed: bool) -> None:
-        self.sets: dict[str, Batches] = {"forget": forget, "retain": retain, "test": test}
-        for name, data in self.sets.items():
+        self.all: dict[str, Batches] = {"forget": forget, "retain": retain, "test": test}
+        for name, data in self.all.items():
             check_batches(data, f"compare: {name}")
         surveys = {}
-        for name, data in self.sets.items():
+        for name, data in self.all.items():
             with seeded(0, data):
                 surveys[name] = _survey(name, data, hashed=hashed)
         self.sizes = {name: survey.count for name, survey in surveys.items()}
