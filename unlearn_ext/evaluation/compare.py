@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from unlearn_ext._internal.logs import shown
 from unlearn_ext.evaluation.cache import Cache
 from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.keys import NoKeyError
@@ -142,7 +142,7 @@ def compare(
     jobs = [Job(RETRAINED, "reference", "", None, {}), *original, *jobs]
     _warn_of_no_cache(study, jobs, seeds[0])
     rows: list[Row] = []
-    with _shown(progress):
+    with shown() if progress else nullcontext():
         for job in jobs:
             for seed in seeds:
                 started = time.perf_counter()
@@ -240,20 +240,3 @@ def _warn_of_no_cache(study: Study, jobs: Sequence[Job], seed: int) -> None:
             f"{told}. Give cache_key= to say with a text of your own when they are to be the same",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _shown(progress: bool) -> Iterator[None]:
-    # Lines of progress go through logging; who has not set it up sees them on stderr while this lasts.
-    package = logging.getLogger("unlearn_ext")
-    if not progress or (package.isEnabledFor(logging.INFO) and package.hasHandlers()):
-        yield
-        return
-    level, handler = package.level, logging.StreamHandler(sys.stderr)
-    package.addHandler(handler)
-    package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        package.setLevel(level)

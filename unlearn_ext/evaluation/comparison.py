@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.plain import plain
@@ -17,8 +18,11 @@ from unlearn_ext.evaluation.metrics.registry import metric
 from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Row
 from unlearn_ext.results import NOTICE
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """Methods side by side. Made by ``compare``.
 
@@ -103,6 +107,40 @@ class Comparison:
         }
         return cast("dict[str, Any]", plain(document))
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the figures as a data frame: one line per label, means over its seeds.
+
+        Returns:
+            Columns of numbers by name, NaN where there is none; where there are several seeds, a column
+            ``<name>_spread`` with their standard deviation behind each that has one. The index is called
+            ``"label"``; ``attrs["why"]`` maps (label, column) to the reason for what is missing.
+
+        Raises:
+            ImportError: If pandas is not installed; the message says how to.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "Comparison.to_pandas: a data frame needs pandas: pip install 'unlearn_ext[pandas]'"
+            ) from error
+        measures = {label: self.measures(label) for label in self.labels}
+        columns: dict[str, list[float]] = {}
+        for name in self.columns:
+            found = [measures[label][name] for label in self.labels]
+            columns[name] = [math.nan if entry.value is None else entry.value for entry in found]
+            if any(entry.spread is not None for entry in found):
+                spreads = [math.nan if entry.spread is None else entry.spread for entry in found]
+                columns[f"{name}_spread"] = spreads
+        frame = pandas.DataFrame(columns, index=pandas.Index(self.labels, name="label"), dtype=float)
+        frame.attrs["why"] = {
+            (label, name): entry.why
+            for label, figures in measures.items()
+            for name, entry in figures.items()
+            if entry.why is not None
+        }
+        return frame
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the comparison as JSON, and write it to a file if asked to.
 
@@ -131,6 +169,16 @@ class Comparison:
         if path is not None:
             write_text(path, text)
         return text
+
+    def __repr__(self) -> str:
+        seeds = len(self.facts.get("seeds", ())) or 1
+        return (
+            f"Comparison({len(self.labels)} models, {len(self.columns)} figures, {seeds} "
+            f"seed{'s' if seeds > 1 else ''}: {', '.join(self.labels)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return page.fragment(self.to_dict())
 
     def _cells(self, label: str, notes: dict[str, int]) -> list[str]:
         cells = []
