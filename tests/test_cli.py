@@ -268,11 +268,11 @@ def test_a_model_with_a_part_called_module_is_loaded_by_its_own_names(tmp_path):
         ([1], "must hold a state_dict, got list"),
         (
             {"epoch": 3, "net": {}},
-            "under one of state_dict, model_state_dict, model, got the keys epoch, net",
+            "under one of state_dict, .*, model, got the keys epoch, net",
         ),
         (
             {"model": {"weight": torch.ones(1)}, "state_dict": {}},
-            "one state_dict, got several: state_dict, model",
+            "got several: state_dict, model",
         ),
         ({"weight": torch.ones(3, 3), "scale": torch.ones(1)}, "it misses bias; has besides scale"),
         (
@@ -356,7 +356,7 @@ def test_compare_in_a_process_of_its_own(mine):
         ({"methods": ["ssd:alpha=open('x')"]}, "--methods must be NAME"),
         (
             {"methods": ["ssd:alpa=3"], "train": "mine:never"},
-            "ssd has no setting 'alpa'; did you mean 'alpha'",
+            "ssd has no setting 'alpa'; did you mean",
         ),
         ({"methods": ["ssd:loss_fn=odds"]}, "loss_fn must be one of cross_entropy, log_odds"),
     ],
@@ -383,6 +383,13 @@ def test_a_checkpoint_cannot_run_code(mine, capsys):
 def test_a_comparison_without_results_fails(mine, capsys):
     assert cli.main(arguments(methods=["ssd:alpha=-1"])) == 1
     assert "alpha must be" in capsys.readouterr().out
+
+
+def test_tracebacks_of_failed_methods_are_shown_on_request(mine, capsys):
+    assert cli.main([*arguments(methods=["ssd:alpha=-1"]), "--traceback"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "ValueError: " in printed
 
 
 def test_settings_of_methods_are_python_values():

@@ -220,7 +220,8 @@ def _loss(name: str) -> LossFn:
     known = unlearn_ext.losses.__all__
     if name not in known:
         raise ValueError(
-            f"--methods: loss_fn must be one of {', '.join(known)} or 'MODULE:FUNCTION' in quotes, got {name!r}"
+            f"--methods: loss_fn must be one of {', '.join(known)} or 'MODULE:FUNCTION' in quotes, "
+            f"got {name!r}"
         )
     found = getattr(unlearn_ext.losses, name)
     return found
