@@ -373,7 +373,7 @@ def _record(
         metrics={
             "retain": accuracy(unlearned, sets[0]),
             "forget": accuracy(unlearned, sets[1]),
-            "mia": mia(unlearned, sets[0], sets[1], sets[2]),
+            "mia": mia(unlearned, forget=sets[1], retain=sets[0], test=sets[2]),
         },
     )
 

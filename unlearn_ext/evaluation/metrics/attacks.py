@@ -80,11 +80,11 @@ class Attack:
 
 def mia(
     model: nn.Module,
-    retain: Batches,
-    forget: Batches,
-    test: Batches,
+    *older: Any,  # noqa: ANN401 - three sets and a word
+    retain: Batches | None = None,
+    forget: Batches | None = None,
+    test: Batches | None = None,
     convention: Convention = "ssd",
-    *,
     reference: nn.Module | None = None,
     shift: bool | None = None,
     bootstrap: int = 1000,
@@ -108,6 +108,8 @@ def mia(
 
     Args:
         model: The unlearned model.
+        *older: The older form, by position: ``retain, forget, test`` and ``convention``, in this order, which
+            is not that of the methods. Better to name them.
         retain: Training samples that were kept.
         forget: Training samples that were to be forgotten.
         test: Samples that no model was trained on.
@@ -122,16 +124,33 @@ def mia(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If the convention is unknown, or a set is empty or too small for the convention.
+        TypeError: If a set is given by position and by name.
+        ValueError: If the convention is unknown, or a set is missing, empty or too small for the convention.
 
     Source:
         ssd: code released with Foster, Schoepf & Brintrup, AAAI 2024; salun: Fan et al., ICLR 2024; scrub:
         Kurmanji et al., NeurIPS 2023. TPR at 1 % FPR: Carlini et al., "Membership Inference Attacks From
         First Principles", S&P 2022.
     """
+    given = {"retain": retain, "forget": forget, "test": test}
+    names = (*given, "convention")
+    if len(older) > len(names):
+        raise TypeError(
+            f"mia: at most {len(names)} arguments may follow the model by position, got {len(older)}"
+        )
+    for name, value in zip(names, older, strict=False):
+        if given.get(name) is not None or (name == "convention" and convention != "ssd"):
+            raise TypeError(f"mia: {name} must be given once, got it by position and by name")
+        if name == "convention":
+            convention = value
+        else:
+            given[name] = value
+    sets = {name: data for name, data in given.items() if data is not None}
+    for name in given:
+        if name not in sets:
+            raise ValueError(f"mia: {name} must be given, got none")
     if convention not in CONVENTIONS:
         raise ValueError(f"mia: convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    sets = {"retain": retain, "forget": forget, "test": test}
 
     def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
         features = {name: _features(subject, data, name, shift) for name, data in sets.items()}

@@ -175,7 +175,9 @@ def _accuracy_on(name: str) -> Callable[[Subject], float]:
 def _attack(subject: Subject) -> Attack:
     if "mia" not in subject.memory:
         sets = subject.sets
-        subject.memory["mia"] = mia(subject.model, sets["retain"], sets["forget"], subject.unseen)
+        subject.memory["mia"] = mia(
+            subject.model, forget=sets["forget"], retain=sets["retain"], test=subject.unseen
+        )
     return subject.memory["mia"]  # type: ignore[no-any-return]
 
 

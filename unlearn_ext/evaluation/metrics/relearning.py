@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.tasks import losses
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
@@ -29,6 +31,10 @@ def relearn_steps(
 ) -> float:
     """Count the steps of training after which a copy of the model knows something again.
 
+    All floating-point parameters are trained; integer ones stay. Where a batch has one value per channel for
+    a BatchNorm layer (a last batch of one sample), which has no variance, that layer uses its running
+    statistics for it.
+
     Args:
         model: The unlearned model; a copy is trained.
         data: What to train on: the forget set, or the full set for the anamnesis index.
@@ -38,34 +44,42 @@ def relearn_steps(
         loss_fn: One loss per sample.
         every: Steps between two measurements.
         most: Give up after so many.
-        seed: Of data loaders that shuffle, and of dropout.
+        seed: Of every random choice: loaders (their own generators too), dropout, NumPy and Python.
 
     Returns:
         Steps, 0 if the target is met at once; infinity if it was not reached.
 
     Raises:
-        ValueError: If a count is not positive or ``data`` is empty.
+        ValueError: If a count is not positive, ``data`` is empty or the model has nothing to train.
+        FloatingPointError: If a loss is NaN or infinite.
     """
     if every < 1 or most < 1:
         raise ValueError(f"relearn_steps: every and most must be positive, got {every} and {most}")
     check_batches(data)
     copy = deepcopy(model)
-    for parameter in copy.parameters():
+    parameters = [p for p in copy.parameters() if p.is_floating_point() or p.is_complex()]
+    if not parameters:
+        raise ValueError("relearn_steps: model must have a floating-point parameter, got none")
+    for parameter in parameters:
         parameter.requires_grad_(True)
+    _allow_single_values(copy)
     judged = data if evaluate is None else evaluate
-    if accuracy(copy, judged) >= target:
-        return 0
     device, steps = device_of(copy), 0
-    devices = [device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
-        trained = torch.optim.Adam(copy.parameters(), lr=1e-3) if optimizer is None else optimizer(copy)
+    with seeded(seed, data, judged), torch.inference_mode(False), torch.enable_grad():
+        if accuracy(copy, judged) >= target:
+            return 0
+        trained = torch.optim.Adam(parameters, lr=1e-3) if optimizer is None else optimizer(copy)
         while True:
             before = steps
             for batch in read_batches(data, device):
                 copy.train()
                 trained.zero_grad()
-                loss_fn(copy, batch).mean().backward()  # type: ignore[no-untyped-call]
+                loss = loss_fn(copy, batch).mean()
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(
+                        f"relearn_steps: the loss must be finite, got {loss.item()} in step {steps + 1}"
+                    )
+                torch.autograd.backward(loss)
                 trained.step()
                 steps += 1
                 if (steps % every == 0 or steps == most) and accuracy(copy, judged) >= target:
@@ -74,6 +88,25 @@ def relearn_steps(
                     return math.inf
             if steps == before:
                 raise ValueError("relearn_steps: data must hold at least one batch, got none")
+
+
+def _allow_single_values(model: nn.Module) -> None:
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        values = inputs[0] if inputs else None
+        if not module.training or not isinstance(values, Tensor) or values.ndim < 2:
+            return
+        if values.numel() == values.shape[1]:  # one value per channel
+            module.eval()
+            module.__dict__["_single_value"] = True
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        if module.__dict__.pop("_single_value", False):
+            module.train()
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after, always_call=True)
 
 
 def anamnesis_index(
