@@ -30,6 +30,7 @@ from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.evaluation.settings import check_settings
 from unlearn_ext.evaluation.study import Study
 from unlearn_ext.methods import METHODS
+from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batches, device_of
 
 Named: TypeAlias = str | Method | tuple[str | Method, Mapping[str, Any]]
@@ -61,6 +62,7 @@ def compare(
     cache: str | Path | None = None,
     cache_key: str | None = None,
     controls: bool = True,
+    task: Task | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run unlearning methods on copies of a model, measure them alike, and set them beside retraining.
@@ -96,6 +98,8 @@ def compare(
         cache_key: A text that stands for the code of the caller's own functions and classes: rows are found
             again under the same text, whatever the code. To be changed by whoever changes the code.
         controls: Add the original, and for gradient masking a random mask of the same size.
+        task: What the model is for; None infers it from the model and each batch. Methods that take ``task``
+            get it too. See ``ux.tasks``.
         progress: Show a line on stderr as each row is done. The lines are log records (level INFO) of the
             logger ``"unlearn_ext"``: where that is set up to show them, they go there instead.
 
@@ -103,9 +107,9 @@ def compare(
         The comparison.
 
     Raises:
-        TypeError: If a set is no iterable of batches.
-        ValueError: If a name, a label, a setting or the combination of references is wrong, or a set is a
-            one-shot iterator or empty. Nothing has been run then.
+        TypeError: If a set is no iterable of batches, or ``task`` no task.
+        ValueError: If a name, a label, a setting or the combination of references is wrong, a set is a
+            one-shot iterator or empty, or the task does not go with the data. Nothing has been run then.
         OSError: If the folder of the cache cannot be made. Nothing has been run then.
 
     Example:
@@ -131,15 +135,18 @@ def compare(
     recipe = () if train is None else ("make_model", "train")
     for job in jobs:
         if job.function is not None:
-            check_settings("compare", job.name, job.function, job.settings, recipe)
+            settings = dict(job.settings)
+            if task is not None and job.function is METHODS.get(job.name) and job.name != "retrain":
+                settings.setdefault("task", task)  # a method of the package must not be without it
+            check_settings("compare", job.name, job.function, settings, recipe)
     folder = Cache(None if cache is None else Path(cache), cache_key)
-    sets = Sets(forget, retain, test, hashed=folder.is_on)
+    original = deepcopy(model)  # not even measuring touches the user's
+    sets = Sets(original, forget, retain, test, task=task, hashed=folder.is_on)
     references = References(reference, make_model, train, sets, folder, device_of(model))
-    # Not even measuring touches the user's model.
-    study = Study(deepcopy(model), sets, chosen, references, folder)
+    study = Study(original, sets, task, chosen, references, folder)
     # The reference first: the others are compared with it.
-    original = [Job(ORIGINAL, "original", "", None, {})] if controls else []
-    jobs = [Job(RETRAINED, "reference", "", None, {}), *original, *jobs]
+    before = [Job(ORIGINAL, "original", "", None, {})] if controls else []
+    jobs = [Job(RETRAINED, "reference", "", None, {}), *before, *jobs]
     _warn_of_no_cache(study, jobs, seeds[0])
     rows: list[Row] = []
     with shown() if progress else nullcontext():

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from unlearn_ext._internal.digests import update_digest, weights_digest
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import seeded
+from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batch, count_samples, is_per_sample, tensors_in
 
 # What the tensors of a mapping with a record, such as ``Importance``, do not tell.
@@ -66,16 +67,40 @@ def key(*, code: str | None = None, **facts: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sample_hashes(batch: Batch) -> Iterator[int]:
+class Untold:
+    """Stands for something that has no key.
+
+    Args:
+        why: What stands in the way.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+def sample_hashes(batch: Batch, task: Task | None = None) -> Iterator[int]:
     """Yield a hash of each sample of a batch; their sum stands for a data set in any order.
 
     Args:
-        batch: A batch in either form.
+        batch: A batch in any form.
+        task: Counts the samples, and takes them where they do not lie along leading dimensions.
 
     Yields:
         Integers below 2^256.
+
+    Raises:
+        NoKeyError: If the batch holds no tensor: what it holds cannot be told.
     """
-    n = count_samples(batch)
+    if not any(True for _ in tensors_in(batch)):
+        raise NoKeyError(f"a batch of {type(batch).__name__}, which holds no tensor")
+    n = count_samples(batch) if task is None else task.count(batch)
+    if task is not None and task.has_own_select:
+        for index in range(n):
+            digest = hashlib.sha256()
+            for tensor in tensors_in(task.select(batch, [index])):
+                update_digest(digest, tensor)
+            yield int.from_bytes(digest.digest(), "big")
+        return
     shared = hashlib.sha256()
     columns = []
     for tensor in tensors_in(batch):
@@ -145,6 +170,8 @@ class _Keys:
         return self._object(value)
 
     def _object(self, value: object) -> object:
+        if isinstance(value, Untold):
+            raise NoKeyError(value.why)
         # An object of a class written in Python is what its attributes are, unless its class has others.
         kind = type(value)
         plain = kind.__reduce_ex__ is object.__reduce_ex__ and not hasattr(kind, "__getstate__")

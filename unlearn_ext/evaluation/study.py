@@ -31,7 +31,7 @@ from unlearn_ext.evaluation.references import References
 from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Row, described, read_row
 from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
+from unlearn_ext.tasks import Task, resolve
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 
 _log = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ class Study:
         self,
         original: nn.Module,
         sets: Sets,
+        task: Task | None,
         metrics: Sequence[Metric],
         references: References,
         cache: Cache,
     ) -> None:
         self._original = original
         self._sets = sets
+        self._task = task
         self._metrics = [entry for entry in metrics if entry.needs is None or entry.needs in sets.tests]
         self._references = references
         self._cache = cache
@@ -68,6 +70,7 @@ class Study:
         return {
             "samples": self._sets.sizes,
             "forget_classes": self._sets.classes,
+            "task": self._sets.task if self._task is not None else f"{self._sets.task}, inferred",
             "model": callable_name(type(self._original)),
             "parameters": sum(p.numel() for p in self._original.parameters()),
             "layers": {
@@ -142,6 +145,8 @@ class Study:
         accepted = inspect.signature(job.function).parameters
         if "generator" in accepted and "generator" not in settings:
             settings["generator"] = torch.Generator().manual_seed(seed)
+        if self._task is not None and "task" in accepted:
+            settings.setdefault("task", self._task)
         for name, value in self._references.recipe().items():
             if name in accepted or job.name == "retrain":
                 settings.setdefault(name, value)
@@ -160,6 +165,7 @@ class Study:
         subject = Subject(
             model=model,
             original=self._original,
+            task=self._task,
             sets=self._sets.all,
             tests=self._sets.tests,
             is_reference=kind == "reference",
@@ -194,10 +200,16 @@ class Study:
         for name, data in (("forget", self._sets.all["forget"]), ("test", self._sets.unseen)):
             try:
                 with seeded(0, *self._sets.all.values()):
-                    counts[name] = _histogram(_losses(subject, data))
+                    counts[name] = _histogram(self._losses(subject, data))
             except Exception:  # without labels there is no loss; the figures above say so
                 _log.debug("there are no losses on the %s set", name, exc_info=True)
         return counts
+
+    def _losses(self, model: nn.Module, data: Batches) -> Tensor:
+        loss = resolve(self._task, who="compare").loss
+        with borrowed(model), torch.no_grad():
+            parts = [loss(model, batch).cpu() for batch in read_batches(data, device_of(model))]
+        return torch.cat(parts).double()
 
     def _key_facts(self, job: Job, seed: int) -> dict[str, object]:
         return {
@@ -211,17 +223,12 @@ class Study:
             # The same weights in other code are another model.
             "model": [repr(self._original), *self._classes],
             "data": self._sets.fingerprints,
+            "task": self._task,
             "reference": self._references.key(seed),
             # What is in the registry goes with the version; functions of the caller count by their code.
             "metrics": {entry.name: entry.given for entry in self._metrics},
             "environment": environment(self._original),
         }
-
-
-def _losses(model: nn.Module, data: Batches) -> Tensor:
-    with borrowed(model), torch.no_grad():
-        parts = [losses.cross_entropy(model, batch).cpu() for batch in read_batches(data, device_of(model))]
-    return torch.cat(parts).double()
 
 
 def _histogram(values: Tensor) -> list[int]:

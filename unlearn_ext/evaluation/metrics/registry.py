@@ -17,6 +17,7 @@ from unlearn_ext.evaluation.metrics.attacks import Attack, mia
 from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence
 from unlearn_ext.evaluation.metrics.measures import Measure
 from unlearn_ext.evaluation.metrics.relearning import anamnesis_index, relearn_steps
+from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batch, Batches
 
 Unit: TypeAlias = Literal["percent", "points", "seconds", "number"]
@@ -32,6 +33,7 @@ class Subject:
     Attributes:
         model: The model: unlearned, original or retrained.
         original: The model before unlearning.
+        task: What the models are for; None infers it.
         sets: The sets ``"forget"``, ``"retain"`` and ``"test"``.
         tests: The test set: ``"test"``, or where whole classes are forgotten ``"test_retained"`` and
             ``"test_forgotten"``.
@@ -46,6 +48,7 @@ class Subject:
 
     model: nn.Module
     original: nn.Module
+    task: Task | None
     sets: Mapping[str, Batches]
     tests: Mapping[str, Batches]
     is_reference: bool
@@ -167,16 +170,20 @@ def all_names() -> tuple[str, ...]:
 
 def _accuracy_on(name: str) -> Callable[[Subject], float]:
     def measured(subject: Subject) -> float:
-        return accuracy(subject.model, {**subject.sets, **subject.tests}[name])
+        return accuracy(subject.model, {**subject.sets, **subject.tests}[name], task=subject.task)
 
     return measured
 
 
 def _attack(subject: Subject) -> Attack:
     if "mia" not in subject.memory:
-        sets = subject.sets
+        # By the loss alone: that is what the columns show, for any task and without scikit-learn.
         subject.memory["mia"] = mia(
-            subject.model, forget=sets["forget"], retain=sets["retain"], test=subject.unseen
+            subject.model,
+            forget=subject.sets["forget"],
+            test=subject.unseen,
+            convention="loss",
+            task=subject.task,
         )
     return subject.memory["mia"]  # type: ignore[no-any-return]
 
@@ -194,11 +201,11 @@ def _mia_tpr(subject: Subject) -> Measure:
 
 
 def _js(subject: Subject) -> float:
-    return js_divergence(subject.model, subject.reference(), subject.sets["forget"])
+    return js_divergence(subject.model, subject.reference(), subject.sets["forget"], task=subject.task)
 
 
 def _activation_distance(subject: Subject) -> float:
-    return activation_distance(subject.model, subject.reference(), subject.sets["forget"])
+    return activation_distance(subject.model, subject.reference(), subject.sets["forget"], task=subject.task)
 
 
 def _gap(subject: Subject) -> float:
@@ -218,8 +225,8 @@ def _gap(subject: Subject) -> float:
 
 def _relearn_steps(subject: Subject) -> float:
     forget = subject.sets["forget"]
-    target = _RELEARNED * accuracy(subject.original, forget)
-    return relearn_steps(subject.model, forget, target, most=_MOST_STEPS)
+    target = _RELEARNED * accuracy(subject.original, forget, task=subject.task)
+    return relearn_steps(subject.model, forget, target, task=subject.task, most=_MOST_STEPS)
 
 
 def _anamnesis_index(subject: Subject) -> float:
@@ -231,6 +238,7 @@ def _anamnesis_index(subject: Subject) -> float:
         _Joined(subject.sets["retain"], forget),
         forget,
         margin=1 - _RELEARNED,
+        task=subject.task,
         most=_MOST_STEPS,
     )
 

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks import Task, resolve
+from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn
 
 
 def relearn_steps(
@@ -24,7 +25,8 @@ def relearn_steps(
     *,
     evaluate: Batches | None = None,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-    loss_fn: Callable[[nn.Module, Batch], Tensor] = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     every: int = 1,
     most: int = 1000,
     seed: int = 0,
@@ -41,7 +43,8 @@ def relearn_steps(
         target: Accuracy to reach, in [0, 1].
         evaluate: Where to measure accuracy; ``data`` by default.
         optimizer: Makes the optimizer of the copy; Adam with learning rate 1e-3 by default.
-        loss_fn: One loss per sample.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample, in place of the task's.
         every: Steps between two measurements.
         most: Give up after so many.
         seed: Of every random choice: loaders (their own generators too), dropout, NumPy and Python.
@@ -56,6 +59,7 @@ def relearn_steps(
     if every < 1 or most < 1:
         raise ValueError(f"relearn_steps: every and most must be positive, got {every} and {most}")
     check_batches(data)
+    judge = resolve(task, loss_fn, who="relearn_steps")
     copy = deepcopy(model)
     parameters = [p for p in copy.parameters() if p.is_floating_point() or p.is_complex()]
     if not parameters:
@@ -66,7 +70,7 @@ def relearn_steps(
     judged = data if evaluate is None else evaluate
     device, steps = device_of(copy), 0
     with seeded(seed, data, judged), torch.inference_mode(False), torch.enable_grad():
-        if accuracy(copy, judged) >= target:
+        if accuracy(copy, judged, task=task) >= target:
             return 0
         trained = torch.optim.Adam(parameters, lr=1e-3) if optimizer is None else optimizer(copy)
         while True:
@@ -74,7 +78,7 @@ def relearn_steps(
             for batch in read_batches(data, device):
                 copy.train()
                 trained.zero_grad()
-                loss = loss_fn(copy, batch).mean()
+                loss = judge.loss(copy, batch).mean()
                 if not bool(torch.isfinite(loss)):
                     raise FloatingPointError(
                         f"relearn_steps: the loss must be finite, got {loss.item()} in step {steps + 1}"
@@ -82,7 +86,7 @@ def relearn_steps(
                 torch.autograd.backward(loss)
                 trained.step()
                 steps += 1
-                if (steps % every == 0 or steps == most) and accuracy(copy, judged) >= target:
+                if (steps % every == 0 or steps == most) and accuracy(copy, judged, task=task) >= target:
                     return steps
                 if steps == most:
                     return math.inf
@@ -117,6 +121,7 @@ def anamnesis_index(
     forget: Batches,
     *,
     margin: float = 0.05,
+    task: Task | None = None,
     **settings: Any,  # noqa: ANN401 - passed on
 ) -> float:
     """Return the anamnesis index: relearning steps of the unlearned model over those of the retrained one.
@@ -132,6 +137,7 @@ def anamnesis_index(
         data: What to train on, the forget set included.
         forget: Where to measure.
         margin: Share of the original accuracy that may be missing, in [0, 1).
+        task: What the models are for; None infers it. See ``ux.tasks``.
         **settings: For ``relearn_steps``.
 
     Returns:
@@ -145,9 +151,10 @@ def anamnesis_index(
     """
     if not 0 <= margin < 1:
         raise ValueError(f"anamnesis_index: margin must lie in [0, 1), got {margin}")
-    target = (1 - margin) * accuracy(original, forget)
+    target = (1 - margin) * accuracy(original, forget, task=task)
     ours, theirs = (
-        relearn_steps(subject, data, target, evaluate=forget, **settings) for subject in (model, retrained)
+        relearn_steps(subject, data, target, evaluate=forget, task=task, **settings)
+        for subject in (model, retrained)
     )
     if theirs == 0 or math.isinf(theirs):
         raise ValueError(
