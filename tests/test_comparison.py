@@ -499,12 +499,17 @@ def test_language_models_are_compared_too():
         def forward(self, input_ids):
             return self.head(self.embed(input_ids))
 
-    table = compare(Language(), batches(2), batches(4), batches(3), methods=["ssd"], reference=Language())
+    sets = batches(2), batches(4), batches(3)
+    with pytest.raises(ValueError, match=r"compare: forget: task must say .*ux.tasks.CausalLM\(\)"):
+        compare(Language(), *sets, methods=[noisy], reference=Language(), controls=False)
+    task = ux.tasks.CausalLM()
+    table = compare(Language(), *sets, methods=[noisy], reference=Language(), controls=False, task=task)
+    assert table.facts["task"] == "CausalLM(ignore_index=-100)"
     assert table.facts["forget_classes"] is None
     assert table.facts["samples"] == {"forget": 8, "retain": 16, "test": 12}
-    for measure in table.measures("ssd").values():
+    for measure in table.measures("noisy").values():
         assert measure.why is None
-    (row,) = [row for row in table.rows if row.label == "ssd"]
+    (row,) = [row for row in table.rows if row.label == "noisy"]
     assert sum(row.loss_counts["forget"]) == 8
 
 

@@ -13,6 +13,7 @@ from unlearn_ext.evaluation.metrics.attacks import mia
 from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence, zrf
 from unlearn_ext.evaluation.metrics.relearning import anamnesis_index, relearn_steps
+from unlearn_ext.tasks import Classification
 
 
 def fixed(*probabilities):
@@ -410,7 +411,7 @@ def test_sequences_count_as_one_sample(sklearn):
     labels = torch.randint(3, (6, 4))
     labels[0, 1:] = -100
     data = [(scores, labels)]
-    features = attacks._features(nn.Identity(), data, "forget", False)
+    features = attacks._features(nn.Identity(), data, "forget", Classification(), "loss")
     assert features.loss.shape == (6,)
     expected = nn.functional.cross_entropy(scores[0, :1].double(), labels[0, :1])
     assert features.loss[0] == pytest.approx(float(expected))

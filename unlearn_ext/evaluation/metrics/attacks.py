@@ -108,7 +108,8 @@ def mia(
         loss    ``auc`` itself. Needs neither scikit-learn nor a task with classes; reads no retain sample.
 
     ``auc`` and ``tpr`` do not depend on the convention: they are those of the plain attack by loss, forget
-    against test, with the task's loss. Over-unlearning shows as an ``auc`` below the reference's; see ``Attack.verdict``.
+    against test, with the task's loss. Over-unlearning shows as an ``auc`` below the reference's; see
+    ``Attack.verdict``.
 
     Args:
         model: The unlearned model.
@@ -166,9 +167,8 @@ def mia(
 
     def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
         features = {name: _features(subject, data, name, judge, convention) for name, data in sets.items()}
-        return _SCORES[convention](
-            features.get("retain"), features["forget"], features["test"], seed
-        ), features
+        score = _SCORES[convention](features.get("retain"), features["forget"], features["test"], seed)
+        return score, features
 
     score, features = measured(model)
     members, others = -features["forget"].loss, -features["test"].loss
@@ -223,8 +223,7 @@ def _features(model: nn.Module, data: Batches, name: str, task: Task, convention
             found["loss"].append(loss[kept].double().cpu())
             if "entropy" in found:
                 logs = log_probabilities(f"mia: convention={convention!r}", task, outputs, batch)
-                entropy = -(logs.exp() * logs.clamp(min=-1e300)).sum(-1).flatten(1)
-                entropy = entropy if entropy.shape[1:] else entropy.unsqueeze(1)
+                entropy = -(logs.exp() * logs.clamp(min=-1e300)).sum(-1).reshape(counted.shape)
                 found["entropy"].append(mean_over_positions(entropy, counted)[kept].cpu())
             if "confidence" in found:
                 found["confidence"].append(task.log_odds(outputs, batch).sigmoid()[kept].double().cpu())
