@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -126,6 +127,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from unlearn_ext.data import split
+from unlearn_ext.tasks import Regression
 
 torch.set_num_threads(1)
 value = 3
@@ -157,6 +159,22 @@ def train(model, data):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
+
+
+def make_regression():
+    generator = torch.Generator().manual_seed(0)
+    sets = []
+    for n in (4, 12, 8):
+        x = torch.randn(n, 3, generator=generator)
+        sets.append([(x, x)])
+    return sets
+
+
+class Own(Regression):
+    pass
+
+
+own_task = Own(tolerance=1.0)
 
 
 def never(model, data):
@@ -302,6 +320,67 @@ def test_losses_are_named(mine, monkeypatch):
     import mine as users
 
     assert seen == [unlearn_ext.losses.log_odds, users.loss, None]
+
+
+@pytest.fixture
+def one_method(monkeypatch):
+    """Every method's name stands for one that moves a bias and takes any task."""
+
+    def moved(model, forget, retain, *, task=None, score=None):
+        with torch.no_grad():
+            model.bias.add_(0.1)
+
+    for name in METHODS:
+        monkeypatch.setitem(METHODS, name, moved)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("Regression:tolerance=0.5", "Regression(tolerance=0.5)"),
+        ("mine:own_task", "Own(tolerance=1.0)"),
+        ("mine:Own", "Own()"),
+    ],
+)
+def test_the_task_is_named(mine, one_method, text, shown):
+    assert cli.main(arguments(data="mine:make_regression", task=text)) == 0
+    parsed = json.loads((mine / "result" / "comparison.json").read_text(encoding="utf-8"))
+    assert parsed["facts"]["task"] == shown
+    (original,) = [entry for entry in parsed["table"] if entry["label"] == "original"]
+    retain = original["measures"]["retain"]
+    if shown == "Own()":
+        assert "without a tolerance" in retain["why"]
+    else:
+        import mine as users
+
+        model = torch.nn.Linear(3, 3)
+        model.load_state_dict(torch.load("model.pt", weights_only=True))
+        x = users.make_regression()[1][0][0]
+        error = (model(x) - x).abs().amax(1)
+        assert retain["value"] == pytest.approx(float((error <= float(shown[-4:-1])).float().mean()))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Segmentaton", "did you mean Segmentation"),
+        ("Regression:tolerence=1", "--task: Regression: .*tolerence"),
+        ("Regression:loss", "--task must be NAME or NAME:key=value"),
+        ("mine:value", "mine:value must be a task, or return one, got int"),
+        ("mine:make_model", "must be a task, or return one, got Linear"),
+    ],
+)
+def test_a_wrong_task_is_a_line(mine, capsys, text, message):
+    assert cli.main(arguments(task=text)) == 1
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert len(printed.splitlines()) == 1
+
+
+def test_data_that_need_a_task_are_refused_before_anything_runs(mine, capsys):
+    given = arguments(data="mine:make_regression", train="mine:never")
+    assert cli.main(given) == 1
+    assert "task=ux.tasks.Regression()" in capsys.readouterr().err
 
 
 def test_the_folder_is_made_before_anything_runs(mine, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import logging
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import unlearn_ext
-from unlearn_ext import demo, ops
+from unlearn_ext import demo, ops, tasks
 from unlearn_ext._internal.checkpoints import load_weights
 from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.logs import shown
@@ -31,6 +32,7 @@ Run unlearning methods on copies of a trained model and set them beside retraini
 
   --model MODULE:FACTORY   FACTORY() returns the model, untrained
   --data MODULE:FACTORY    FACTORY() returns (forget, retain, test): batches that can be read more than once
+  --task NAME              what the model is for, where model and data do not tell
   --train MODULE:FUNCTION  FUNCTION(model, data) trains a fresh model in place, as the checkpoint was trained
 
 Modules are looked for in the current folder first. Writes comparison.md, comparison.json and comparison.html.
@@ -117,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         help="its trained weights: a state_dict, or a mapping that holds one, of torch.save; or .safetensors",
     )
     compared.add_argument("--data", required=True, metavar="MODULE:FACTORY", help="makes the three sets")
+    compared.add_argument(
+        "--task",
+        metavar="NAME",
+        help="what the model is for, where model and data do not tell: one of "
+        f"{', '.join(_task_names())}, with settings as in Segmentation:ignore_index=0, or your MODULE:NAME",
+    )
     reference = compared.add_mutually_exclusive_group()
     reference.add_argument(
         "--train", metavar="MODULE:FUNCTION", help="retrains without the forget set, once per seed"
@@ -161,6 +169,7 @@ def _run_comparison(options: argparse.Namespace) -> int:
     factory = _named(options.model, "model")
     model = _loaded(factory, options.checkpoint).to(options.device)
     sets = _sets(_named(options.data, "data")())
+    task = None if options.task is None else _task(options.task)
     reference = None
     if options.reference is not None:
         reference = _loaded(factory, options.reference).to(options.device)
@@ -177,6 +186,7 @@ def _run_comparison(options: argparse.Namespace) -> int:
             train=train,
             cache=options.out / "cache",
             cache_key=options.cache_key,
+            task=task,
             progress=True,
         )
     # Shown first: what cannot be written is not lost.
@@ -195,6 +205,13 @@ def _exit_code(comparison: Comparison) -> int:
 
 def _method(text: str) -> tuple[str, Mapping[str, Any]]:
     name, _, rest = text.partition(":")
+    settings = _settings(rest, f"--methods must be NAME or NAME:key=value,key=value, got {text!r}")
+    if isinstance(settings.get("loss_fn"), str):
+        settings["loss_fn"] = _loss(settings["loss_fn"])
+    return name, settings
+
+
+def _settings(rest: str, complaint: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     # Parsed as the arguments of a call, so that values may hold commas and quotes.
     try:
@@ -207,10 +224,34 @@ def _method(text: str) -> tuple[str, Mapping[str, Any]]:
             value = keyword.value
             settings[keyword.arg] = value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"--methods must be NAME or NAME:key=value,key=value, got {text!r}") from error
-    if isinstance(settings.get("loss_fn"), str):
-        settings["loss_fn"] = _loss(settings["loss_fn"])
-    return name, settings
+        raise ValueError(complaint) from error
+    return settings
+
+
+def _task_names() -> list[str]:
+    return [name for name in tasks.__all__ if name != "Task" and isinstance(getattr(tasks, name), type)]
+
+
+def _task(text: str) -> tasks.Task:
+    name, _, rest = text.partition(":")
+    if name in _task_names():
+        settings = _settings(rest, f"--task must be NAME or NAME:key=value,key=value, got {text!r}")
+        try:
+            made: object = getattr(tasks, name)(**settings)
+        except TypeError as error:
+            raise ValueError(f"--task: {name}: {error}") from error
+    elif not rest:
+        nearest = difflib.get_close_matches(name, _task_names(), n=2, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        raise ValueError(
+            f"--task must be one of {', '.join(_task_names())}, or MODULE:NAME, got {text!r}{hint}"
+        )
+    else:
+        found = _named(text, "task", callable_only=False)
+        made = found if isinstance(found, tasks.Task) or not callable(found) else found()
+    if not isinstance(made, tasks.Task):
+        raise ValueError(f"--task: {text} must be a task, or return one, got {type(made).__name__}")
+    return made
 
 
 def _loss(name: str) -> LossFn:
@@ -227,7 +268,7 @@ def _loss(name: str) -> LossFn:
     return found
 
 
-def _named(text: str, option: str) -> Any:  # noqa: ANN401 - the user's function
+def _named(text: str, option: str, *, callable_only: bool = True) -> Any:  # noqa: ANN401 - the user's
     module_name, _, name = text.partition(":")
     if not module_name or not name:
         raise ValueError(f"--{option} must be MODULE:NAME, got {text!r}")
@@ -238,7 +279,7 @@ def _named(text: str, option: str) -> Any:  # noqa: ANN401 - the user's function
         if not hasattr(found, part):
             raise ValueError(f"--{option}: {module_name} must have {name}, and has not")
         found = getattr(found, part)
-    if not callable(found):
+    if callable_only and not callable(found):
         raise ValueError(f"--{option}: {text} must be a function, got {type(found).__name__}")
     return found
 

@@ -55,8 +55,15 @@ def answers(
     """
     reader = read_batches(check_batches(data, name), device_of(model), description=who, progress=progress)
     for index, batch in enumerate(reader):
-        if task.count(batch):
+        if not _is_empty(task, batch):
             yield batch, checked(who, task.forward(model, batch), f"batch {index} of {name}")
+
+
+def _is_empty(task: Task, batch: Batch) -> bool:
+    try:
+        return task.count(batch) == 0
+    except ValueError:  # the model's answer, or the refusal of its batch, says more
+        return False
 
 
 def checked(who: str, outputs: Any, where: str) -> Any:  # noqa: ANN401 - a task's own
