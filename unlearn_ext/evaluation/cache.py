@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unlearn_ext._internal.files import replacing
-from unlearn_ext.evaluation.keys import NoKeyError, key
+from unlearn_ext.evaluation.keys import key
 
 _log = logging.getLogger(__name__)
 
@@ -37,22 +37,6 @@ class Cache:
 
     def path(self, stem: str, suffix: str, **facts: object) -> Path | None:
         """Return the file of something.
-
-        Args:
-            stem: Start of the name.
-            suffix: Its end.
-            **facts: All that decides the content.
-
-        Returns:
-            The path, or None where there is no cache, or no telling what a fact holds.
-        """
-        try:
-            return self.named(stem, suffix, **facts)
-        except NoKeyError:
-            return None
-
-    def named(self, stem: str, suffix: str, **facts: object) -> Path | None:
-        """Return the file of something, as ``path`` does.
 
         Args:
             stem: Start of the name.

@@ -16,7 +16,6 @@ from torch import nn
 from unlearn_ext._internal.logs import shown
 from unlearn_ext.evaluation.cache import Cache
 from unlearn_ext.evaluation.comparison import Comparison
-from unlearn_ext.evaluation.keys import NoKeyError
 from unlearn_ext.evaluation.metrics.registry import (
     REGISTRY,
     Metric,
@@ -236,10 +235,9 @@ def _chosen_metrics(metrics: Sequence[Asked]) -> list[Metric]:
 def _warn_of_no_cache(study: Study, jobs: Sequence[Job], seed: int) -> None:
     reasons: dict[str, list[str]] = {}
     for job in jobs:
-        try:
-            study.check_key(job, seed)
-        except NoKeyError as error:
-            reasons.setdefault(str(error), []).append(job.label)
+        why = study.why_not_kept(job, seed)
+        if why is not None:
+            reasons.setdefault(why, []).append(job.label)
     if reasons:
         told = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
         warnings.warn(

@@ -14,6 +14,7 @@ from torch import nn
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.cache import Cache, keeping
+from unlearn_ext.evaluation.keys import NoKeyError
 from unlearn_ext.evaluation.metrics.measures import reason_of
 from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.tasks.batches import Batches
@@ -34,6 +35,7 @@ class References:
         device: torch.device,
     ) -> None:
         self._given = None if given is None else deepcopy(given).to(device)
+        self._digest = weights_digest(self._given) if self._given is not None and cache.is_on else None
         self._device = device
         self._make_model = make_model
         self._train = train
@@ -58,8 +60,8 @@ class References:
         Returns:
             A value for ``keys.key``.
         """
-        if self._given is not None:
-            return weights_digest(self._given)
+        if self._digest is not None:
+            return self._digest
         if self._train is None:
             return None
         return [self._make_model, self._train, seed]
@@ -139,4 +141,7 @@ class References:
 
     def _path(self, seed: int) -> Path | None:
         facts = {"reference": self.key(seed), "data": self._sets.fingerprints["retain"]}
-        return self._cache.path("retrained", ".pt", **facts)
+        try:
+            return self._cache.path("retrained", ".pt", **facts)
+        except NoKeyError:
+            return None

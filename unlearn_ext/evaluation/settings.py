@@ -51,6 +51,25 @@ def check_settings(
         raise ValueError(f"{who}: {name} needs the setting {', '.join(map(repr, missing))}, which is missing")
 
 
+def accepts(name: str, function: Callable[..., object], setting: str) -> bool:
+    """Say whether a method has a setting, itself or through the function that it hands its settings on to.
+
+    Args:
+        name: Name of the method.
+        function: The method.
+        setting: Name of the setting.
+
+    Returns:
+        False where there is no telling.
+
+    Example:
+        >>> accepts("ssd", methods.ssd, "alpha"), accepts("ssd", methods.ssd, "beta")
+        (True, False)
+    """
+    accepted = _accepted(name, function)
+    return accepted is not None and setting in accepted[0]
+
+
 def _accepted(name: str, function: Callable[..., object]) -> tuple[list[str], list[str]] | None:
     # None where any keyword is taken, or where there is no telling.
     parameters = _parameters(function)
@@ -66,7 +85,7 @@ def _accepted(name: str, function: Callable[..., object]) -> tuple[list[str], li
         parameters = list({parameter.name: parameter for parameter in (*keywords, *parameters)}.values())
     named = [
         parameter
-        for parameter in parameters[0:]
+        for parameter in parameters
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     settings = [parameter for parameter in named if parameter.name not in _SETS]

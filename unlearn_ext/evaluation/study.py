@@ -24,12 +24,14 @@ from unlearn_ext._internal.plain import callable_name, plain
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.cache import Cache, keeping
 from unlearn_ext.evaluation.evidence import environment
+from unlearn_ext.evaluation.keys import NoKeyError
 from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.measures import Measure, attempt, reason_of
 from unlearn_ext.evaluation.metrics.registry import Metric, Subject
 from unlearn_ext.evaluation.references import References
 from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Row, described, read_row
 from unlearn_ext.evaluation.sets import Sets
+from unlearn_ext.evaluation.settings import accepts
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks import Task, resolve
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
@@ -93,7 +95,7 @@ class Study:
         Returns:
             The row, and whether it comes from the cache.
         """
-        path = self._cache.path("row", ".json", **self._key_facts(job, seed))
+        path = self._path(job, seed)
         row = read_row(path, job.label)
         found = row is not None
         if row is None:
@@ -105,20 +107,32 @@ class Study:
             self._reference_rows[seed] = row
         return row, found
 
-    def check_key(self, job: Job, seed: int) -> Path | None:
-        """Find the file in which a row would be kept.
+    def why_not_kept(self, job: Job, seed: int) -> str | None:
+        """Say why a row cannot be kept in the cache.
 
         Args:
             job: What the row is made of.
             seed: Its seed.
 
         Returns:
-            The path, or None where there is no cache.
-
-        Raises:
-            NoKeyError: If the row cannot be kept. The message says what stands in the way.
+            What stands in the way; None if nothing does, or if there is no cache.
         """
-        return self._cache.named("row", ".json", **self._key_facts(job, seed))
+        try:
+            self._named_path(job, seed)
+        except NoKeyError as error:
+            return str(error)
+        return None
+
+    def _path(self, job: Job, seed: int) -> Path | None:
+        try:
+            return self._named_path(job, seed)
+        except NoKeyError:
+            return None
+
+    def _named_path(self, job: Job, seed: int) -> Path | None:
+        if not self._cache.is_on:
+            return None
+        return self._cache.path("row", ".json", **self._key_facts(job, seed))
 
     def _run(self, job: Job, seed: int) -> Row:
         row = Row(job.label, job.kind, job.name, described(job.settings), seed)
@@ -145,7 +159,7 @@ class Study:
         accepted = inspect.signature(job.function).parameters
         if "generator" in accepted and "generator" not in settings:
             settings["generator"] = torch.Generator().manual_seed(seed)
-        if self._task is not None and "task" in accepted:
+        if self._task is not None and accepts(job.name, job.function, "task"):
             settings.setdefault("task", self._task)
         for name, value in self._references.recipe().items():
             if name in accepted or job.name == "retrain":

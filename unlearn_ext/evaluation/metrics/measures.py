@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ def attempt(measure: Callable[..., float | Measure], *arguments: object) -> Meas
         found = measure(*arguments)
         found = found if isinstance(found, Measure) else Measure(float(found))
     except Exception as error:
+        _log.debug("a figure is missing", exc_info=True)
         return Measure(None, reason_of(error))
     if found.value is not None and not math.isfinite(found.value):
         return Measure(None, f"it came to {found.value}")
