@@ -267,4 +267,4 @@ def interned(task: Task) -> Task:
         Sequence2Sequence,
         TokenClassification,
     )
-    return _canonical(task) if ours else task
+    return _canonical(task) if ours and task.loss_fn is None else task
