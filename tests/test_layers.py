@@ -20,7 +20,7 @@ ALLOWED = {
     "ops.reference": set(),
     "tasks": set(),
     "results": {"_internal"},
-    "optim": {"ops"},
+    "optim": {"ops", "_internal"},
     "fisher": {"fisher.engine", "tasks", "_internal"},
     "fisher.engine": {"ops", "tasks"},
     "subspace": {"ops", "tasks", "_internal"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from unlearn_ext._internal.plain import plain
 
@@ -25,6 +25,8 @@ class UnlearnResult:
         changed: Share of the model's scalar parameters whose value changed, in [0, 1].
         changed_per_parameter: The same for each parameter, by name.
         history: What happened, phase by phase or step by step.
+        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``,
+            where the method computed any.
 
     Example:
         >>> result = UnlearnResult("ssd", {"alpha": 2.0}, {"importance": 0.5}, 0.1, {"weight": 0.1}, ())
@@ -38,6 +40,7 @@ class UnlearnResult:
     changed: float
     changed_per_parameter: Mapping[str, float]
     history: Sequence[Mapping[str, object]]
+    coverage: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         seconds = sum(self.seconds.values())

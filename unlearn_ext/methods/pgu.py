@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import modules_by_name
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.loop import train
@@ -325,7 +326,7 @@ class _FreeWeight:
 
 
 def _layers(model: nn.Module, gram: ActivationGram) -> dict[str, tuple[nn.Module, Layer]]:
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     layers: dict[str, tuple[nn.Module, Layer]] = {}
     for name, total in gram.items():
         layer = layer_of(modules[name]) if name in modules else None
@@ -353,7 +354,7 @@ def _free_weights(
     for name, weight in run.model.named_parameters():
         users = [
             (module_name, attribute)
-            for module_name, module in run.model.named_modules()
+            for module_name, module in modules_by_name(run.model).items()
             for attribute, parameter in module._parameters.items()
             if parameter is weight
         ]

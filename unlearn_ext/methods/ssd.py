@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Estimator, Importance, check_same_kind, pool
@@ -100,6 +101,7 @@ def plan_ssd(
         >>> torch.equal(model.weight, before)
         True
     """
+    check_model(model, "plan_ssd")
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha != "adaptive":
         checked("alpha", alpha)
@@ -311,4 +313,6 @@ def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Impo
         batch_size=importance.batch_size,
         n_batches=importance.n_batches,
         coverage=importance.coverage,
+        loss=importance.loss,
+        weights_digest=importance.weights_digest,
     )

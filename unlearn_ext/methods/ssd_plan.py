@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.checksum import checksum
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
 from unlearn_ext.results import UnlearnResult
@@ -193,7 +194,7 @@ class SsdPlan:
 
     def _result(self, selected: int, changed: Mapping[str, int], seconds: float) -> UnlearnResult:
         full, forget = self._importances()
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
         importance_phase = {
             "phase": "importance",
             "n_samples_forget": forget.n_samples,
@@ -294,7 +295,7 @@ def parameters_of(
     Raises:
         ValueError: If the model has no such parameter, it is frozen, or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     for name, value in named.items():
         found = parameters.get(name)
         if found is None or (trainable and not found.requires_grad):
