@@ -629,6 +629,12 @@ def test_keys_know_the_globals_that_a_function_uses(imported):
         assert fingerprints.key(f=module.method) != first
 
 
+def test_keys_know_the_source_of_the_defining_module(imported):
+    hidden = "RATE = {}\n\ndef method(model, forget, retain):\n    return globals()['RATE']\n"
+    keys = [fingerprints.key(f=imported(hidden.format(rate)).method) for rate in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_keys_know_the_object_of_a_bound_method(imported):
     module = imported()
     first = fingerprints.key(f=module.Bound(1).method)

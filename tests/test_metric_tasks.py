@@ -651,3 +651,40 @@ def test_a_loss_of_the_users_own_is_relearned_and_attacked_by():
 
     metrics.relearn_steps(model, data, 2.0, loss_fn=watched, most=3)
     assert seen == [6, 6, 6]
+
+
+def test_samples_of_which_nothing_counts_are_no_members():
+    model, task = Pixels(0), tasks.Segmentation()
+    images, labels = segmentation(4, 0)
+    labels[1] = 255
+    kept = [0, 2, 3]
+    test = [segmentation(5, 1)]
+    for convention in ("loss", "ssd", "salun"):
+        found, expected = (
+            metrics.mia(
+                model, forget=[batch], retain=test, test=test, convention=convention, task=task, bootstrap=0
+            )
+            for batch in ((images, labels), (images[kept], labels[kept]))
+        )
+        assert (found.auc, found.tpr, found.score) == (expected.auc, expected.tpr, expected.score)
+
+
+def test_the_attack_tells_confident_samples_apart():
+    # In single precision both have the loss 0, and the attack would be at chance.
+    ours, others = (
+        [(torch.tensor([[float(z), 0.0], [z + 1.0, 0.0]]), torch.tensor([0, 0]))] for z in (22, 18)
+    )
+    assert nn.functional.cross_entropy(*others[0], reduction="none").tolist() == [0, 0]
+    found = metrics.mia(nn.Identity(), forget=ours, test=others, convention="loss", bootstrap=0)
+    assert found.auc == 1
+
+
+def test_the_task_decides_which_rows_are_the_same(tmp_path):
+    sets = [[(draw(n, 3, seed=n), draw(n, 2, seed=n + 1))] for n in (4, 9, 6)]
+    found = []
+    for tolerance in (0.5, 2.0, 0.5):
+        given = {"methods": [moved], "metrics": ["retain"], "controls": False, "cache": tmp_path}
+        table = ux.compare(head(2), *sets, task=tasks.Regression(tolerance=tolerance), **given)
+        found.append(table.measures("moved"))
+    assert found[0]["retain"].value != found[1]["retain"].value
+    assert found[0] == found[2]  # to the last digit of the seconds: from the cache
