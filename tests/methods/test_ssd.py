@@ -411,8 +411,16 @@ ONE = imp(theta=torch.ones(2))
             ValueError,
             "retain holds 'per_sample' importances of power 2",
         ),
-        ({"forget": ONE}, ValueError, "forget must be data for alpha='auto', which watches it, got an Import"),
-        ({"forget": ONE, "power": 1, "alpha": 2.0}, ValueError, "forget holds 'per_sample' importances of power 2"),
+        (
+            {"forget": ONE},
+            ValueError,
+            "forget must be data for alpha='auto', which watches it, got an Import",
+        ),
+        (
+            {"forget": ONE, "power": 1, "alpha": 2.0},
+            ValueError,
+            "forget holds 'per_sample' importances of power 2",
+        ),
         ({"retain": imp(x=torch.ones(2))}, ValueError, "x must be a parameter of"),
         ({"retain": imp(theta=torch.ones(3))}, ValueError, r"must have shape \[2\]"),
         ({"retain": None, "importance": imp(1, theta=torch.ones(2))}, ValueError, "full set"),
