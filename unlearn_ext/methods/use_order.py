@@ -38,6 +38,7 @@ def order_of_use(
         ...     def forward(self, x):
         ...         return self.last(self.first(x))
         >>> model = Backwards()
+        >>> import torch
         >>> named = dict(model.named_parameters())
         >>> order_of_use(model, named, (torch.ones(1, 2),), lambda model, batch: model(*batch).sum(1))
         ['first.weight', 'last.weight']

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_ba
 from unlearn_ext.tasks.outputs import scores_and_labels
 
 _Numbers: TypeAlias = npt.NDArray[np.float64]
+_Ranks: TypeAlias = npt.NDArray[np.intp]
 
 Convention: TypeAlias = Literal["ssd", "salun", "scrub"]
 
@@ -40,8 +41,8 @@ class Attack:
     """What a membership inference attack made of a model; see ``mia``.
 
     Attributes:
-        convention: Whose definition ``score`` follows.
-        score: The convention's number, in [0, 1].
+        convention: Whose definition ``score`` follows; None for the attack by loss alone.
+        score: The convention's number, in [0, 1]; None without a convention.
         ideal: What ``score`` would be for a perfectly unlearned model: ``"retrained"`` (that model's score)
             or a number.
         auc: Area under the ROC curve of telling forget samples (positive) from test samples by their loss:
@@ -53,8 +54,8 @@ class Attack:
         reference_auc: ``auc`` of the retrained model, if one was given.
     """
 
-    convention: Convention
-    score: float
+    convention: Convention | None
+    score: float | None
     ideal: str | float
     auc: float
     auc_interval: Interval
@@ -80,17 +81,23 @@ class Attack:
 
 def mia(
     model: nn.Module,
-    retain: Batches,
-    forget: Batches,
-    test: Batches,
-    convention: Convention = "ssd",
-    *,
+    *sets: Any,  # noqa: ANN401 - the older form: retain, forget, test, convention
+    forget: Batches | None = None,
+    retain: Batches | None = None,
+    test: Batches | None = None,
+    convention: Convention | None = "ssd",
     reference: nn.Module | None = None,
+    calibration: Sequence[nn.Module] = (),
     shift: bool | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Attack:
     """Attack a model by membership inference: can forget samples be told as members of the training set?
+
+    ``auc`` and ``tpr`` are those of the plain attack by loss, forget against test. ``convention=None`` makes
+    this attack alone, which reads no retain set and needs no scikit-learn. Over-unlearning shows as an
+    ``auc`` below the reference's; see ``Attack.verdict``. With ``calibration`` the attack looks at the loss
+    less its mean over models that do not know the forget set: hard samples are not taken for unseen ones.
 
     ``score`` is one of three published numbers, which are not comparable with each other:
 
@@ -103,16 +110,15 @@ def mia(
         scrub   logistic regression on the loss, forget against test samples, accuracy over five stratified
                 folds; 0.5 is ideal. For class forgetting give the test samples of that class only.
 
-    ``auc`` and ``tpr`` do not depend on the convention: they are those of the plain attack by loss, forget
-    against test. Over-unlearning shows as an ``auc`` below the reference's; see ``Attack.verdict``.
-
     Args:
         model: The unlearned model.
-        retain: Training samples that were kept.
+        *sets: The older form: retain, forget, test and the convention by position.
         forget: Training samples that were to be forgotten.
+        retain: Training samples that were kept; needed for ``"ssd"`` and ``"salun"``.
         test: Samples that no model was trained on.
-        convention: Whose definition ``score`` follows.
+        convention: Whose definition ``score`` follows; None for none.
         reference: A model retrained without the forget set.
+        calibration: Models trained without the forget and the test set.
         shift: As in ``losses.cross_entropy``.
         bootstrap: Resamples behind the intervals; 0 for none (NaN).
         seed: Of the resamples, the choice of retain samples and the folds.
@@ -121,40 +127,59 @@ def mia(
         The outcome.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
-        ValueError: If the convention is unknown, or a set is empty or too small for the convention.
+        ImportError: If a convention is asked for and scikit-learn is not installed.
+        TypeError: If a set is given twice, or there are more arguments by position than the older form had.
+        ValueError: If the convention is unknown, or a set is missing, empty or too small for the convention.
 
     Source:
         ssd: code released with Foster, Schoepf & Brintrup, AAAI 2024; salun: Fan et al., ICLR 2024; scrub:
         Kurmanji et al., NeurIPS 2023. TPR at 1 % FPR: Carlini et al., "Membership Inference Attacks From
-        First Principles", S&P 2022.
+        First Principles", S&P 2022. Calibration: Watson, Guo, Cormode & Sablayrolles, "On the Importance of
+        Difficulty Calibration in Membership Inference Attacks", ICLR 2022.
+
+    Example:
+        >>> known, unknown = torch.tensor([[2.0, 0.0]] * 5), torch.tensor([[1.0, 0.0]] * 5)
+        >>> labels = torch.zeros(5, dtype=torch.long)
+        >>> attack = mia(nn.Identity(), forget=[(known, labels)], test=[(unknown, labels)], convention=None)
+        >>> attack.auc, attack.tpr
+        (1.0, 1.0)
     """
-    if convention not in CONVENTIONS:
+    named: dict[str, Any] = {"retain": retain, "forget": forget, "test": test}
+    if len(sets) > len(named) + 1:
+        raise TypeError(f"mia: at most 4 arguments must follow the model by position, got {len(sets)}")
+    for name, given in zip((*named, "convention"), sets, strict=False):
+        if name == "convention":
+            convention = given
+        elif named[name] is not None:
+            raise TypeError(f"mia: {name} must be given once, got it by position and by name")
+        else:
+            named[name] = given
+    if convention is not None and convention not in CONVENTIONS:
         raise ValueError(f"mia: convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    sets = {"retain": retain, "forget": forget, "test": test}
+    read = {"forget": named["forget"], "test": named["test"]}
+    if convention in ("ssd", "salun"):
+        read["retain"] = named["retain"]
+    for name, data in read.items():
+        if data is None:
+            hint = "; convention=None needs none" if name == "retain" else ""
+            raise ValueError(f"mia: {name} must be given{hint}, got None")
+    losses = _CalibratedLosses(calibration, read, shift)
 
-    def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
-        features = {name: _features(subject, data, name, shift) for name, data in sets.items()}
-        return _SCORES[convention](features["retain"], features["forget"], features["test"], seed), features
+    def measured(subject: nn.Module) -> tuple[float | None, _Numbers, _Numbers]:
+        features = {name: _features(subject, data, name, shift) for name, data in read.items()}
+        score = None if convention is None else _SCORES[convention](features, seed)
+        return score, -losses("forget", features), -losses("test", features)
 
-    score, features = measured(model)
-    members, others = -features["forget"].loss, -features["test"].loss
-    auc, tpr = _auc(members, others), _tpr(members, others)
+    score, members, others = measured(model)
+    ranked = _Ranked(members, others)
+    auc, tpr = ranked.auc(), ranked.tpr()
     draws = np.random.default_rng(seed)
-    resampled = np.array(
-        [
-            (_auc(a, b), _tpr(a, b))
-            for a, b in (
-                (draws.choice(members, len(members)), draws.choice(others, len(others)))
-                for _ in range(bootstrap)
-            )
-        ]
-    ).reshape(-1, 2)
+    resampled = np.array([ranked.resampled(draws) for _ in range(bootstrap)]).reshape(-1, 2)
     bounds = np.quantile(resampled, [0.025, 0.975], axis=0) if bootstrap else np.full((2, 2), math.nan)
     reference_score = reference_auc = None
     if reference is not None:
-        reference_score, compared = measured(reference)
-        reference_auc = _auc(-compared["forget"].loss, -compared["test"].loss)
+        reference_score, theirs, unseen = measured(reference)
+        reference_auc = _Ranked(theirs, unseen).auc()
     return Attack(
         convention=convention,
         score=score,
@@ -195,22 +220,78 @@ def _features(model: nn.Module, data: Batches, name: str, shift: bool | None) ->
     return _Features(entropy, confidence, loss)
 
 
-def _ssd_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+class _CalibratedLosses:
+    """Losses less their mean over models that do not know the forget set; plain ones where there is none."""
+
+    def __init__(self, models: Sequence[nn.Module], sets: Mapping[str, Batches], shift: bool | None) -> None:
+        self._usual: dict[str, _Numbers] = {}
+        if models:
+            for name in ("forget", "test"):
+                losses = [_features(model, sets[name], name, shift).loss for model in models]
+                self._usual[name] = np.mean(losses, axis=0)
+
+    def __call__(self, name: str, features: Mapping[str, _Features]) -> _Numbers:
+        loss = features[name].loss
+        return loss - self._usual[name] if name in self._usual else loss
+
+
+class _Ranked:
+    """Two samples by the ranks of their values: the sort is done once, a resample only counts."""
+
+    def __init__(self, members: _Numbers, others: _Numbers, fpr: float = 0.01) -> None:
+        distinct, ranks = np.unique(np.concatenate([members, others]), return_inverse=True)
+        ranks = ranks.reshape(-1)
+        self._n = len(distinct)
+        self._members, self._others = ranks[: len(members)], ranks[len(members) :]
+        self._allowed = math.floor(fpr * len(others) + 1e-9)  # false positives
+
+    def auc(self) -> float:
+        return self._auc(*self._counts(self._members, self._others))
+
+    def tpr(self) -> float:
+        return self._tpr(*self._counts(self._members, self._others))
+
+    def resampled(self, draws: np.random.Generator) -> tuple[float, float]:
+        members = draws.choice(self._members, len(self._members))
+        others = draws.choice(self._others, len(self._others))
+        counts = self._counts(members, others)
+        return self._auc(*counts), self._tpr(*counts)
+
+    def _counts(self, members: _Ranks, others: _Ranks) -> tuple[_Ranks, _Ranks]:
+        return np.bincount(members, minlength=self._n), np.bincount(others, minlength=self._n)
+
+    @staticmethod
+    def _auc(members: _Ranks, others: _Ranks) -> float:
+        # Mann-Whitney: the share of pairs in the right order, ties counting half.
+        upto = np.cumsum(others)
+        return float((members * (2 * upto - others)).sum() / (2 * members.sum() * upto[-1]))
+
+    def _tpr(self, members: _Ranks, others: _Ranks) -> float:
+        # Above the lowest threshold that no more than the allowed number of the others pass.
+        above = np.cumsum(others[::-1])[::-1] - others
+        within = np.flatnonzero((above <= self._allowed) & (above + others > self._allowed))
+        threshold = within[0] if len(within) else -1
+        return float(members[threshold + 1 :].sum() / members.sum())
+
+
+def _ssd_score(sets: Mapping[str, _Features], seed: int) -> float:
     linear = sklearn("linear_model")
     judge = linear.LogisticRegression(class_weight="balanced", solver="lbfgs", random_state=seed)
-    judge.fit(*_labelled(retain.entropy, test.entropy))
-    return float(judge.predict(forget.entropy[:, None]).mean())
+    judge.fit(*_labelled(sets["retain"].entropy, sets["test"].entropy))
+    return float(judge.predict(sets["forget"].entropy[:, None]).mean())
 
 
-def _salun_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+def _salun_score(sets: Mapping[str, _Features], seed: int) -> float:
+    retain, forget, test = (sets[name].confidence for name in ("retain", "forget", "test"))
     # The first samples in the release; a draw does not depend on how the set is ordered.
-    chosen = np.random.default_rng(seed).permutation(len(retain.confidence))[: len(test.confidence)]
+    chosen = np.random.default_rng(seed).permutation(len(retain))[: len(test)]
     judge = sklearn("svm").SVC(C=3, gamma="auto", kernel="rbf")
-    judge.fit(*_labelled(retain.confidence[chosen], test.confidence))
-    return float(1 - judge.predict(forget.confidence[:, None]).mean())
+    judge.fit(*_labelled(retain[chosen], test))
+    return float(1 - judge.predict(forget[:, None]).mean())
 
 
-def _scrub_score(retain: _Features, forget: _Features, test: _Features, seed: int) -> float:
+def _scrub_score(sets: Mapping[str, _Features], seed: int) -> float:
+    forget, test = sets["forget"], sets["test"]
     selection, linear = sklearn("model_selection"), sklearn("linear_model")
     n = min(len(forget.loss), len(test.loss))
     if n < 5:
@@ -222,7 +303,7 @@ def _scrub_score(retain: _Features, forget: _Features, test: _Features, seed: in
     return float(selection.cross_val_score(linear.LogisticRegression(), x, y, cv=folds).mean())
 
 
-_SCORES: dict[str, Callable[[_Features, _Features, _Features, int], float]] = {
+_SCORES: dict[str, Callable[[Mapping[str, _Features], int], float]] = {
     "ssd": _ssd_score,
     "salun": _salun_score,
     "scrub": _scrub_score,
@@ -234,17 +315,11 @@ def _labelled(members: _Numbers, others: _Numbers) -> tuple[_Numbers, _Numbers]:
 
 
 def _auc(members: _Numbers, others: _Numbers) -> float:
-    # Mann-Whitney: the share of pairs in the right order, ties counting half.
-    ordered = np.sort(others)
-    below, upto = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
-    return float((below + upto).mean() / (2 * len(others)))
+    return _Ranked(members, others).auc()
 
 
 def _tpr(members: _Numbers, others: _Numbers, fpr: float = 0.01) -> float:
-    # The lowest threshold that no more than this share of the others pass.
-    allowed = math.floor(fpr * len(others) + 1e-9)
-    threshold = np.sort(others)[::-1][allowed] if allowed < len(others) else -math.inf
-    return float((members > threshold).mean())
+    return _Ranked(members, others, fpr).tpr()
 
 
 def sklearn(module: str) -> Any:  # noqa: ANN401 - an optional module
