@@ -206,13 +206,13 @@ def test_random_samples_are_refused_and_the_model_keeps_its_bits(data, model):
     before = bits(model)
     plan = plan_ssd(model, forget, retain)
     assert plan.reached is False
-    assert "samples to retain carry labels of the forget set (0, 1, 2" in plan.summary()
-    with pytest.warns(UserWarning, match="the model is as it was: samples to retain carry labels"):
+    assert "samples to retain carry classes of the forget set (0, 1, 2" in plan.summary()
+    with pytest.warns(UserWarning, match="the model is as it was: samples to retain carry classes"):
         result = ssd(model, forget, retain)
     assert (result.reached, result.changed) == (False, 0.0)
     assert result.after == result.before
     assert same_bits(before, bits(model))
-    with pytest.raises(UnlearningFailed, match="carry labels") as caught:
+    with pytest.raises(UnlearningFailed, match="carry classes") as caught:
         ssd(model, forget, retain, strict=True)
     assert caught.value.result.reached is False
     assert same_bits(before, bits(model))

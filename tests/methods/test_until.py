@@ -119,9 +119,9 @@ def test_the_passes_over_validation_data_count_too():
 
 
 def test_labels_of_both_sets_are_known():
-    assert watch().shared_labels == [0, 1]
+    assert watch().shared_classes == [0, 1]
     alone = Watch("m", Counting(), FORGET, None, until=0.5, budget=0.0)
-    assert alone.shared_labels == []
+    assert alone.shared_classes == []
     assert not alone.has_retain
 
 

@@ -30,6 +30,7 @@ from unlearn_ext.methods.ssd_plan import Found, SsdPlan, checked, found_by, thre
 from unlearn_ext.methods.until import Until, Watch, check_goal
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
 from unlearn_ext.tasks.losses import LossFn
 
@@ -41,6 +42,7 @@ def plan_ssd(
     forget: Batches | Importance,
     retain: Batches | Importance | None = None,
     *,
+    task: Task | None = None,
     importance: Importance | None = None,
     alpha: Alpha = "auto",
     until: Until | Literal["auto"] = "auto",
@@ -77,6 +79,7 @@ def plan_ssd(
         forget: The forget set: re-iterable batches, or importances computed on them, for which ``alpha`` must
             be given.
         retain: The retain set, in the same forms.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
         importance: Importances on the full set, forget set included. Those of ``losses.log_odds`` serve the
             closed loop best.
         alpha: ``"auto"`` for the closed loop, else: select where forget > alpha * full; >= 0. Lower forgets
@@ -98,8 +101,9 @@ def plan_ssd(
         estimator: See ``fisher_diagonal``. ``"batch"`` makes the ratio depend on batch sizes; it is here for
             comparison with the published code.
         power: 2 for squared gradients, 1 for absolute values.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``. None: that of stored importances where there are any;
-            else ``losses.log_odds`` for the closed loop and ``losses.cross_entropy`` for one shot.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, whose gradients are the importances. None: that of
+            stored importances where there are any; else ``losses.log_odds`` for the closed loop and
+            ``losses.cross_entropy`` for one shot, as the task has them.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
@@ -112,6 +116,7 @@ def plan_ssd(
             set is empty or a one-shot iterator, a setting is out of range or does not go with another, the
             full set is smaller than the forget set, or importances of different losses, estimators, powers,
             batch sizes (for ``"batch"``) or parameters meet.
+        NotImplementedError: If the closed loop has no accuracy to watch, or the task has no log-odds.
         FloatingPointError: If a loss or an importance is NaN or infinite; the message names the batch or the
             parameter.
 
@@ -143,7 +148,7 @@ def plan_ssd(
         "loss_fn": callable_name(loss),
     }
     seconds: dict[str, float] = {}
-    measure = Measure(model, loss, estimator, power, params, generator, progress)
+    measure = Measure(model, task, loss, estimator, power, params, generator, progress)
 
     started = time.perf_counter()
     watch = None
@@ -157,6 +162,7 @@ def plan_ssd(
             until=goal,
             budget=budget,
             validation=validation,
+            task=task,
         )
         outcome = settled(watch, goal)
         seconds["search"] = time.perf_counter() - started
@@ -209,6 +215,7 @@ def ssd(
     forget: Batches | Importance,
     retain: Batches | Importance | None = None,
     *,
+    task: Task | None = None,
     importance: Importance | None = None,
     alpha: Alpha = "auto",
     until: Until | Literal["auto"] = "auto",
@@ -243,6 +250,7 @@ def ssd(
         model: The model, changed in place.
         forget: The forget set: re-iterable batches, or importances computed on them.
         retain: The retain set, in the same forms.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
         importance: Importances on the full set, instead of ``retain`` or beside it.
         alpha: ``"auto"`` for the closed loop, a threshold, or ``"adaptive"``.
         until: The closed loop's goal.
@@ -279,6 +287,7 @@ def ssd(
         model,
         forget,
         retain,
+        task=task,
         importance=importance,
         alpha=alpha,
         until=until,

@@ -15,8 +15,9 @@ from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Estimator, Importance, check_same_kind, pool
 from unlearn_ext.methods.ssd_plan import parameters_of
 from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 Sources: TypeAlias = Mapping[str, Batches | Importance]
 """``forget``, and either ``retain`` or ``importance``."""
@@ -32,6 +33,7 @@ class Measure:
 
     Attributes:
         model: The model.
+        task: What the model is for; None infers it.
         loss_fn: One loss per sample.
         estimator: See ``fisher_diagonal``.
         power: 1 or 2.
@@ -41,12 +43,18 @@ class Measure:
     """
 
     model: nn.Module
+    task: Task | None
     loss_fn: LossFn
     estimator: Estimator
     power: int
     params: list[str] | None
     generator: torch.Generator | None
     progress: bool
+
+    @property
+    def judge(self) -> Task:
+        """The task, with the loss of the importances."""
+        return resolve(self.task, self.loss_fn, who="plan_ssd")
 
     def one(self, data: Batches) -> Importance:
         """Measure a set.
@@ -60,6 +68,7 @@ class Measure:
         return fisher_diagonal(
             self.model,
             data,
+            task=self.task,
             loss_fn=self.loss_fn,
             estimator=self.estimator,
             power=self.power,

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.methods.ssd_importances import Measure
 from unlearn_ext.methods.ssd_search import Importances, Outcome, scopes_of, search
 from unlearn_ext.methods.until import Until, Watch
 from unlearn_ext.methods.use_order import order_of_use
-from unlearn_ext.tasks.batches import (
-    Batch,
-    Batches,
-    count_samples,
-    device_of,
-    is_per_sample,
-    map_tensors,
-    read_batches,
-)
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
 
 _LABELS_NAMED = 10
 
@@ -39,16 +30,21 @@ def settled(watch: Watch, goal: Until) -> Outcome | None:
         The outcome then; None where there is something to do.
 
     Raises:
-        ValueError: If no label of the forget set counts, so that nothing can be watched.
+        NotImplementedError: If the task knows no right and wrong answers, or no answer counts, so that there
+            is nothing to watch.
     """
     known = watch.before("forget")
-    if math.isnan(known.accuracy):
-        raise ValueError("plan_ssd: forget must hold at least one label that counts, got none")
-    shared = watch.shared_labels
+    watched = [known, watch.before("retain")] if watch.has_retain else [known]
+    if any(math.isnan(found.accuracy) for found in watched):
+        raise NotImplementedError(
+            "plan_ssd: alpha='auto' must have an accuracy to watch, and the task counts no answer as right "
+            "or wrong; give a task that does, or alpha='adaptive'"
+        )
+    shared = watch.shared_classes
     if shared and not callable(goal):
         named = ", ".join(map(str, shared[:_LABELS_NAMED])) + (", ..." if len(shared) > _LABELS_NAMED else "")
         return Outcome(
-            reason=f"samples to retain carry labels of the forget set ({named}); dampening forgets whole "
+            reason=f"samples to retain carry classes of the forget set ({named}); dampening forgets whole "
             "classes, and among samples that resemble what stays it breaks single ones, which is not "
             "forgetting. Use a method for samples; alpha='adaptive' dampens all the same"
         )
@@ -81,12 +77,13 @@ def closed_loop(
     model = measure.model
     named = dict(model.named_parameters())
     parameters = {name: named[name] for name in importances[0]}
-    first = next(batch for batch in read_batches(forget, device_of(model)) if count_samples(batch))
-    watch.count(count_samples(first))
-    scopes = scopes_of(parameters, order_of_use(model, parameters, first, measure.loss_fn))
+    task = measure.judge
+    first = next(batch for batch in read_batches(forget, device_of(model)) if task.count(batch))
+    watch.count(task.count(first))
+    scopes = scopes_of(parameters, order_of_use(model, parameters, first, task.loss))
 
     def again() -> Importances | None:
-        left = _still_known(model, forget)
+        left = _still_known(model, forget, task)
         watch.count(watch.before("forget").samples)
         if not left or retain is None:
             return None
@@ -95,18 +92,14 @@ def closed_loop(
     return search(model, importances, watch, scopes, factors, again)
 
 
-def _still_known(model: nn.Module, forget: Batches) -> list[Batch]:
+def _still_known(model: nn.Module, forget: Batches, task: Task) -> list[Batch]:
     # The samples that the model still answers with one of their labels.
     left: list[Batch] = []
     with borrowed(model), torch.no_grad():
         for batch in read_batches(forget, device_of(model)):
-            n = count_samples(batch)
-            scores, labels = scores_and_labels(model, batch)
-            known = ((scores.argmax(-1) == labels) & (labels >= 0)).reshape(n, -1).any(1)
-            if bool(known.any()):
-                left.append(map_tensors(partial(_rows, n=n, known=known), batch))
+            if task.count(batch):
+                right, _ = task.correct(task.forward(model, batch), batch)
+                known = right.nonzero().flatten().tolist()
+                if known:
+                    left.append(task.select(batch, known))
     return left
-
-
-def _rows(tensor: Tensor, n: int, known: Tensor) -> Tensor:
-    return tensor[known] if is_per_sample(tensor, n) else tensor

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.batches import Batches, check_batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import resolve
 
 if TYPE_CHECKING:
     from unlearn_ext.results import UnlearnResult
@@ -56,13 +57,16 @@ class Measured:
     samples: int
 
 
-def measure(model: nn.Module, data: Batches, labels_seen: set[int] | None = None) -> Measured:
+def measure(
+    model: nn.Module, data: Batches, task: Task | None = None, classes_seen: set[int] | None = None
+) -> Measured:
     """Measure accuracy and mean loss in one forward pass over the data.
 
     Args:
         model: The model; run in eval mode, left as it was.
         data: Re-iterable batches.
-        labels_seen: Takes up the labels that count, where they are integers.
+        task: What the model is for; None infers it.
+        classes_seen: Takes up the classes of the samples that count, where they have one each.
 
     Returns:
         The figures.
@@ -74,23 +78,25 @@ def measure(model: nn.Module, data: Batches, labels_seen: set[int] | None = None
         >>> measure(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))]).accuracy
         0.75
     """
-    right = counted = loss = 0.0
-    samples = 0
+    judge = resolve(task, who="measure")
+    right = counted = samples = 0
+    loss = 0.0
     with borrowed(model), torch.no_grad():
         for batch in read_batches(check_batches(data), device_of(model)):
-            n = count_samples(batch)
+            n = judge.count(batch)
             if n == 0:
                 continue
-            scores, labels = scores_and_labels(model, batch)
-            valid = labels >= 0
-            own = scores.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            per_sample = (-own * valid).reshape(n, -1).sum(1) / valid.reshape(n, -1).sum(1).clamp(min=1)
-            if labels_seen is not None:
-                labels_seen.update(torch.unique(labels[valid]).tolist())
-            right += float(((scores.argmax(-1) == labels) & valid).sum())
-            counted += float(valid.sum())
-            loss += float(per_sample.double().sum())
+            outputs = judge.forward(model, batch)
+            loss += float(judge.losses(outputs, batch).double().sum())
             samples += n
+            try:
+                hits, valid = judge.correct(outputs, batch)
+            except NotImplementedError:  # there is no right and wrong, as for numbers without a tolerance
+                continue
+            right, counted = right + int(hits.sum()), counted + int(valid.sum())
+            classes = None if classes_seen is None else judge.classes_of(batch)
+            if classes_seen is not None and classes is not None:
+                classes_seen.update(torch.unique(classes[valid > 0]).tolist())
     if samples == 0:
         raise ValueError("measure: data must hold at least one sample, got none")
     return Measured(right / counted if counted else math.nan, loss / samples, samples)
@@ -107,6 +113,7 @@ class Watch:
         until: The goal.
         budget: Share of the retain set's accuracy that may be lost, in [0, 1].
         validation: Data that the model never saw, for ``"unseen"``.
+        task: What the model is for; None infers it.
 
     Attributes:
         budget: As given.
@@ -126,13 +133,17 @@ class Watch:
         until: Until,
         budget: float,
         validation: Batches | None = None,
+        task: Task | None = None,
     ) -> None:
         check_goal(who, until, budget, validation)
         self.budget = budget
         self._model, self._until, self._validation = model, until, validation
         self._sets = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
-        self._labels: dict[str, set[int]] = {name: set() for name in self._sets}
-        self._before = {name: measure(model, data, self._labels[name]) for name, data in self._sets.items()}
+        self._task = task
+        self._classes: dict[str, set[int]] = {name: set() for name in self._sets}
+        self._before = {
+            name: measure(model, data, task, self._classes[name]) for name, data in self._sets.items()
+        }
         self._read = self._total = sum(part.samples for part in self._before.values())
 
     @property
@@ -162,9 +173,9 @@ class Watch:
         return "retain" in self._sets
 
     @property
-    def shared_labels(self) -> list[int]:
-        """Labels that samples of both sets carry; empty where there are no retain data."""
-        return sorted(self._labels["forget"] & self._labels.get("retain", set()))
+    def shared_classes(self) -> list[int]:
+        """Classes that have samples in both sets; none where samples have no single class each."""
+        return sorted(self._classes["forget"] & self._classes.get("retain", set()))
 
     def before(self, name: str) -> Measured:
         """Return what was measured before anything was done.
@@ -186,7 +197,7 @@ class Watch:
         Returns:
             The figures.
         """
-        found = measure(self._model, self._sets[name])
+        found = measure(self._model, self._sets[name], self._task)
         self._read += found.samples
         return found
 
@@ -210,7 +221,7 @@ class Watch:
         if callable(self._until):
             return bool(self._until(self._model))
         if self._until == "unseen" and self._validation is not None:
-            unseen = measure(self._model, self._validation)
+            unseen = measure(self._model, self._validation, self._task)
             self._read += unseen.samples
             return forget.accuracy <= unseen.accuracy
         return forget.accuracy <= self.limit
