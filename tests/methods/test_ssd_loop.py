@@ -444,7 +444,8 @@ def test_parameters_are_ordered_by_their_first_use():
 def test_the_late_half_of_every_family_lies_behind_its_first_layers(family):
     model, forget, _ = models.make(family)
     named = dict(model.named_parameters())
-    order = order_of_use(model, named, forget[0], losses.cross_entropy)
+    task = ux.tasks.CausalLM() if family == "gpt" else ux.tasks.Classification()
+    order = order_of_use(model, named, forget[0], task.loss)
     assert sorted(order) == sorted(named)
     first, last = {
         "resnet": ("0.weight", "7.weight"),
