@@ -108,14 +108,16 @@ def pgu(
     Args:
         model: The model, changed in place.
         forget: The forget set, re-iterable batches.
-        retain: The retain set: what the budget is measured on, and where ``gram`` comes from if there is none.
+        retain: The retain set: what the budget is measured on, and what ``gram`` is measured on if it is not
+            given.
         task: What the model is for; None infers it. See ``ux.tasks``.
         gram: ``activation_gram(model, full)`` of the full set, forget set included, with the present weights
             and without random augmentation. Afterwards, ``gram - activation_gram(model, forget)`` is that of
             what is left, for the next request; compute the part before unlearning and pass it in.
-        until: ``"forgotten"`` (accuracy on the forget set at most 1 %), a number (the highest accuracy on it),
-            a callable that is given the model, or None: all epochs. ``"auto"`` is ``"forgotten"`` where retain
-            data are given that share no class with the forget set, and no ``validation``; else None.
+        until: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no higher than on
+            ``validation``), a number (the highest accuracy on the forget set), a callable that is given the
+            model, or None: all epochs. ``"auto"`` is ``"forgotten"`` where retain data are given that share
+            no class with the forget set, and no ``validation``; else None.
         budget: Retain accuracy that may be lost, as a share; needs ``until`` and retain data.
         strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn.
         gram_forget: The forget set's part, where it is known already.
@@ -174,7 +176,8 @@ def pgu(
         validation = check_batches(validation, "validation")
     if retain is not None:
         retain = check_batches(retain, "retain")
-    rule = ("gap" if validation is not None else None) if stop == "auto" else stop
+    automatic = isinstance(until, str) and until == "auto"
+    rule = ("gap" if validation is not None and automatic else None) if stop == "auto" else stop
     _check_settings(epochs, lr, lr_end, offset, leak, rule, validation)
     judge = _judge(task, shift)
     if gram is None:
@@ -325,9 +328,9 @@ def forgetting_loss(
         >>> forgetting_loss(nn.Identity(), sure, offset=0.5, entropy_weight=1.0)
         tensor([ 0.6931, -0.6931])
     """
-    judge = (
-        (task_of(model, batch, shift) if shift is not None else infer(model, batch)) if task is None else task
-    )
+    judge = task
+    if judge is None:
+        judge = infer(model, batch) if shift is None else task_of(model, batch, shift)
     outputs = judge.forward(model, batch)
     counted = judge.counted(outputs, batch)
     if isinstance(judge, Categorical):

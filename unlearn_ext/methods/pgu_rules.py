@@ -34,6 +34,14 @@ class Bound:
 
     @torch.no_grad()
     def __call__(self, epoch: int) -> bool:
+        """Scale back what leaks too much.
+
+        Args:
+            epoch: For the record.
+
+        Returns:
+            Whether anything was.
+        """
         leaks: dict[str, float] = {}
         for part in self._free:
             original = self._run.original(part.name)
@@ -76,6 +84,14 @@ class GapRule:
         return self._gap > 0
 
     def __call__(self, epoch: int) -> bool:
+        """Measure.
+
+        Args:
+            epoch: For the record.
+
+        Returns:
+            Whether to stop.
+        """
         previous, self._gap = self._gap, self._measure(epoch)
         if self.holds:
             self._reason = f"the rule held after epoch {epoch}"
@@ -125,6 +141,14 @@ class GoalRule:
         self.reason = f"the goal is met already ({watch.goal})" if self.reached else ""
 
     def __call__(self, epoch: int) -> bool:
+        """Measure the forget set.
+
+        Args:
+            epoch: For the record.
+
+        Returns:
+            Whether the goal is reached.
+        """
         self._forget = self._watch.now("forget")
         self._run.record("goal", epoch=epoch, forget_accuracy=self._forget.accuracy)
         self.reached = self._watch.reached(self._forget)
@@ -133,7 +157,9 @@ class GoalRule:
     def conclude(self) -> None:
         """Keep what reaches the goal within the budget, or put the weights back; say which."""
         watch = self._watch
-        if not self.reached:
+        if self.reason:
+            pass
+        elif not self.reached:
             self._put_back()
             least = f"the accuracy on the forget set was {self._forget.accuracy:.2%} at the end"
             self.reason = f"the goal was not reached ({watch.goal}): {least}"
@@ -170,13 +196,14 @@ class GoalRule:
             self._put_back()
             self.reached = False
             self.reason = (
-                f"the goal was reached at a cost of {100 * min(costs):.2f} points of retain accuracy or more, "
-                f"beyond the budget of {100 * watch.budget:g}"
+                f"the goal was reached at a cost of {100 * min(costs):.2f} points of retain accuracy or "
+                f"more, beyond the budget of {100 * watch.budget:g}"
             )
             return
         self.after = best[1]
         lost = 100 * watch.lost(best[1]["retain"])
-        self.reason = f"the goal was reached with {best[0]:.3g} of the change, {lost:.2f} points of retain accuracy lost"
+        part = "" if best[0] == 1 else f"with {best[0]:.3g} of the change, "
+        self.reason = f"the goal was reached, {part}{lost:.2f} points of retain accuracy lost"
 
     @torch.no_grad()
     def _set(self, target: dict[str, Tensor], share: float) -> None:
