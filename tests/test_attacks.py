@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from unlearn_ext import tasks
 from unlearn_ext.evaluation.metrics import attacks, mia
 
 
@@ -156,3 +157,37 @@ def test_calibration_takes_hard_samples_for_what_they_are():
 def test_what_is_missing_or_given_twice_is_said(sets, settings, error, message):
     with pytest.raises(error, match=message):
         mia(nn.Identity(), *sets, **settings)
+
+
+def test_the_loss_is_that_of_the_task():
+    torch.manual_seed(0)
+    outputs = torch.randn(30, 3, dtype=torch.float64)
+    numbers = torch.randn(30, 3, dtype=torch.float64)
+    several = (torch.rand(30, 3) < 0.5).double()
+    cases = [
+        (tasks.Regression(), numbers, nn.functional.mse_loss),
+        (tasks.MultiLabel(), several, nn.functional.binary_cross_entropy_with_logits),
+    ]
+    for task, labels, function in cases:
+        forget, test = ([(outputs[part], labels[part])] for part in (slice(10), slice(10, 30)))
+        attack = mia(nn.Identity(), forget=forget, test=test, convention=None, task=task, bootstrap=0)
+        values = -function(outputs, labels, reduction="none").mean(1).numpy()
+        assert attack.auc == pytest.approx(by_definition(values[:10], values[10:])[0])
+    with pytest.raises(NotImplementedError, match="Regression has no log_scores"):
+        mia(nn.Identity(), forget=forget, retain=forget, test=test, task=tasks.Regression())
+
+
+def test_tokens_of_a_language_model_are_shifted_and_a_taggers_are_not():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(12, 5, 4), torch.randint(4, (12, 5))
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return x
+
+    data = [{"x": logits[:4], "labels": labels[:4]}], [{"x": logits[4:], "labels": labels[4:]}]
+    for task, rows in ((tasks.CausalLM(), slice(1, None)), (tasks.TokenClassification(), slice(None))):
+        used = logits[:, :-1] if rows.start else logits
+        values = -nn.functional.cross_entropy(used.mT, labels[:, rows], reduction="none").mean(1).numpy()
+        attack = mia(Model(), forget=data[0], test=data[1], convention=None, task=task, bootstrap=0)
+        assert attack.auc == pytest.approx(by_definition(values[:4], values[4:])[0])

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Outputs, Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.losses import task_of
+from unlearn_ext.tasks.positions import mean_over_positions
 
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 _Ranks: TypeAlias = npt.NDArray[np.intp]
@@ -88,6 +91,7 @@ def mia(
     convention: Convention | None = "ssd",
     reference: nn.Module | None = None,
     calibration: Sequence[nn.Module] = (),
+    task: Task | None = None,
     shift: bool | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -119,7 +123,10 @@ def mia(
         convention: Whose definition ``score`` follows; None for none.
         reference: A model retrained without the forget set.
         calibration: Models trained without the forget and the test set.
-        shift: As in ``losses.cross_entropy``.
+        task: What the model is for; None infers it. See ``ux.tasks``. Without classes there is the attack by
+            loss alone.
+        shift: The older form of ``task``: True for a causal language model, False for labels at their own
+            positions.
         bootstrap: Resamples behind the intervals; 0 for none (NaN).
         seed: Of the resamples, the choice of retain samples and the folds.
 
@@ -128,6 +135,7 @@ def mia(
 
     Raises:
         ImportError: If a convention is asked for and scikit-learn is not installed.
+        NotImplementedError: If the task has no probabilities for a convention to look at.
         TypeError: If a set is given twice, or there are more arguments by position than the older form had.
         ValueError: If the convention is unknown, or a set is missing, empty or too small for the convention.
 
@@ -163,10 +171,12 @@ def mia(
         if data is None:
             hint = "; convention=None needs none" if name == "retain" else ""
             raise ValueError(f"mia: {name} must be given{hint}, got None")
-    losses = _CalibratedLosses(calibration, read, shift)
+    losses = _CalibratedLosses(calibration, read, shift, task)
 
     def measured(subject: nn.Module) -> tuple[float | None, _Numbers, _Numbers]:
-        features = {name: _features(subject, data, name, shift) for name, data in read.items()}
+        features = {
+            name: _features(subject, data, name, shift, task, convention) for name, data in read.items()
+        }
         score = None if convention is None else _SCORES[convention](features, seed)
         return score, -losses("forget", features), -losses("test", features)
 
@@ -198,36 +208,63 @@ class _Features(NamedTuple):
 
     entropy: _Numbers  # of the prediction, nats
     confidence: _Numbers  # probability of the label
-    loss: _Numbers  # cross entropy, nats
+    loss: _Numbers
 
 
-def _features(model: nn.Module, data: Batches, name: str, shift: bool | None) -> _Features:
+def _features(
+    model: nn.Module,
+    data: Batches,
+    name: str,
+    shift: bool | None = None,
+    task: Task | None = None,
+    convention: Convention | None = "ssd",
+) -> _Features:
+    # What the convention does not look at is NaN: not every task has it.
     collected: list[Tensor] = []
     with borrowed(model), torch.no_grad():
         for batch in read_batches(check_batches(data, name), device_of(model)):
-            scores, labels = scores_and_labels(model, batch, shift=shift)
-            log_p = scores.double().log_softmax(-1)
-            counted = labels >= 0
-            own = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            values = torch.stack([-(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1), own.exp(), -own])
-            n = labels.shape[0]
-            counted, values = counted.reshape(n, -1), values.reshape(3, n, -1)
-            means = (values * counted).sum(-1) / counted.sum(-1).clamp(min=1)
-            collected.append(means[:, counted.any(-1)].cpu())
+            judge = task_of(model, batch, shift) if task is None else task
+            outputs = judge.forward(model, batch)
+            if isinstance(outputs, Tensor):
+                outputs = outputs.double()  # so that sure answers do not tie
+            loss = judge.losses(outputs, batch).double()
+            try:
+                counted = judge.counted(outputs, batch)
+            except NotImplementedError:  # there are no classes; every sample counts
+                counted = torch.ones_like(loss, dtype=torch.bool)
+            entropy = confidence = torch.full_like(loss, torch.nan)
+            if convention == "ssd":
+                log_p = judge.log_scores(outputs, batch)
+                entropy = mean_over_positions(
+                    -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1), counted
+                ).double()
+            if convention == "salun":
+                confidence = _confidence(judge, outputs, batch, counted).double()
+            known = counted.reshape(len(loss), -1).any(-1)
+            collected.append(torch.stack([entropy, confidence, loss])[:, known].cpu())
     if not collected or sum(part.shape[1] for part in collected) == 0:
         raise ValueError(f"mia: the {name} set must hold at least one labelled sample, got none")
-    entropy, confidence, loss = torch.cat(collected, dim=1).numpy()
-    return _Features(entropy, confidence, loss)
+    return _Features(*torch.cat(collected, dim=1).numpy())
+
+
+def _confidence(task: Task, outputs: Outputs, batch: Batch, counted: Tensor) -> Tensor:
+    if not isinstance(task, Categorical):
+        return task.log_odds(outputs, batch).sigmoid()
+    logits, labels = task.aligned(outputs, batch)
+    index = labels.where(counted, 0).unsqueeze(-1)
+    return mean_over_positions(logits.softmax(-1).gather(-1, index).squeeze(-1), counted)
 
 
 class _CalibratedLosses:
     """Losses less their mean over models that do not know the forget set; plain ones where there is none."""
 
-    def __init__(self, models: Sequence[nn.Module], sets: Mapping[str, Batches], shift: bool | None) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], sets: Mapping[str, Batches], shift: bool | None, task: Task | None
+    ) -> None:
         self._usual: dict[str, _Numbers] = {}
         if models:
             for name in ("forget", "test"):
-                losses = [_features(model, sets[name], name, shift).loss for model in models]
+                losses = [_features(model, sets[name], name, shift, task, None).loss for model in models]
                 self._usual[name] = np.mean(losses, axis=0)
 
     def __call__(self, name: str, features: Mapping[str, _Features]) -> _Numbers:
