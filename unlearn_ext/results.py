@@ -25,6 +25,8 @@ class UnlearnResult:
         changed: Share of the model's scalar parameters whose value changed, in [0, 1].
         changed_per_parameter: The same for each parameter, by name.
         history: What happened, phase by phase or step by step.
+        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``,
+            where the method computed any.
         reached: Whether the goal was reached within the budget; False means that the model is as it was. None
             where there was no goal.
         before: What was measured of the model as it was: ``forget_accuracy``, ``forget_loss``,
@@ -44,6 +46,7 @@ class UnlearnResult:
     changed: float
     changed_per_parameter: Mapping[str, float]
     history: Sequence[Mapping[str, object]]
+    coverage: Mapping[str, str] = field(default_factory=dict)
     reached: bool | None = None
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)

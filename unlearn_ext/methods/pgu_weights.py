@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import modules_by_name
 from unlearn_ext.methods.run import Run
 from unlearn_ext.optim.projected import ProjectedSGD
 from unlearn_ext.subspace.basis import Criterion, Protected, protected
@@ -89,7 +90,7 @@ def layers_of(model: nn.Module, gram: ActivationGram) -> dict[str, tuple[nn.Modu
     Raises:
         ValueError: If there is no such layer, or its Gram matrix has another shape.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     layers: dict[str, tuple[nn.Module, Layer]] = {}
     for name, total in gram.items():
         layer = layer_of(modules[name]) if name in modules else None
@@ -128,7 +129,7 @@ def free_weights(
         ValueError: If no layer has a free direction.
     """
     users_of: dict[nn.Parameter, list[tuple[str, str]]] = {}
-    for module_name, module in run.model.named_modules():
+    for module_name, module in modules_by_name(run.model).items():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 users_of.setdefault(parameter, []).append((module_name, attribute))

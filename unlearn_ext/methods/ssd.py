@@ -22,6 +22,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, sources_of
@@ -131,6 +132,7 @@ def plan_ssd(
         >>> torch.equal(model.weight, before)
         True
     """
+    check_model(model, "plan_ssd")
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
-from unlearn_ext.fisher.importance import Estimator, Importance, check_same_kind, pool
+from unlearn_ext.fisher.importance import Estimator, Importance, check_covers, check_same_kind, pool
 from unlearn_ext.methods.ssd_plan import parameters_of
 from unlearn_ext.tasks import losses
 from unlearn_ext.tasks.base import Task
@@ -94,8 +94,11 @@ class Measure:
             source if isinstance(source, Importance) else self.one(source) for source in sources.values()
         )
         check_same_kind("plan_ssd", part, other)
+        _check_weights(part, other)
         _check_batch_sizes(part, other)
         full = other if "importance" in sources else pool(part, other)
+        if "importance" in sources and part.weights_digest == full.weights_digest is not None:
+            check_covers("plan_ssd", full, part)
         if full.n_samples < part.n_samples:
             raise ValueError(
                 f"plan_ssd: importance must cover the full set, forget set included, got {full.n_samples} "
@@ -158,7 +161,7 @@ def loss_of(loss_fn: LossFn | None, sources: Sources, *, default: LossFn) -> Los
             can name.
     """
     stored = {name: source for name, source in sources.items() if isinstance(source, Importance)}
-    names = {name: getattr(source, "loss", None) for name, source in stored.items()}
+    names = {name: source.loss for name, source in stored.items()}
     for name, known in names.items():
         if known is None:
             continue
@@ -220,6 +223,18 @@ def _check_finite(which: str, importance: Importance) -> None:
             )
 
 
+def _check_weights(forget: Importance, other: Importance) -> None:
+    # Requests that follow one another start from importances of the weights before the first, so this is no
+    # error; of another model altogether they would be.
+    digests = (forget.weights_digest, other.weights_digest)
+    if None not in digests and digests[0] != digests[1]:
+        warnings.warn(
+            "plan_ssd: the importances of the two sets were measured with different weights; that is meant "
+            "where an earlier request has changed the model since, and wrong for any other model",
+            stacklevel=4,
+        )
+
+
 def _check_batch_sizes(forget: Importance, other: Importance) -> None:
     if forget.estimator != "batch" or forget.batch_size == other.batch_size:
         return
@@ -243,4 +258,6 @@ def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Impo
         batch_size=importance.batch_size,
         n_batches=importance.n_batches,
         coverage=importance.coverage,
+        loss=importance.loss,
+        weights_digest=importance.weights_digest,
     )

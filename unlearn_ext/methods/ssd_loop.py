@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.methods.ssd_importances import Measure
 from unlearn_ext.methods.ssd_search import Importances, Outcome, scopes_of, search
 from unlearn_ext.methods.until import Until, Watch
@@ -75,7 +76,7 @@ def closed_loop(
         What was tried, and what to apply.
     """
     model = measure.model
-    named = dict(model.named_parameters())
+    named = parameters_by_name(model)
     parameters = {name: named[name] for name in importances[0]}
     task = measure.judge
     first = next(batch for batch in read_batches(forget, device_of(model)) if task.count(batch))

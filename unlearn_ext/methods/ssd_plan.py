@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.checksum import checksum
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.ssd_journal import Entry, differing, entry, write
 from unlearn_ext.methods.ssd_search import Candidate, Outcome
@@ -72,7 +73,7 @@ def found_by(model: nn.Module, outcome: Outcome, watch: Watch, *, strict: bool) 
     Returns:
         The record.
     """
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
     journal = {}
     for name, target in outcome.weights.items():
         changed = differing(target, parameters[name])
@@ -168,7 +169,7 @@ class SsdPlan:
         lines.append(f"{'reached' if found.reached else 'not reached'}: {outcome.reason}")
         if outcome.chosen:
             lines.append(f"after: {_in_words(after)}, in {watch.passes:.1f} forward passes")
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
         return "\n".join(
             [*lines, *_hit_most({name: len(e.values) / sizes[name] for name, e in found.journal.items()})]
         )
@@ -356,7 +357,7 @@ class SsdPlan:
         history: list[dict[str, object]],
         **closed_loop: Any,  # noqa: ANN401 - fields of the result
     ) -> UnlearnResult:
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
         return UnlearnResult(
             method="ssd",
             hyperparameters=self._hyperparameters,
@@ -364,6 +365,7 @@ class SsdPlan:
             changed=sum(changed.values()) / max(1, sum(sizes.values())),
             changed_per_parameter={name: changed.get(name, 0) / max(1, size) for name, size in sizes.items()},
             history=tuple(history),
+            coverage={} if self.importance_forget is None else dict(self.importance_forget.coverage),
             **closed_loop,
         )
 
@@ -469,7 +471,7 @@ def parameters_of(
     Raises:
         ValueError: If the model has no such parameter, it is frozen, or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     for name, value in named.items():
         found = parameters.get(name)
         if found is None or (trainable and not found.requires_grad):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.until import Measured, Watch
 
@@ -251,7 +252,7 @@ def search(
     Returns:
         What was tried, and what to apply.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     parameters = {name: parameters[name] for name in importances[0]}
     outcome = Outcome()
     so_far: list[Candidate] = []

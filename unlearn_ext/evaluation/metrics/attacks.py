@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.base import Outputs, Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
-from unlearn_ext.tasks.classification import Categorical
-from unlearn_ext.tasks.losses import task_of
+from unlearn_ext.evaluation.metrics.answers import answers, log_probabilities, task_for
+from unlearn_ext.tasks import Task
+from unlearn_ext.tasks.batches import Batch, Batches, map_tensors
 from unlearn_ext.tasks.positions import mean_over_positions
 
 _Numbers: TypeAlias = npt.NDArray[np.float64]
 _Ranks: TypeAlias = npt.NDArray[np.intp]
 
-Convention: TypeAlias = Literal["ssd", "salun", "scrub"]
+Convention: TypeAlias = Literal["ssd", "salun", "scrub", "loss"]
 
-CONVENTIONS: tuple[Convention, ...] = ("ssd", "salun", "scrub")
+CONVENTIONS: tuple[Convention, ...] = ("ssd", "salun", "scrub", "loss")
 
 
 class Interval(NamedTuple):
@@ -44,8 +43,8 @@ class Attack:
     """What a membership inference attack made of a model; see ``mia``.
 
     Attributes:
-        convention: Whose definition ``score`` follows; None for the attack by loss alone.
-        score: The convention's number, in [0, 1]; None without a convention.
+        convention: Whose definition ``score`` follows.
+        score: The convention's number, in [0, 1].
         ideal: What ``score`` would be for a perfectly unlearned model: ``"retrained"`` (that model's score)
             or a number.
         auc: Area under the ROC curve of telling forget samples (positive) from test samples by their loss:
@@ -57,8 +56,8 @@ class Attack:
         reference_auc: ``auc`` of the retrained model, if one was given.
     """
 
-    convention: Convention | None
-    score: float | None
+    convention: Convention
+    score: float
     ideal: str | float
     auc: float
     auc_interval: Interval
@@ -84,11 +83,11 @@ class Attack:
 
 def mia(
     model: nn.Module,
-    *sets: Any,  # noqa: ANN401 - the older form: retain, forget, test, convention
-    forget: Batches | None = None,
+    *older: Any,  # noqa: ANN401 - three sets and a word
     retain: Batches | None = None,
+    forget: Batches | None = None,
     test: Batches | None = None,
-    convention: Convention | None = "ssd",
+    convention: Convention = "ssd",
     reference: nn.Module | None = None,
     calibration: Sequence[nn.Module] = (),
     task: Task | None = None,
@@ -98,12 +97,7 @@ def mia(
 ) -> Attack:
     """Attack a model by membership inference: can forget samples be told as members of the training set?
 
-    ``auc`` and ``tpr`` are those of the plain attack by loss, forget against test. ``convention=None`` makes
-    this attack alone, which reads no retain set and needs no scikit-learn. Over-unlearning shows as an
-    ``auc`` below the reference's; see ``Attack.verdict``. With ``calibration`` the attack looks at the loss
-    less its mean over models that do not know the forget set: hard samples are not taken for unseen ones.
-
-    ``score`` is one of three published numbers, which are not comparable with each other:
+    ``score`` is one of three published numbers, which are not comparable with each other, or the AUC:
 
         ssd     logistic regression (balanced classes) on the entropy of the prediction, fitted on retain
                 (member) against test; share of the forget set told as members. A retrained model's score is
@@ -113,20 +107,26 @@ def mia(
                 *non*-members. Again the retrained model's score is the aim.
         scrub   logistic regression on the loss, forget against test samples, accuracy over five stratified
                 folds; 0.5 is ideal. For class forgetting give the test samples of that class only.
+        loss    ``auc`` itself. Needs neither scikit-learn nor a task with classes; reads no retain sample.
+
+    ``auc`` and ``tpr`` do not depend on the convention: they are those of the plain attack by loss, forget
+    against test, with the task's loss. Over-unlearning shows as an ``auc`` below the reference's; see
+    ``Attack.verdict``. With ``calibration`` they look at the loss less its mean over models that do not know
+    the forget set, so that hard samples are not taken for unseen ones.
 
     Args:
         model: The unlearned model.
-        *sets: The older form: retain, forget, test and the convention by position.
+        *older: The older form, by position: ``retain, forget, test`` and ``convention``, in this order, which
+            is not that of the methods. Better to name them.
+        retain: Training samples that were kept; not read for ``"scrub"`` and ``"loss"``.
         forget: Training samples that were to be forgotten.
-        retain: Training samples that were kept; needed for ``"ssd"`` and ``"salun"``.
         test: Samples that no model was trained on.
-        convention: Whose definition ``score`` follows; None for none.
+        convention: Whose definition ``score`` follows.
         reference: A model retrained without the forget set.
         calibration: Models trained without the forget and the test set.
-        task: What the model is for; None infers it. See ``ux.tasks``. Without classes there is the attack by
-            loss alone.
-        shift: The older form of ``task``: True for a causal language model, False for labels at their own
-            positions.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        shift: The older way to say it: True for ``ux.tasks.CausalLM()``, False for
+            ``ux.tasks.Classification()``.
         bootstrap: Resamples behind the intervals; 0 for none (NaN).
         seed: Of the resamples, the choice of retain samples and the folds.
 
@@ -134,9 +134,10 @@ def mia(
         The outcome.
 
     Raises:
-        ImportError: If a convention is asked for and scikit-learn is not installed.
-        NotImplementedError: If the task has no probabilities for a convention to look at.
-        TypeError: If a set is given twice, or there are more arguments by position than the older form had.
+        FloatingPointError: If an output or a loss of the model is NaN.
+        ImportError: If scikit-learn is needed and not installed.
+        NotImplementedError: If the task lacks what the convention needs.
+        TypeError: If a set is given by position and by name.
         ValueError: If the convention is unknown, or a set is missing, empty or too small for the convention.
 
     Source:
@@ -148,48 +149,58 @@ def mia(
     Example:
         >>> known, unknown = torch.tensor([[2.0, 0.0]] * 5), torch.tensor([[1.0, 0.0]] * 5)
         >>> labels = torch.zeros(5, dtype=torch.long)
-        >>> attack = mia(nn.Identity(), forget=[(known, labels)], test=[(unknown, labels)], convention=None)
+        >>> attack = mia(nn.Identity(), forget=[(known, labels)], test=[(unknown, labels)], convention="loss")
         >>> attack.auc, attack.tpr
         (1.0, 1.0)
     """
-    named: dict[str, Any] = {"retain": retain, "forget": forget, "test": test}
-    if len(sets) > len(named) + 1:
-        raise TypeError(f"mia: at most 4 arguments must follow the model by position, got {len(sets)}")
-    for name, given in zip((*named, "convention"), sets, strict=False):
-        if name == "convention":
-            convention = given
-        elif named[name] is not None:
+    given = {"retain": retain, "forget": forget, "test": test}
+    names = (*given, "convention")
+    if len(older) > len(names):
+        raise TypeError(
+            f"mia: at most {len(names)} arguments may follow the model by position, got {len(older)}"
+        )
+    for name, value in zip(names, older, strict=False):
+        if given.get(name) is not None or (name == "convention" and convention != "ssd"):
             raise TypeError(f"mia: {name} must be given once, got it by position and by name")
+        if name == "convention":
+            convention = value
         else:
-            named[name] = given
-    if convention is not None and convention not in CONVENTIONS:
+            given[name] = value
+    if convention not in CONVENTIONS:
         raise ValueError(f"mia: convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    read = {"forget": named["forget"], "test": named["test"]}
-    if convention in ("ssd", "salun"):
-        read["retain"] = named["retain"]
-    for name, data in read.items():
-        if data is None:
-            hint = "; convention=None needs none" if name == "retain" else ""
-            raise ValueError(f"mia: {name} must be given{hint}, got None")
-    losses = _CalibratedLosses(calibration, read, shift, task)
+    if not _NEEDS[convention]:  # fitted on no members
+        given["retain"] = None
+    sets = {name: data for name, data in given.items() if data is not None}
+    for name in ("retain", "forget", "test") if _NEEDS[convention] else ("forget", "test"):
+        if name not in sets:
+            raise ValueError(f"mia: {name} must be given, got none")
 
-    def measured(subject: nn.Module) -> tuple[float | None, _Numbers, _Numbers]:
-        features = {
-            name: _features(subject, data, name, shift, task, convention) for name, data in read.items()
-        }
-        score = None if convention is None else _SCORES[convention](features, seed)
-        return score, -losses("forget", features), -losses("test", features)
+    judge = task_for("mia", task, shift)
+    usual: dict[str, _Numbers] = {}
+    if calibration:
+        for name in ("forget", "test"):
+            per_model = [_features(known, sets[name], name, judge, "loss").loss for known in calibration]
+            usual[name] = np.mean(per_model, axis=0)
 
-    score, members, others = measured(model)
-    ranked = _Ranked(members, others)
-    auc, tpr = ranked.auc(), ranked.tpr()
+    def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
+        features = {name: _features(subject, data, name, judge, convention) for name, data in sets.items()}
+        score = _SCORES[convention](features.get("retain"), features["forget"], features["test"], seed)
+        return score, features
+
+    def ranked(features: Mapping[str, _Features]) -> _Ranked:
+        members, others = (usual.get(name, 0.0) - features[name].loss for name in ("forget", "test"))
+        return _Ranked(members, others)
+
+    score, features = measured(model)
+    ranks = ranked(features)
+    auc, tpr = ranks.auc(), ranks.tpr()
     draws = np.random.default_rng(seed)
-    resampled = np.array([ranked.resampled(draws) for _ in range(bootstrap)]).reshape(-1, 2)
+    resampled = np.array([ranks.resampled(draws) for _ in range(bootstrap)]).reshape(-1, 2)
     bounds = np.quantile(resampled, [0.025, 0.975], axis=0) if bootstrap else np.full((2, 2), math.nan)
     reference_score = reference_auc = None
     if reference is not None:
-        reference_score, theirs, unseen = measured(reference)
-        reference_auc = _Ranked(theirs, unseen).auc()
+        reference_score, compared = measured(reference)
+        reference_auc = ranked(compared).auc()
     return Attack(
         convention=convention,
         score=score,
@@ -204,76 +215,50 @@ def mia(
 
 
 class _Features(NamedTuple):
-    """One number per sample; means over a sample's positions where it has several."""
+    """One number per sample; None where the convention does without."""
 
-    entropy: _Numbers  # of the prediction, nats
-    confidence: _Numbers  # probability of the label
-    loss: _Numbers
+    loss: _Numbers  # the task's
+    entropy: _Numbers | None = None  # of the prediction, nats, a mean over the positions that count
+    confidence: _Numbers | None = None  # probability of the truth, from the mean of its log-odds
 
 
-def _features(
-    model: nn.Module,
-    data: Batches,
-    name: str,
-    shift: bool | None = None,
-    task: Task | None = None,
-    convention: Convention | None = "ssd",
-) -> _Features:
-    # What the convention does not look at is NaN: not every task has it.
-    collected: list[Tensor] = []
+def _features(model: nn.Module, data: Batches, name: str, task: Task, convention: Convention) -> _Features:
+    found: dict[str, list[Tensor]] = {"loss": []}
+    for needed in _NEEDS[convention]:
+        found[needed] = []
     with borrowed(model), torch.no_grad():
-        for batch in read_batches(check_batches(data, name), device_of(model)):
-            judge = task_of(model, batch, shift) if task is None else task
-            outputs = judge.forward(model, batch)
-            if isinstance(outputs, Tensor):
-                outputs = outputs.double()  # so that sure answers do not tie
-            loss = judge.losses(outputs, batch).double()
-            try:
-                counted = judge.counted(outputs, batch)
-            except NotImplementedError:  # there are no classes; every sample counts
-                counted = torch.ones_like(loss, dtype=torch.bool)
-            entropy = confidence = torch.full_like(loss, torch.nan)
-            if convention == "ssd":
-                log_p = judge.log_scores(outputs, batch)
-                entropy = mean_over_positions(
-                    -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1), counted
-                ).double()
-            if convention == "salun":
-                confidence = _confidence(judge, outputs, batch, counted).double()
-            known = counted.reshape(len(loss), -1).any(-1)
-            collected.append(torch.stack([entropy, confidence, loss])[:, known].cpu())
-    if not collected or sum(part.shape[1] for part in collected) == 0:
+        for batch, narrow in answers("mia", model, task, data, name=name):
+            # In double precision, so that confident samples do not share one loss of 0.
+            outputs = map_tensors(lambda part: part.double() if part.is_floating_point() else part, narrow)
+            counted = _counted(task, outputs, batch)
+            kept = counted.any(-1)
+            loss = task.losses(outputs, batch) if task.loss_fn is None else task.loss_fn(model, batch)
+            found["loss"].append(loss[kept].double().cpu())
+            if "entropy" in found:
+                logs = log_probabilities(f"mia: convention={convention!r}", task, outputs, batch)
+                entropy = -(logs.exp() * logs.clamp(min=-1e300)).sum(-1).reshape(counted.shape)
+                found["entropy"].append(mean_over_positions(entropy, counted)[kept].cpu())
+            if "confidence" in found:
+                found["confidence"].append(task.log_odds(outputs, batch).sigmoid()[kept].double().cpu())
+    if not sum(part.numel() for part in found["loss"]):
         raise ValueError(f"mia: the {name} set must hold at least one labelled sample, got none")
-    return _Features(*torch.cat(collected, dim=1).numpy())
+    features = _Features(**{key: torch.cat(parts).numpy() for key, parts in found.items()})
+    if np.isnan(features.loss).any():
+        raise FloatingPointError(f"mia: the losses of the {name} set must be numbers, got NaN")
+    return features
 
 
-def _confidence(task: Task, outputs: Outputs, batch: Batch, counted: Tensor) -> Tensor:
-    if not isinstance(task, Categorical):
-        return task.log_odds(outputs, batch).sigmoid()
-    logits, labels = task.aligned(outputs, batch)
-    index = labels.where(counted, 0).unsqueeze(-1)
-    return mean_over_positions(logits.softmax(-1).gather(-1, index).squeeze(-1), counted)
-
-
-class _CalibratedLosses:
-    """Losses less their mean over models that do not know the forget set; plain ones where there is none."""
-
-    def __init__(
-        self, models: Sequence[nn.Module], sets: Mapping[str, Batches], shift: bool | None, task: Task | None
-    ) -> None:
-        self._usual: dict[str, _Numbers] = {}
-        if models:
-            for name in ("forget", "test"):
-                losses = [_features(model, sets[name], name, shift, task, None).loss for model in models]
-                self._usual[name] = np.mean(losses, axis=0)
-
-    def __call__(self, name: str, features: Mapping[str, _Features]) -> _Numbers:
-        loss = features[name].loss
-        return loss - self._usual[name] if name in self._usual else loss
+def _counted(task: Task, outputs: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - a task's own
+    try:
+        counted = task.counted(outputs, batch)
+    except NotImplementedError:  # without classes every sample counts
+        loss = task.losses(outputs, batch)
+        return torch.ones(loss.shape[0], 1, dtype=torch.bool, device=loss.device)
+    return counted.reshape(counted.shape[0], -1)
 
 
 class _Ranked:
-    """Two samples by the ranks of their values: the sort is done once, a resample only counts."""
+    """Two samples by the ranks of their values: sorting is done once, a resample only counts."""
 
     def __init__(self, members: _Numbers, others: _Numbers, fpr: float = 0.01) -> None:
         distinct, ranks = np.unique(np.concatenate([members, others]), return_inverse=True)
@@ -311,24 +296,23 @@ class _Ranked:
         return float(members[threshold + 1 :].sum() / members.sum())
 
 
-def _ssd_score(sets: Mapping[str, _Features], seed: int) -> float:
+def _ssd_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
     linear = sklearn("linear_model")
     judge = linear.LogisticRegression(class_weight="balanced", solver="lbfgs", random_state=seed)
-    judge.fit(*_labelled(sets["retain"].entropy, sets["test"].entropy))
-    return float(judge.predict(sets["forget"].entropy[:, None]).mean())
+    judge.fit(*_labelled(_known(retain, "entropy"), _known(test, "entropy")))
+    return float(judge.predict(_known(forget, "entropy")[:, None]).mean())
 
 
-def _salun_score(sets: Mapping[str, _Features], seed: int) -> float:
-    retain, forget, test = (sets[name].confidence for name in ("retain", "forget", "test"))
+def _salun_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
     # The first samples in the release; a draw does not depend on how the set is ordered.
-    chosen = np.random.default_rng(seed).permutation(len(retain))[: len(test)]
+    members, others = _known(retain, "confidence"), _known(test, "confidence")
+    chosen = np.random.default_rng(seed).permutation(len(members))[: len(others)]
     judge = sklearn("svm").SVC(C=3, gamma="auto", kernel="rbf")
-    judge.fit(*_labelled(retain[chosen], test))
-    return float(1 - judge.predict(forget[:, None]).mean())
+    judge.fit(*_labelled(members[chosen], others))
+    return float(1 - judge.predict(_known(forget, "confidence")[:, None]).mean())
 
 
-def _scrub_score(sets: Mapping[str, _Features], seed: int) -> float:
-    forget, test = sets["forget"], sets["test"]
+def _scrub_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
     selection, linear = sklearn("model_selection"), sklearn("linear_model")
     n = min(len(forget.loss), len(test.loss))
     if n < 5:
@@ -340,10 +324,28 @@ def _scrub_score(sets: Mapping[str, _Features], seed: int) -> float:
     return float(selection.cross_val_score(linear.LogisticRegression(), x, y, cv=folds).mean())
 
 
-_SCORES: dict[str, Callable[[Mapping[str, _Features], int], float]] = {
+def _loss_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
+    return _auc(-forget.loss, -test.loss)
+
+
+def _known(features: _Features | None, name: str) -> _Numbers:
+    # The convention needs them, so they were collected.
+    return cast("_Numbers", getattr(features, name))
+
+
+# What a convention reads besides the losses.
+_NEEDS: dict[Convention, tuple[str, ...]] = {
+    "ssd": ("entropy",),
+    "salun": ("confidence",),
+    "scrub": (),
+    "loss": (),
+}
+
+_SCORES: dict[str, Callable[[_Features | None, _Features, _Features, int], float]] = {
     "ssd": _ssd_score,
     "salun": _salun_score,
     "scrub": _scrub_score,
+    "loss": _loss_score,
 }
 
 
