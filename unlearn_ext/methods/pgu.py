@@ -27,6 +27,7 @@ from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
 from unlearn_ext.methods.pgu_weights import free_weights, layers_of, optimizer_of
+from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.methods.until import UnlearningFailed, Until, Watch, check_goal, figures
 from unlearn_ext.results import UnlearnResult
@@ -45,6 +46,9 @@ Stop: TypeAlias = Literal["auto", "gap"] | None
 # The forget set stands apart where a layer's free directions hold this many times as much of it, as a share,
 # as of the retain set. Whole classes exceed that; random samples of the full set stay near 1.
 _APART = 1.3
+
+# Where a run that reaches its goal costs too much, it is made again with steps so many times smaller.
+_ATTEMPTS, _SMALLER = 3, 8.0
 
 # What a class takes, and more passes over a small set than over a large one.
 _STEPS, _MOST_EPOCHS = 500, 100
@@ -89,8 +93,9 @@ def pgu(
     all that the layer answers to the retain set, and needs no sample of it. Where it exceeds the share
     ``leak`` of tr(W M_r W^T) after an epoch, D is scaled back to that. With a goal (``until``) the run ends
     with the epoch that reaches it; if retain data are given and more than ``budget`` of their accuracy is
-    lost, the weights go back towards what they were until either holds. Where nothing in between holds both,
-    the model is left as it was, ``result.reached`` is False and a warning says so.
+    lost, the weights go back towards what they were until either holds; where nothing in between holds both,
+    the run is made again with steps 8 and 64 times smaller. If that does not do either, the model is left as
+    it was, ``result.reached`` is False and a warning says so.
 
     The defaults are for a class, or other data of a kind of its own, which the free directions hold more of
     than of the retain set. Random samples of the full set use the same directions as the others, and a
@@ -132,7 +137,8 @@ def pgu(
         offset: epsilon of the loss -log(1 - p + epsilon), > 0: bounds its slope by 1 / epsilon.
         entropy_weight: Weight of the entropy of the outputs, which is to rise.
         leak: Bound on the squared change of any layer's answers to the retain set, biases left out, as a
-            share of their squares; > 0. None: no bound.
+            share of their squares; > 0. Of n > 5 layers each has 5 / n of it: what leaks adds up. None: no
+            bound.
         validation: Held-out data of the forget set's kind, for the stopping rule.
         stop: ``"gap"`` ends the run once the accuracy on the forget set is below that on the validation set
             and keeps that one of the last two models where they are closer; None ends it after ``epochs``;
@@ -188,6 +194,7 @@ def pgu(
         gram = gram_forget + activation_gram(model, retain, progress=progress)
     layers = layers_of(model, gram)
     watch, goal = _watch(model, forget, retain, until, budget, rule, validation, judge)
+    record = Record(model, forget, retain, judge) if watch is None else None
     hyperparameters = {
         "energy": energy,
         "criterion": criterion,
@@ -233,25 +240,32 @@ def pgu(
             return (gap is not None and gap(epoch)) or (reach is not None and reach(epoch))
 
         if not (gap is not None and gap.holds) and not (reach is not None and reach.reached):
+            changing = {part.weight for part in free}
             for parameter in model.parameters():
-                parameter.requires_grad_(any(parameter is part.weight for part in free))
+                parameter.requires_grad_(parameter in changing)
             train_with_fixed_statistics(model)
-            train(
-                run,
-                "forget",
-                forget,
-                loss,
-                optimizer_of(free, lr, momentum),
-                epochs=epochs,
-                schedule=lambda epoch: lr * (lr_end / lr) ** (epoch / max(1, epochs - 1)),
-                after_epoch=after_epoch,
-                progress=progress,
-            )
+            for attempt in range(1 if reach is None else _ATTEMPTS):
+                first, last = (rate / _SMALLER**attempt for rate in (lr, lr_end))
+                train(
+                    run,
+                    "forget",
+                    forget,
+                    loss,
+                    optimizer_of(free, first, momentum),
+                    epochs=epochs,
+                    schedule=lambda epoch, first=first, last=last: (  # type: ignore[misc]
+                        first * (last / first) ** (epoch / max(1, epochs - 1))
+                    ),
+                    after_epoch=after_epoch,
+                    progress=progress,
+                )
+                if reach is None or not reach.conclude():
+                    break
         if gap is not None:
             gap.conclude()
-        if reach is not None:
-            reach.conclude()
     result = run.result()
+    if record is not None:
+        return record.added_to(result)
     if watch is None or reach is None:
         return result
     before = {name: watch.before(name) for name in reach.after}

@@ -14,6 +14,9 @@ from unlearn_ext.methods.until import Measured, Watch, measure
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches
 
+# What leaks adds up from layer to layer: of more layers than this each may leak less.
+_LAYERS = 5
+
 # Halvings of the way back to the original weights, where the way out cost too much.
 _HALVINGS = 6
 
@@ -24,11 +27,11 @@ class Bound:
     Args:
         run: The run; told how much leaks.
         free: The weights that change.
-        leak: The share.
+        leak: The share; of n > 5 layers each has 5 / n of it.
     """
 
     def __init__(self, run: Run, free: list[FreeWeight], leak: float) -> None:
-        self._run, self._leak = run, leak
+        self._run, self._leak = run, leak * min(1.0, _LAYERS / len(free))
         self._squares = {part.name: part.answers(part.weight.detach()) for part in free}
         self._free = [part.of_changes() for part in free if self._squares[part.name]]
 
@@ -154,12 +157,15 @@ class GoalRule:
         self.reached = self._watch.reached(self._forget)
         return self.reached
 
-    def conclude(self) -> None:
-        """Keep what reaches the goal within the budget, or put the weights back; say which."""
+    def conclude(self) -> bool:
+        """Keep what reaches the goal within the budget, or put the weights back; say which.
+
+        Returns:
+            Whether the goal was reached at too high a cost, so that smaller steps may do.
+        """
+        too_dear = False
         watch = self._watch
-        if self.reason:
-            pass
-        elif not self.reached:
+        if not self.reached:
             self._put_back()
             least = f"the accuracy on the forget set was {self._forget.accuracy:.2%} at the end"
             self.reason = f"the goal was not reached ({watch.goal}): {least}"
@@ -167,10 +173,11 @@ class GoalRule:
             self.after["forget"] = self._forget
             self.reason = "the goal was reached; nothing watched the rest: there are no retain data"
         else:
-            self._within_budget()
+            too_dear = not self._within_budget()
         self._run.record("stop", reason=self.reason)
+        return too_dear
 
-    def _within_budget(self) -> None:
+    def _within_budget(self) -> bool:
         # The change leaks less the shorter it is: look for a part of it that still reaches the goal.
         watch, target = self._watch, {name: p.detach().clone() for name, p in self._weights}
         forget, share, step = self._forget, 1.0, 0.5
@@ -199,11 +206,12 @@ class GoalRule:
                 f"the goal was reached at a cost of {100 * min(costs):.2f} points of retain accuracy or "
                 f"more, beyond the budget of {100 * watch.budget:g}"
             )
-            return
+            return False
         self.after = best[1]
         lost = 100 * watch.lost(best[1]["retain"])
         part = "" if best[0] == 1 else f"with {best[0]:.3g} of the change, "
         self.reason = f"the goal was reached, {part}{lost:.2f} points of retain accuracy lost"
+        return True
 
     @torch.no_grad()
     def _set(self, target: dict[str, Tensor], share: float) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
+from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, sources_of
 from unlearn_ext.methods.ssd_loop import closed_loop, settled
 from unlearn_ext.methods.ssd_plan import Found, SsdPlan, checked, found_by, threshold_of
@@ -285,7 +286,9 @@ def ssd(
         >>> ssd(model, forget, retain, alpha="adaptive").method
         'ssd'
     """
-    return plan_ssd(
+    # The closed loop measures as it goes; one shot is measured around it.
+    record = None if alpha == "auto" else Record(model, forget, retain, task)
+    plan = plan_ssd(
         model,
         forget,
         retain,
@@ -305,7 +308,9 @@ def ssd(
         loss_fn=loss_fn,
         generator=generator,
         progress=progress,
-    ).apply()
+    )
+    result = plan.apply()
+    return result if record is None else record.added_to(result)
 
 
 def _checked_goal(
