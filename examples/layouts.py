@@ -81,7 +81,7 @@ def regression():
     forget = [(inputs[sensor == 0], readings[sensor == 0])]
     retain = [(inputs[sensor != 0], readings[sensor != 0])]
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1))
-    return Layout(model, ux.tasks.Regression(tolerance=1.0), forget, retain, settings={"alpha": 5.0})
+    return Layout(model, ux.tasks.Regression(tolerance=1.0), forget, retain, settings={"alpha": 2.0})
 
 
 def multi_label():
@@ -91,7 +91,8 @@ def multi_label():
     wanted = labels[:, 0] == 1
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
     forget, retain = [(inputs[wanted], labels[wanted])], [(inputs[~wanted], labels[~wanted])]
-    return Layout(model, ux.tasks.MultiLabel(), forget, retain, settings={"alpha": 2.0})
+    settings = {"epochs": 40, "lr": 0.01}
+    return Layout(model, ux.tasks.MultiLabel(), forget, retain, "random_label", settings)
 
 
 def binary():
@@ -103,7 +104,7 @@ def binary():
     forget = [(rows[group == 0], labels[group == 0])]
     retain = [(rows[group != 0], labels[group != 0])]
     model = nn.Sequential(nn.Linear(11, 64), nn.ReLU(), nn.Linear(64, 1))
-    return Layout(model, ux.tasks.Binary(), forget, retain, settings={"alpha": 5.0})
+    return Layout(model, ux.tasks.Binary(), forget, retain, settings={"alpha": 2.0})
 
 
 def segmentation():
@@ -158,7 +159,8 @@ def detection():
         *[nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4)],
     )
     forget, retain = [batch(1, 16)], [batch(0, 32), batch(0, 32)]
-    return Layout(model, Boxes(), forget, retain, settings={"alpha": 5.0})
+    settings = {"epochs": 30, "lr": 0.02, "cap": 1.0, "retain_weight": 0.8}
+    return Layout(model, Boxes(), forget, retain, "neg_grad_plus", settings, epochs=200)
 
 
 class Tagger(nn.Module):
@@ -186,7 +188,7 @@ def token_classification():
     forget, retain = (
         [{key: value[at] for key, value in batch.items()}] for at in (slice(20), slice(20, None))
     )
-    return Layout(Tagger(45, 4), ux.tasks.TokenClassification(), forget, retain, settings={"alpha": 2.0})
+    return Layout(Tagger(45, 4), ux.tasks.TokenClassification(), forget, retain, "salun", {"epochs": 10})
 
 
 class Recommender(nn.Module):
@@ -194,7 +196,7 @@ class Recommender(nn.Module):
 
     def __init__(self, users, items):
         super().__init__()
-        self.users, self.items = nn.Embedding(users, 8), nn.Embedding(items, 8)
+        self.users, self.items = nn.Embedding(users, 16), nn.Embedding(items, 16)
 
     def forward(self, users, items):
         return (self.users(users) * self.items(items)).sum(1)
@@ -208,7 +210,7 @@ def recommender():
     own = table[0] == 7
     forget, retain = [tuple(table[:, own])], [tuple(table[:, ~own])]
     task = ux.tasks.Binary(inputs=(0, 1), labels=2)
-    return Layout(Recommender(20, 30), task, forget, retain, settings={"alpha": 5.0}, epochs=200)
+    return Layout(Recommender(20, 30), task, forget, retain, "random_label", {"epochs": 80, "lr": 0.01})
 
 
 class Nodes(ux.tasks.Classification):
@@ -248,7 +250,7 @@ def graph_nodes():
         return {"x": x, "edges": edges, "nodes": nodes, "y": y[nodes]}
 
     forget, retain = [batch(torch.where(y == 2)[0])], [batch(torch.where(y != 2)[0])]
-    return Layout(GraphNetwork(10, 4), Nodes(), forget, retain, settings={"alpha": 2.0})
+    return Layout(GraphNetwork(10, 4), Nodes(), forget, retain, "salun", {"epochs": 20})
 
 
 class Transcription(ux.tasks.Task):
@@ -291,7 +293,7 @@ def ctc():
 
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 6))  # 0 is CTC's blank
     return Layout(
-        model, Transcription(), [batch([5, 5, 4], 24)], [batch([1, 2, 3, 4], 72)], settings={"alpha": 2.0}
+        model, Transcription(), [batch([5, 5, 4], 24)], [batch([1, 2, 3, 4], 72)], settings={"alpha": 1.5}
     )
 
 
