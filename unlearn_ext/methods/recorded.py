@@ -13,6 +13,7 @@ from typing import ParamSpec
 
 from torch import nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.until import Measured, figures, measure
@@ -99,6 +100,7 @@ class Record:
             try:
                 with random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
+                        check_model(self._model, "measure")  # what the method refuses is not to be run
                         found[name] = measure(self._model, data, self._task)
             except Exception as error:  # what is wrong with the data is the method's to say
                 _LOG.debug("the %s set is not measured: %s", name, error)
