@@ -91,7 +91,8 @@ def multi_label():
     wanted = labels[:, 0] == 1
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
     forget, retain = [(inputs[wanted], labels[wanted])], [(inputs[~wanted], labels[~wanted])]
-    return Layout(model, ux.tasks.MultiLabel(), forget, retain, settings={"alpha": 1.2})
+    settings = {"epochs": 40, "lr": 0.01}
+    return Layout(model, ux.tasks.MultiLabel(), forget, retain, "random_label", settings)
 
 
 def binary():
@@ -292,7 +293,7 @@ def ctc():
 
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 6))  # 0 is CTC's blank
     return Layout(
-        model, Transcription(), [batch([5, 5, 4], 24)], [batch([1, 2, 3, 4], 72)], settings={"alpha": 1.2}
+        model, Transcription(), [batch([5, 5, 4], 24)], [batch([1, 2, 3, 4], 72)], settings={"alpha": 1.5}
     )
 
 

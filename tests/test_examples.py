@@ -102,4 +102,4 @@ def test_ten_layouts_of_data(name, capsys):
     assert forgotten_before >= 0.9  # it had been learnt
     assert kept_before >= 0.9
     assert forgotten <= LEFT.get(name, 0.3)
-    assert kept >= kept_before - 0.05
+    assert kept >= kept_before - 0.08

@@ -50,6 +50,7 @@ def test_json_holds_every_field():
         "changed": 0.125,
         "changed_per_parameter": {"weight": 0.25, "bias": 0.0},
         "history": [{"phase": "dampening", "selected": 3}],
+        "coverage": {},
     }
 
 

@@ -34,6 +34,7 @@ from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods import METHODS
 from unlearn_ext.methods.ssd import ssd
 from unlearn_ext.results import NOTICE
+from unlearn_ext.tasks.losses import log_odds
 from unlearn_ext.tasks.split import split
 
 Samples = Dataset[tuple[Tensor, ...]]
@@ -342,7 +343,7 @@ def _run(
     say(table(f"Forget class {FORGET_CLASS}", by_class, _CLASS_NOTE))
     if "ssd" in methods:
         # What an owner would store after training, so that the retain set need not be read again.
-        full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE))
+        full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE), loss_fn=log_odds)
         say("\n".join(textwrap.wrap(each_class(train_set, test_set, original, full=full), 100)))
         _record(train_set, test_set, original, full, seed).to_json(out / "digits_class_ssd.json")
     by_samples = forget_samples(train_set, test_set, original, methods=methods, epochs=epochs, seed=seed)

@@ -30,6 +30,7 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -40,6 +41,7 @@ from unlearn_ext.tasks.losses import LossFn
 _STEPS, _MOST_EPOCHS = 100, 30
 
 
+@recorded
 def retrain(
     model: nn.Module,
     forget: Batches | None,
@@ -104,6 +106,7 @@ def retrain(
     return run.result()
 
 
+@recorded
 def finetune(
     model: nn.Module,
     forget: Batches | None,
@@ -187,6 +190,7 @@ def finetune(
     return run.result()
 
 
+@recorded
 def gradient_ascent(
     model: nn.Module,
     forget: Batches,
@@ -269,6 +273,7 @@ def gradient_ascent(
     return run.result()
 
 
+@recorded
 def neg_grad_plus(
     model: nn.Module,
     forget: Batches,
@@ -364,6 +369,7 @@ def neg_grad_plus(
     return run.result()
 
 
+@recorded
 def random_label(
     model: nn.Module,
     forget: Batches,

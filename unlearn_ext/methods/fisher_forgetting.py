@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.methods.common import n_classes, prepared, required, trainable, what_a_task_must_have
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -25,6 +26,7 @@ _MORE = 10.0
 _ROW_VARIANCE = 1e-4
 
 
+@recorded
 def fisher_forgetting(
     model: nn.Module,
     forget: Batches | None,

@@ -27,6 +27,7 @@ from unlearn_ext.methods.common import (
     what_a_task_must_have,
 )
 from unlearn_ext.methods.loop import Objective, train
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.rows_only import RowsOnly
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
@@ -58,6 +59,7 @@ _USUAL = {"ascend": _Usual(lr=0.03), "relabel": _Usual(density=0.2, lr=0.02, ste
 _ASCEND_OFFSET = 0.05
 
 
+@recorded
 def gradient_masking(
     model: nn.Module,
     forget: Batches,
@@ -225,6 +227,7 @@ def gradient_masking(
     )
 
 
+@recorded
 def salun(
     model: nn.Module,
     forget: Batches,

@@ -24,6 +24,7 @@ from unlearn_ext.methods.common import (
     what_a_task_must_have,
 )
 from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -32,6 +33,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 from unlearn_ext.tasks.positions import mean_over_positions
 
 
+@recorded
 def bad_teacher(
     model: nn.Module,
     forget: Batches,
@@ -136,6 +138,7 @@ def bad_teacher(
     return run.result()
 
 
+@recorded
 def scrub(
     model: nn.Module,
     forget: Batches,

@@ -24,6 +24,7 @@ from unlearn_ext.methods.common import (
     what_a_task_must_have,
 )
 from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -36,6 +37,7 @@ from unlearn_ext.tasks.losses import LossFn
 _OFFICIAL_COPIES = 20
 
 
+@recorded
 def unsir(
     model: nn.Module,
     forget: Batches | int | Iterable[int] | None = None,

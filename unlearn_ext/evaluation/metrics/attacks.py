@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -19,6 +19,7 @@ from unlearn_ext.tasks.batches import Batch, Batches, map_tensors
 from unlearn_ext.tasks.positions import mean_over_positions
 
 _Numbers: TypeAlias = npt.NDArray[np.float64]
+_Ranks: TypeAlias = npt.NDArray[np.intp]
 
 Convention: TypeAlias = Literal["ssd", "salun", "scrub", "loss"]
 
@@ -88,6 +89,7 @@ def mia(
     test: Batches | None = None,
     convention: Convention = "ssd",
     reference: nn.Module | None = None,
+    calibration: Sequence[nn.Module] = (),
     task: Task | None = None,
     shift: bool | None = None,
     bootstrap: int = 1000,
@@ -109,7 +111,8 @@ def mia(
 
     ``auc`` and ``tpr`` do not depend on the convention: they are those of the plain attack by loss, forget
     against test, with the task's loss. Over-unlearning shows as an ``auc`` below the reference's; see
-    ``Attack.verdict``.
+    ``Attack.verdict``. With ``calibration`` they look at the loss less its mean over models that do not know
+    the forget set, so that hard samples are not taken for unseen ones.
 
     Args:
         model: The unlearned model.
@@ -120,6 +123,7 @@ def mia(
         test: Samples that no model was trained on.
         convention: Whose definition ``score`` follows.
         reference: A model retrained without the forget set.
+        calibration: Models trained without the forget and the test set.
         task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
         shift: The older way to say it: True for ``ux.tasks.CausalLM()``, False for
             ``ux.tasks.Classification()``.
@@ -139,7 +143,15 @@ def mia(
     Source:
         ssd: code released with Foster, Schoepf & Brintrup, AAAI 2024; salun: Fan et al., ICLR 2024; scrub:
         Kurmanji et al., NeurIPS 2023. TPR at 1 % FPR: Carlini et al., "Membership Inference Attacks From
-        First Principles", S&P 2022.
+        First Principles", S&P 2022. Calibration: Watson, Guo, Cormode & Sablayrolles, "On the Importance of
+        Difficulty Calibration in Membership Inference Attacks", ICLR 2022.
+
+    Example:
+        >>> known, unknown = torch.tensor([[2.0, 0.0]] * 5), torch.tensor([[1.0, 0.0]] * 5)
+        >>> labels = torch.zeros(5, dtype=torch.long)
+        >>> attack = mia(nn.Identity(), forget=[(known, labels)], test=[(unknown, labels)], convention="loss")
+        >>> attack.auc, attack.tpr
+        (1.0, 1.0)
     """
     given = {"retain": retain, "forget": forget, "test": test}
     names = (*given, "convention")
@@ -164,30 +176,31 @@ def mia(
             raise ValueError(f"mia: {name} must be given, got none")
 
     judge = task_for("mia", task, shift)
+    usual: dict[str, _Numbers] = {}
+    if calibration:
+        for name in ("forget", "test"):
+            per_model = [_features(known, sets[name], name, judge, "loss").loss for known in calibration]
+            usual[name] = np.mean(per_model, axis=0)
 
     def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
         features = {name: _features(subject, data, name, judge, convention) for name, data in sets.items()}
         score = _SCORES[convention](features.get("retain"), features["forget"], features["test"], seed)
         return score, features
 
+    def ranked(features: Mapping[str, _Features]) -> _Ranked:
+        members, others = (usual.get(name, 0.0) - features[name].loss for name in ("forget", "test"))
+        return _Ranked(members, others)
+
     score, features = measured(model)
-    members, others = -features["forget"].loss, -features["test"].loss
-    auc, tpr = _auc(members, others), _tpr(members, others)
+    ranks = ranked(features)
+    auc, tpr = ranks.auc(), ranks.tpr()
     draws = np.random.default_rng(seed)
-    resampled = np.array(
-        [
-            (_auc(a, b), _tpr(a, b))
-            for a, b in (
-                (draws.choice(members, len(members)), draws.choice(others, len(others)))
-                for _ in range(bootstrap)
-            )
-        ]
-    ).reshape(-1, 2)
+    resampled = np.array([ranks.resampled(draws) for _ in range(bootstrap)]).reshape(-1, 2)
     bounds = np.quantile(resampled, [0.025, 0.975], axis=0) if bootstrap else np.full((2, 2), math.nan)
     reference_score = reference_auc = None
     if reference is not None:
         reference_score, compared = measured(reference)
-        reference_auc = _auc(-compared["forget"].loss, -compared["test"].loss)
+        reference_auc = ranked(compared).auc()
     return Attack(
         convention=convention,
         score=score,
@@ -242,6 +255,45 @@ def _counted(task: Task, outputs: Any, batch: Batch) -> Tensor:  # noqa: ANN401 
         loss = task.losses(outputs, batch)
         return torch.ones(loss.shape[0], 1, dtype=torch.bool, device=loss.device)
     return counted.reshape(counted.shape[0], -1)
+
+
+class _Ranked:
+    """Two samples by the ranks of their values: sorting is done once, a resample only counts."""
+
+    def __init__(self, members: _Numbers, others: _Numbers, fpr: float = 0.01) -> None:
+        distinct, ranks = np.unique(np.concatenate([members, others]), return_inverse=True)
+        ranks = ranks.reshape(-1)
+        self._n = len(distinct)
+        self._members, self._others = ranks[: len(members)], ranks[len(members) :]
+        self._allowed = math.floor(fpr * len(others) + 1e-9)  # false positives
+
+    def auc(self) -> float:
+        return self._auc(*self._counts(self._members, self._others))
+
+    def tpr(self) -> float:
+        return self._tpr(*self._counts(self._members, self._others))
+
+    def resampled(self, draws: np.random.Generator) -> tuple[float, float]:
+        members = draws.choice(self._members, len(self._members))
+        others = draws.choice(self._others, len(self._others))
+        counts = self._counts(members, others)
+        return self._auc(*counts), self._tpr(*counts)
+
+    def _counts(self, members: _Ranks, others: _Ranks) -> tuple[_Ranks, _Ranks]:
+        return np.bincount(members, minlength=self._n), np.bincount(others, minlength=self._n)
+
+    @staticmethod
+    def _auc(members: _Ranks, others: _Ranks) -> float:
+        # Mann-Whitney: the share of pairs in the right order, ties counting half.
+        upto = np.cumsum(others)
+        return float((members * (2 * upto - others)).sum() / (2 * members.sum() * upto[-1]))
+
+    def _tpr(self, members: _Ranks, others: _Ranks) -> float:
+        # Above the lowest threshold that no more than the allowed number of the others pass.
+        above = np.cumsum(others[::-1])[::-1] - others
+        within = np.flatnonzero((above <= self._allowed) & (above + others > self._allowed))
+        threshold = within[0] if len(within) else -1
+        return float(members[threshold + 1 :].sum() / members.sum())
 
 
 def _ssd_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
@@ -302,17 +354,11 @@ def _labelled(members: _Numbers, others: _Numbers) -> tuple[_Numbers, _Numbers]:
 
 
 def _auc(members: _Numbers, others: _Numbers) -> float:
-    # Mann-Whitney: the share of pairs in the right order, ties counting half.
-    ordered = np.sort(others)
-    below, upto = (np.searchsorted(ordered, members, side=side) for side in ("left", "right"))
-    return float((below + upto).mean() / (2 * len(others)))
+    return _Ranked(members, others).auc()
 
 
 def _tpr(members: _Numbers, others: _Numbers, fpr: float = 0.01) -> float:
-    # The lowest threshold that no more than this share of the others pass.
-    allowed = math.floor(fpr * len(others) + 1e-9)
-    threshold = np.sort(others)[::-1][allowed] if allowed < len(others) else -math.inf
-    return float((members > threshold).mean())
+    return _Ranked(members, others, fpr).tpr()
 
 
 def sklearn(module: str) -> Any:  # noqa: ANN401 - an optional module
