@@ -67,7 +67,7 @@ def fisher_diagonal(
         params: Names of the parameters to look at; all trainable ones by default.
         generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
             calls draw the same targets.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The importances, on the parameters' devices; float32, float64 for double parameters.
