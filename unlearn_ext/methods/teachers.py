@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearn_ext.evaluation.metrics.divergences import kl_divergence
 from unlearn_ext.methods.common import (
     Paired,
     Portion,
@@ -279,7 +279,7 @@ def divergence(
         goal = chosen.log_scores(chosen.forward(teacher, batch), batch, temperature=temperature)
     outputs = chosen.forward(student, batch)
     logs = chosen.log_scores(outputs, batch, temperature=temperature)
-    values = F.kl_div(logs, goal, reduction="none", log_target=True).sum(-1)
+    values = kl_divergence(goal, logs)
     return mean_over_positions(values, chosen.counted(outputs, batch))
 
 
