@@ -8,7 +8,7 @@ from test_engine_layers import CLASSES, Head, N, labels
 from torch import nn
 
 from bench.models import GPT
-from unlearn_ext.fisher.engine import tied, uses
+from unlearn_ext.fisher.engine import gradients, tied
 
 
 def twice(layer, **settings):
@@ -148,7 +148,7 @@ def test_gradients_that_no_op_covers_are_made_in_parts(monkeypatch):
     forward, shape, size = USES["a weight that is also added"]
     model, batch = Both(forward, shape), (torch.randn(size), labels())
     whole = assert_exact(model, batch)
-    monkeypatch.setattr(uses, "CHUNK", 20)
+    monkeypatch.setattr(gradients, "CHUNK", 20)
     torch.testing.assert_close(assert_exact(model, batch)["weights.0"], whole["weights.0"])
 
 

@@ -9,7 +9,7 @@ from oracle import assert_exact, errors, one_by_one, split
 from torch import nn
 
 from unlearn_ext import fisher_diagonal
-from unlearn_ext.fisher.engine import check, per_sample
+from unlearn_ext.fisher.engine import per_sample, verification
 from unlearn_ext.tasks import losses
 
 CLASSES = 3
@@ -175,7 +175,7 @@ def test_a_parameter_that_keeps_turning_up_elsewhere_falls_back():
     alone = [one_by_one(model, part) for part in parts]
     expected = {name: sum(part[name] for part in alone) / 8 for name in alone[0]}
     assert max(errors(found, expected).values()) <= 1e-5
-    assert found.coverage["norm.weight"].startswith("fallback: it is not used as it was when it was checked")
+    assert found.coverage["norm.weight"].startswith("fallback: it is not used as it was when it was verified")
     assert found.coverage["head.weight"] == "fused"
     assert sizes.count(3) <= 2 * 5  # groups that were checked
 
@@ -237,7 +237,7 @@ class Mixing(nn.Module):
 def test_a_layer_that_mixes_the_samples():
     torch.manual_seed(0)
     model, batch = Mixing(), (torch.randn(6, 4), torch.randint(CLASSES, (6,)))
-    for _ in range(2):  # also where the verdict is remembered
+    for _ in range(2):  # also where the trust is remembered
         with pytest.warns(UserWarning, match="samples influence each other"):
             found = fisher_diagonal(model, [batch])
         assert max(errors(found, one_by_one(model, batch)).values()) <= 1e-5
@@ -370,14 +370,14 @@ def test_a_rule_that_is_wrong_is_found_out(monkeypatch):
     honest = rules.RULES["NativeLayerNorm"]
 
     def wrong(call):
-        use = honest(call)
-        use.grads = use.grads * 1.01
-        return use
+        term = honest(call)
+        term.grads = term.grads * 1.01
+        return term
 
     monkeypatch.setitem(rules.RULES, "NativeLayerNorm", wrong)
     everything = {name for name, _ in model.named_parameters()}
     found = assert_exact(model, batch, fused=everything - {"2.weight", "2.bias"})
-    assert found.coverage["2.weight"] == f"fallback: {check.DISAGREES}; vmap"
+    assert found.coverage["2.weight"] == f"fallback: {verification.DISAGREES}; vmap"
 
 
 def test_a_loss_that_uses_parameters_itself():

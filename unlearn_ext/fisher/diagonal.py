@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
+from unlearn_ext.fisher.engine import PerSample, PerSampleLoss, add_gradient, prepared
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.tasks import losses
@@ -137,14 +137,14 @@ class _BatchGradients:
         fisher: Mapping[str, Tensor],
         power: int,
     ) -> None:
-        self._objective = Objective(model, loss_fn)
+        self._loss = PerSampleLoss(model, loss_fn)
         self._chosen, self._fisher, self._power = chosen, fisher, power
         why = "fallback: one plain gradient per batch is the estimator's definition"
         self.coverage = dict.fromkeys(fisher, why)
 
     def accumulate(self, batch: Batch, n: int) -> Tensor:
-        with prepared(self._objective.model):
-            values = self._objective.losses(batch, n, is_whole=True)
+        with prepared(self._loss.model):
+            values = self._loss.losses(batch, n, is_whole=True)
             add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
 

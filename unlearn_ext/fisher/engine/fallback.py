@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from unlearn_ext.fisher.engine.samples import Objective, add_gradient, describe
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, add_gradient, describe
 from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, take_samples, tensors_in
 
 # Scalars in the gradients of one chunk, and the fewest samples that are worth a chunk. Measured on two CPU
@@ -24,15 +24,15 @@ class Fallback:
     vmap is trusted once its gradients of two samples agree with plain autograd's.
 
     Args:
-        objective: The model and its loss.
+        loss: The model and its loss.
         chosen: Parameter name to parameter.
         power: 1 or 2.
     """
 
-    def __init__(self, objective: Objective, chosen: Mapping[str, Tensor], power: int) -> None:
-        self._objective, self._chosen, self._power = objective, chosen, power
+    def __init__(self, loss: PerSampleLoss, chosen: Mapping[str, Tensor], power: int) -> None:
+        self._loss, self._chosen, self._power = loss, chosen, power
         scalars = sum(parameter.numel() for parameter in chosen.values())
-        device = device_of(objective.model).type
+        device = device_of(loss.model).type
         budget, fewest = VMAP_SCALARS.get(device, VMAP_SCALARS["cpu"])
         self._chunk = budget // max(1, scalars)
         self._loop_because = (
@@ -69,7 +69,7 @@ class Fallback:
                 values.append(chunk_values)
             else:
                 stop = start + 1
-                value = self._objective.losses(take_samples(batch, start, stop), 1, is_whole=n == 1)
+                value = self._loss.losses(take_samples(batch, start, stop), 1, is_whole=n == 1)
                 add_gradient(value.sum(), self._chosen, fisher, self._power)
                 values.append(value.detach())
             start = stop
@@ -91,7 +91,7 @@ class Fallback:
             The samples' losses, or None if nothing was added.
         """
         try:
-            grads, values = vmap_gradients(self._objective, self._chosen, batch, n, slice(start, stop))
+            grads, values = vmap_gradients(self._loss, self._chosen, batch, n, slice(start, stop))
         except Exception as error:  # whatever the reason, the loop needs no vmap
             self._loop_because = f"vmap raised {describe(error)}"
             return None
@@ -109,7 +109,7 @@ class Fallback:
         largest = max((float(grad[:2].abs().max()) for grad in grads.values() if grad.numel()), default=0.0)
         for offset in range(2):
             sample = take_samples(batch, start + offset, start + offset + 1)
-            loss = self._objective.losses(sample, 1).sum()
+            loss = self._loss.losses(sample, 1).sum()
             expected = torch.autograd.grad(loss, list(self._chosen.values()), materialize_grads=True)
             for grad, plain in zip(grads.values(), expected, strict=True):
                 # Gradients that vanish in exact arithmetic are rounding; they are held against the largest.
@@ -119,12 +119,12 @@ class Fallback:
 
 
 def vmap_gradients(
-    objective: Objective, chosen: Mapping[str, Tensor], batch: Batch, n: int, samples: slice
+    loss: PerSampleLoss, chosen: Mapping[str, Tensor], batch: Batch, n: int, samples: slice
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute the gradients of some samples side by side.
 
     Args:
-        objective: The model and its loss.
+        loss: The model and its loss.
         chosen: Parameter name to parameter.
         batch: A batch on the model's device.
         n: Its number of samples.
@@ -133,7 +133,7 @@ def vmap_gradients(
     Returns:
         Parameter name to gradients ``[samples, *shape]``, and the losses.
     """
-    module = _Module(objective)
+    module = _Module(loss)
 
     def loss_of_one(parameters: Mapping[str, Tensor], *entries: Tensor) -> Tensor:
         rest = iter(entries)
@@ -158,13 +158,13 @@ def vmap_gradients(
 class _Module(nn.Module):
     """Model and loss as one module, so that ``functional_call`` swaps parameters under the user's loss."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, loss: PerSampleLoss) -> None:
         super().__init__()
-        self.model = objective.model
-        self.objective = objective
+        self.model = loss.model
+        self.loss = loss
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.objective.loss_fn(self.model, batch)
+        return self.loss.loss_fn(self.model, batch)
 
 
 def _agree(a: Tensor, b: Tensor, scale: float) -> bool:

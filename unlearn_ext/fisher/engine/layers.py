@@ -10,11 +10,11 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
 
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Node
 from unlearn_ext.fisher.engine.layout import MismatchError
-from unlearn_ext.fisher.engine.uses import Use
 
-LayerRule: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Use]]
+LayerRule: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, PerSampleGradients]]
 _Rule = TypeVar("_Rule", bound=LayerRule)
 
 _rules: dict[type[nn.Module], LayerRule] = {}
@@ -35,8 +35,8 @@ def register_layer(layer: type[nn.Module], rule: _Rule | None = None) -> _Rule |
     Args:
         layer: The layer's class. Subclasses count as long as they keep its ``forward``.
         rule: ``rule(layer, inputs, grad_output)`` gets the layer, the arguments of one call (positional ones,
-            then those by keyword) and the gradient of its output, samples first. It returns the use of every
-            trainable parameter of the layer by its name there: ``Product`` for a matrix that multiplies
+            then those by keyword) and the gradient of its output, samples first. It returns the gradients of
+            every trainable parameter of the layer by its name there: ``Product`` for a matrix that multiplies
             vectors, ``Convolution``, ``Lookup`` for a table, ``Channels`` for what is added or multiplied,
             ``Gradients`` for anything else, from ``unlearn_ext.engine``. Used as a decorator if left out.
 
@@ -94,7 +94,7 @@ class RecordedCall:
     def _current_versions(self) -> list[int]:
         return [value._version for value in self.inputs if isinstance(value, Tensor)]
 
-    def use_of(self, parameter: Tensor, grad: Tensor) -> Use:
+    def gradients_of(self, parameter: Tensor, grad: Tensor) -> PerSampleGradients:
         """Apply the rule.
 
         Args:
@@ -102,7 +102,7 @@ class RecordedCall:
             grad: Gradient of the output.
 
         Returns:
-            The call's use of the parameter.
+            The per-sample gradients of the parameter that the call implies.
 
         Raises:
             MismatchError: If the rule says nothing of it, or an input was changed in place meanwhile.
@@ -111,12 +111,12 @@ class RecordedCall:
             raise MismatchError(f"an input of {type(self.layer).__name__} was changed in place")
         self._grad = grad
         for name, own in self.layer.named_parameters():
-            if own is parameter and name in self._uses:
-                return self._uses[name]
+            if own is parameter and name in self._terms:
+                return self._terms[name]
         raise MismatchError(f"the rule of {type(self.layer).__name__} leaves it out")
 
     @cached_property
-    def _uses(self) -> Mapping[str, Use]:
+    def _terms(self) -> Mapping[str, PerSampleGradients]:
         inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in self.inputs)
         assert self._grad is not None
         return self.rule(self.layer, inputs, self._grad)
@@ -126,11 +126,11 @@ class Recording:
     """What a forward pass has shown of the layers with rules.
 
     Attributes:
-        claims: (node, which of its inputs) for the edges of the graph that a call accounts for.
+        edges: (node, which of its inputs) for the edges of the graph that a call accounts for.
     """
 
     def __init__(self) -> None:
-        self.claims: dict[tuple[Node, int], RecordedCall] = {}
+        self.edges: dict[tuple[Node, int], RecordedCall] = {}
         self.is_open = True
 
     def add(self, layer: nn.Module, rule: LayerRule, inputs: tuple[Any, ...], output: object) -> None:
@@ -156,7 +156,7 @@ class Recording:
                     continue
                 if hasattr(source, "variable"):
                     if id(source.variable) in own:
-                        self.claims[node, index] = call
+                        self.edges[node, index] = call
                     continue
                 seen.add(source)
                 stack.append(source)
@@ -193,7 +193,7 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
     finally:
         for handle in handles:
             handle.remove()
-        recording.claims.clear()
+        recording.edges.clear()
 
 
 def rule_of(layer: type[nn.Module]) -> LayerRule | None:

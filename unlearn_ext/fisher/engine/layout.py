@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Axis(Enum):
-    """Hypotheses about a tensor with the samples of a batch in it; which one holds, a check decides.
+    """Possible layouts of a tensor with the samples of a batch in it; verification decides.
 
     FIRST: the first axis holds samples, or several entries of every sample one after the other.
     SECOND: the second axis holds samples, as for sequences ``[T, N, E]``; in the rows that a model has
@@ -24,7 +24,7 @@ class Axis(Enum):
 
 
 class MismatchError(Exception):
-    """A tensor has no axis for the samples where the hypothesis says."""
+    """A tensor has no axis for the samples where the candidate says."""
 
 
 class NoRuleError(MismatchError):
@@ -36,10 +36,10 @@ class Layout:
 
     Args:
         n: Number of samples.
-        axis: The hypothesis.
+        axis: The candidate.
 
     Attributes:
-        is_spread: The hypothesis made a difference: some tensor held more than one entry per sample.
+        is_spread: The candidate made a difference: some tensor held more than one entry per sample.
     """
 
     def __init__(self, n: int, axis: Axis) -> None:
@@ -56,7 +56,7 @@ class Layout:
             ``[n, positions, C]``, a view where strides allow.
 
         Raises:
-            MismatchError: If the shape does not agree with the hypothesis.
+            MismatchError: If the shape does not agree with the candidate.
         """
         lead = tensor.ndim - 1
         split = self._split(tensor, self.axis if lead > 1 or self.axis is not Axis.SECOND else Axis.INNER)
@@ -74,7 +74,7 @@ class Layout:
             ``[n, C, *size]``, or ``[n, C, images, *size]`` where a sample has several.
 
         Raises:
-            MismatchError: If the shape does not agree with the hypothesis.
+            MismatchError: If the shape does not agree with the candidate.
         """
         split = self._split(tensor, Axis.INNER if self.axis is Axis.SECOND else self.axis)
         self.is_spread |= split.shape[1] > 1
@@ -91,7 +91,7 @@ class Layout:
             ``[n, positions, C]`` with C entries in ``shape``.
 
         Raises:
-            MismatchError: If the shape does not agree with the hypothesis.
+            MismatchError: If the shape does not agree with the candidate.
         """
         aligned = [1] * (tensor.ndim - len(shape)) + list(shape)
         at = 1 if self.axis is Axis.SECOND else 0

@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.check import Check, Outcome
+from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.layers import Recording, recorded
 from unlearn_ext.fisher.engine.layout import MismatchError
-from unlearn_ext.fisher.engine.passes import FisherPass, Hypothesis, Signature
-from unlearn_ext.fisher.engine.samples import (
+from unlearn_ext.fisher.engine.passes import FisherPass, LayoutCandidate, Signature
+from unlearn_ext.fisher.engine.sample_losses import (
     NotPerSampleError,
-    Objective,
+    PerSampleLoss,
     describe,
     in_channels_last,
     pick,
 )
-from unlearn_ext.fisher.engine.surroundings import prepared
 from unlearn_ext.fisher.engine.totals import Totals
-from unlearn_ext.fisher.engine.uses import Use
-from unlearn_ext.fisher.engine.verdicts import Register, Verdict
+from unlearn_ext.fisher.engine.trust import Trust, TrustCache
+from unlearn_ext.fisher.engine.verification import Outcome, Verification
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.losses import LossFn
 
@@ -55,8 +55,8 @@ class PerSample:
         power: int,
     ) -> None:
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._objective = Objective(model, loss_fn)
-        self._register = Register(model, loss_fn, chosen)
+        self._loss = PerSampleLoss(model, loss_fn)
+        self._trust_cache = TrustCache(model, loss_fn, chosen)
         self._fallbacks: dict[tuple[str, ...], Fallback] = {}
         self._has_warned = False
         self._totals = Totals(fisher, power)
@@ -78,13 +78,13 @@ class PerSample:
             The samples' losses, ``[n]``, detached.
         """
         with prepared(self._model):
-            verdict = self._register.verdict_on(batch, n)
-            if not verdict.mixed & {0, n}:
-                outcome, alone = self._check(batch, n, verdict)
+            trust = self._trust_cache.lookup(batch, n)
+            if not trust.mixed & {0, n}:
+                outcome, alone = self._check(batch, n, trust)
                 if outcome is Outcome.NOT_FINITE and alone is not None:
                     return alone
                 if outcome is Outcome.APART:
-                    losses = self._add(batch, n, verdict, alone)
+                    losses = self._add(batch, n, trust, alone)
                     if losses is not None:
                         return losses
             return self._add_on_their_own(batch, n)
@@ -94,55 +94,55 @@ class PerSample:
         with torch.no_grad():
             self._totals.finish()
 
-    def _check(self, batch: Batch, n: int, verdict: Verdict) -> tuple[Outcome, Tensor | None]:
-        known = verdict.hypotheses | verdict.reasons
+    def _check(self, batch: Batch, n: int, trust: Trust) -> tuple[Outcome, Tensor | None]:
+        known = trust.candidates | trust.reasons
         names = [name for name in self._chosen if name not in known]
-        if n > 1 and not verdict.was_pair:
+        if n > 1 and not trust.was_pair:
             names = list(self._chosen)
         if not names:
             return Outcome.APART, None
         try:
-            outcome, alone = Check(self._objective, self._chosen).run(batch, n, names, verdict)
+            outcome, alone = Verification(self._loss, self._chosen).run(batch, n, names, trust)
         except NotPerSampleError:
-            self._objective.losses(batch, n, is_whole=True)  # fails as well, and with the user's numbers
+            self._loss.losses(batch, n, is_whole=True)  # fails as well, and with the user's numbers
             raise
         if outcome is Outcome.MIXED:
-            verdict.mixed.add(0)
+            trust.mixed.add(0)
         return outcome, alone
 
-    def _add(self, batch: Batch, n: int, verdict: Verdict, alone: Tensor | None) -> Tensor | None:
+    def _add(self, batch: Batch, n: int, trust: Trust, alone: Tensor | None) -> Tensor | None:
         """Add one batch of samples that do not influence each other.
 
         Args:
             batch: The batch.
             n: Its number of samples.
-            verdict: What is known about it.
+            trust: What is known about it.
             alone: The losses of its first samples on their own, if known.
 
         Returns:
             The losses, or None if the samples do influence each other, and nothing was added.
         """
-        hypotheses = verdict.hypotheses
+        candidates = trust.candidates
         losses: Tensor | None = None
         failures: dict[str, Exception] = {}
-        if hypotheses or n not in verdict.sizes:
+        if candidates or n not in trust.sizes:
             with recorded(self._model) as recording:
-                inputs = in_channels_last(batch, n) if verdict.channels_last else batch
-                whole = self._objective.losses(inputs, n, is_whole=True)
+                inputs = in_channels_last(batch, n) if trust.channels_last else batch
+                whole = self._loss.losses(inputs, n, is_whole=True)
                 recording.is_open = False
                 losses = whole.detach()
-                if n not in verdict.sizes:
+                if n not in trust.sizes:
                     if not self._are_apart(batch, n, losses, alone):
-                        verdict.mixed.add(n)
+                        trust.mixed.add(n)
                         return None
-                    verdict.sizes.add(n)
-                failures = self._backward(whole, n, hypotheses, verdict, recording)
+                    trust.sizes.add(n)
+                failures = self._backward(whole, n, candidates, trust, recording)
             del whole
         again = [name for name, error in failures.items() if isinstance(error, _UnknownPlaceError)]
-        if again and verdict.checks_left:
-            failures = self._add_again(batch, n, verdict, failures, again)
+        if again and trust.checks_left:
+            failures = self._add_again(batch, n, trust, failures, again)
         reasons = {name: describe(error) for name, error in failures.items()}
-        reasons |= {name: why for name, why in verdict.reasons.items() if name in self._chosen}
+        reasons |= {name: why for name, why in trust.reasons.items() if name in self._chosen}
         for name in self._chosen:
             if name not in reasons:
                 self._how.setdefault(name, "fused")
@@ -155,39 +155,39 @@ class PerSample:
     def _are_apart(self, batch: Batch, n: int, losses: Tensor, alone: Tensor | None) -> bool:
         if alone is None:
             firsts = range(min(n, 2))
-            values = [self._objective.losses(pick(batch, n, [sample]), 1).detach() for sample in firsts]
+            values = [self._loss.losses(pick(batch, n, [sample]), 1).detach() for sample in firsts]
             alone = torch.cat(values)
-        return self._objective.agree(alone, losses)
+        return self._loss.agree(alone, losses)
 
     def _backward(
-        self, losses: Tensor, n: int, how: Mapping[str, Hypothesis], verdict: Verdict, recording: Recording
+        self, losses: Tensor, n: int, how: Mapping[str, LayoutCandidate], trust: Trust, recording: Recording
     ) -> dict[str, Exception]:
-        def sink(name: str, use: Use, signatures: frozenset[Signature]) -> None:
-            if name in verdict.unproven:
-                if use.is_zero():
+        def accumulate(name: str, term: PerSampleGradients, signatures: frozenset[Signature]) -> None:
+            if name in trust.unproven:
+                if term.is_zero():
                     return
                 raise _UnknownPlaceError("no sample that was checked had a gradient")
-            if not verdict.knows(name, signatures):
-                raise _UnknownPlaceError("it is not used as it was when it was checked")
-            self._totals.add(name, use)
+            if not trust.knows(name, signatures):
+                raise _UnknownPlaceError("it is not used as it was when it was verified")
+            self._totals.add(name, term)
 
         if not how or not losses.requires_grad:
             return {}
-        return FisherPass(n, self._chosen, how, sink, recording).run(losses)
+        return FisherPass(n, self._chosen, how, accumulate, recording).run(losses)
 
     def _add_again(
-        self, batch: Batch, n: int, verdict: Verdict, failures: dict[str, Exception], names: Iterable[str]
+        self, batch: Batch, n: int, trust: Trust, failures: dict[str, Exception], names: Iterable[str]
     ) -> dict[str, Exception]:
         # Nothing was added for these: check how they are used now, and run the batch for them once more.
-        verdict.checks_left -= 1
-        Check(self._objective, self._chosen).run(batch, n, names, verdict)
-        proven = verdict.trusted.keys() - verdict.reasons.keys()
-        how = {name: verdict.trusted[name] for name in names if name in proven}
+        trust.checks_left -= 1
+        Verification(self._loss, self._chosen).run(batch, n, names, trust)
+        proven = trust.trusted.keys() - trust.reasons.keys()
+        how = {name: trust.trusted[name] for name in names if name in proven}
         with recorded(self._model) as recording:
-            inputs = in_channels_last(batch, n) if verdict.channels_last else batch
-            losses = self._objective.losses(inputs, n)
+            inputs = in_channels_last(batch, n) if trust.channels_last else batch
+            losses = self._loss.losses(inputs, n)
             recording.is_open = False
-            still = self._backward(losses, n, how, verdict, recording)
+            still = self._backward(losses, n, how, trust, recording)
         return {name: error for name, error in failures.items() if name not in how} | still
 
     def _fall_back(self, batch: Batch, n: int, reasons: Mapping[str, str]) -> Tensor:
@@ -195,7 +195,7 @@ class PerSample:
         fallback = self._fallbacks.get(names)
         if fallback is None:
             chosen = {name: self._chosen[name] for name in names}
-            fallback = self._fallbacks[names] = Fallback(self._objective, chosen, self._power)
+            fallback = self._fallbacks[names] = Fallback(self._loss, chosen, self._power)
         values = fallback.accumulate(batch, n, self._fisher)
         for name in names:
             self._how[name] = f"fallback: {reasons[name]}; {fallback.how}"

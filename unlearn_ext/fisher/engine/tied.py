@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from unlearn_ext.fisher.engine.uses import CHUNK, Lookup, Product, Use, wide
+from unlearn_ext.fisher.engine.gradients import CHUNK, Lookup, PerSampleGradients, Product, wide
 
 
-class Tied(Use):
+class Tied(PerSampleGradients):
     """A table ``[V, D]`` that is looked up and is the weight of a linear layer.
 
     With P_n the gradient of sample n through the layer and E_n that through its lookups, an op adds
@@ -15,8 +15,8 @@ class Tied(Use):
     |P_n|^power``.
 
     Args:
-        product: The use as a weight.
-        lookup: The use as a table.
+        product: The gradients as a weight.
+        lookup: The gradients as a table.
     """
 
     def __init__(self, product: Product, lookup: Lookup) -> None:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.passes import Hypothesis, Signature
+from unlearn_ext.fisher.engine.passes import LayoutCandidate, Signature
 from unlearn_ext.tasks.batches import Batch, is_per_sample
 from unlearn_ext.tasks.losses import LossFn
 
@@ -20,13 +20,13 @@ _KEPT = 8
 
 
 @dataclass
-class Verdict:
+class Trust:
     """How each parameter's importances are computed.
 
     Attributes:
-        trusted: Parameter name to the hypothesis that has agreed with plain autograd.
-        signatures: Parameter name to where it was used when it did.
-        unproven: Parameter name to a hypothesis that nothing speaks against, for want of a gradient.
+        trusted: Parameter name to the candidate that has agreed with plain autograd.
+        signatures: Parameter name to the nodes that took it when it did.
+        unproven: Parameter name to a candidate that nothing speaks against, for want of a gradient.
         reasons: Parameter name to why it falls back.
         sizes: Sizes of batches whose samples have shown the same loss in the batch as on their own.
         was_pair: Two different samples were looked at, not one twice.
@@ -36,9 +36,9 @@ class Verdict:
         channels_last: Passes run in channels-last order; None as long as nobody has tried.
     """
 
-    trusted: dict[str, Hypothesis] = field(default_factory=dict)
+    trusted: dict[str, LayoutCandidate] = field(default_factory=dict)
     signatures: dict[str, set[Signature]] = field(default_factory=dict)
-    unproven: dict[str, Hypothesis] = field(default_factory=dict)
+    unproven: dict[str, LayoutCandidate] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     sizes: set[int] = field(default_factory=lambda: {1})
     was_pair: bool = False
@@ -47,31 +47,31 @@ class Verdict:
     mixed: set[int] = field(default_factory=set)
     channels_last: bool | None = None
 
-    def trust(self, name: str, hypothesis: Hypothesis, signatures: frozenset[Signature]) -> None:
+    def trust(self, name: str, candidate: LayoutCandidate, signatures: frozenset[Signature]) -> None:
         """Note that plain autograd agrees.
 
         Args:
             name: The parameter.
-            hypothesis: How it is used.
-            signatures: Where it is used.
+            candidate: Its layout.
+            signatures: The nodes that take it.
         """
-        if self.trusted.get(name) != hypothesis:
+        if self.trusted.get(name) != candidate:
             self.signatures[name] = set()
-        self.trusted[name] = hypothesis
+        self.trusted[name] = candidate
         self.signatures[name] |= signatures
         self.unproven.pop(name, None)
 
     @property
-    def hypotheses(self) -> dict[str, Hypothesis]:
-        """Parameter name to hypothesis, for the parameters that do not fall back."""
+    def candidates(self) -> dict[str, LayoutCandidate]:
+        """Parameter name to candidate, for the parameters that do not fall back."""
         return {name: how for name, how in (self.unproven | self.trusted).items() if name not in self.reasons}
 
     def knows(self, name: str, signatures: frozenset[Signature]) -> bool:
-        """Say whether a parameter was used in the same places when it was checked.
+        """Say whether the same kinds of nodes took a parameter when it was verified.
 
         Args:
             name: The parameter.
-            signatures: Where it is used now.
+            signatures: The nodes that take it now.
 
         Returns:
             True if nothing about it is new.
@@ -84,12 +84,12 @@ class Verdict:
         )
 
 
-_verdicts: WeakKeyDictionary[nn.Module, list[tuple[object, Callable[[], object], Verdict]]]
-_verdicts = WeakKeyDictionary()
+_caches: WeakKeyDictionary[nn.Module, list[tuple[object, Callable[[], object], Trust]]]
+_caches = WeakKeyDictionary()
 
 
-class Register:
-    """The verdicts on a model and a loss.
+class TrustCache:
+    """The trust on a model and a loss.
 
     Args:
         model: The model.
@@ -101,7 +101,7 @@ class Register:
         self._model, self._loss_fn = model, loss_fn
         self._fingerprint = _fingerprint(model, chosen)
 
-    def verdict_on(self, batch: Batch, n: int) -> Verdict:
+    def lookup(self, batch: Batch, n: int) -> Trust:
         """Find what is known about batches of a form.
 
         Args:
@@ -109,21 +109,21 @@ class Register:
             n: Its number of samples.
 
         Returns:
-            The verdict, to be completed in place; a new one if nothing is known.
+            The trust, to be completed in place; a new one if nothing is known.
         """
         key = (self._fingerprint, tuple(_form(batch, n)))
-        known = _verdicts.setdefault(self._model, [])
+        known = _caches.setdefault(self._model, [])
         known[:] = [entry for entry in known if entry[1]() is not None]
-        for found, loss, verdict in known:
+        for found, loss, trust in known:
             if found == key and loss() == self._loss_fn:
-                return verdict
-        verdict = Verdict()
-        known[:] = [*known[-_KEPT + 1 :], (key, _weakly(self._loss_fn), verdict)]
-        return verdict
+                return trust
+        trust = Trust()
+        known[:] = [*known[-_KEPT + 1 :], (key, _weakly(self._loss_fn), trust)]
+        return trust
 
 
 def _weakly(loss_fn: LossFn) -> Callable[[], object]:
-    # The verdict must not keep a closure alive that may hold the model, nor take another one for it.
+    # The trust must not keep a closure alive that may hold the model, nor take another one for it.
     if hasattr(loss_fn, "__func__"):
         return weakref.WeakMethod(loss_fn)
     try:

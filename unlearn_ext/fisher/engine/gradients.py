@@ -1,7 +1,7 @@
-"""Uses: what a layer's inputs and output gradients say about every sample's gradient of one tensor.
+"""Per-sample gradients of one tensor, as a layer's inputs and output gradients imply them.
 
-A *use* stands for the gradients that n samples have with respect to a tensor, through one place where a model
-uses it, without storing them. It adds their powers to an accumulator with one op, and for the few
+An object stands for the gradients that n samples have with respect to a tensor, through one node of
+autograd's graph, without storing them. It adds their powers to an accumulator with one op, and for the few
 combinations that no op covers it makes the gradients of some samples at a time.
 """
 
@@ -22,7 +22,7 @@ from unlearn_ext import ops
 CHUNK = 2**24
 
 
-class Use(ABC):
+class PerSampleGradients(ABC):
     """The gradients of n samples with respect to one tensor.
 
     Attributes:
@@ -66,7 +66,7 @@ class Use(ABC):
         """
 
 
-class Product(Use):
+class Product(PerSampleGradients):
     """A matrix that multiplies vectors: the weight ``[O, I]`` of a linear layer.
 
     Args:
@@ -80,14 +80,14 @@ class Product(Use):
 
     @property
     def transposed(self) -> Product:
-        """The same use, seen from the transposed matrix."""
+        """The same gradients, seen from the transposed matrix."""
         return Product(self.grads, self.inputs)
 
     def is_like(self, other: Product) -> bool:
-        """Say whether another batch's use can be joined to this one along the samples.
+        """Say whether another batch's gradients can be joined to these along the samples.
 
         Args:
-            other: A use of the same matrix.
+            other: Gradients of the same matrix.
 
         Returns:
             True if positions and dtypes are the same.
@@ -108,29 +108,29 @@ class Product(Use):
         return not bool((self.inputs.any(-1) & self.grads.any(-1)).any())
 
 
-class Stacked(Use):
+class Stacked(PerSampleGradients):
     """Matrices that multiply vectors of their own: ``[B, O, I]``, say one per attention head.
 
     Args:
-        uses: The use of each.
+        terms: The gradients of each.
     """
 
-    def __init__(self, uses: Sequence[Product]) -> None:
-        self.uses = uses
-        super().__init__(uses[0].n, (len(uses), *uses[0].shape))
+    def __init__(self, terms: Sequence[Product]) -> None:
+        self.terms = terms
+        super().__init__(terms[0].n, (len(terms), *terms[0].shape))
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        return torch.stack([use.gradients(start, stop) for use in self.uses], 1)
+        return torch.stack([term.gradients(start, stop) for term in self.terms], 1)
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
-        for use, total in zip(self.uses, fisher, strict=True):
-            use.add_to(total, power)
+        for term, total in zip(self.terms, fisher, strict=True):
+            term.add_to(total, power)
 
     def is_zero(self) -> bool:  # noqa: D102
-        return all(use.is_zero() for use in self.uses)
+        return all(term.is_zero() for term in self.terms)
 
 
-class Convolution(Use):
+class Convolution(PerSampleGradients):
     """The weight ``[O, C / groups, *kernel]`` of a convolution.
 
     Args:
@@ -163,14 +163,14 @@ class Convolution(Use):
 
     @property
     def geometry(self) -> tuple[object, ...]:
-        """What uses must have in common to be merged."""
+        """What nodes must have in common to be merged."""
         return (self.shape, self.stride, self.padding, self.dilation, self.groups, self.inputs.dtype)
 
     def with_images(self) -> Convolution:
         """Show a sample's only image as one of several.
 
         Returns:
-            The same use.
+            The same gradients.
         """
         if self.has_images:
             return self
@@ -184,7 +184,7 @@ class Convolution(Use):
             grad_outputs: As the class.
 
         Returns:
-            Their use.
+            Their gradients.
         """
         return Convolution(
             inputs,
@@ -232,7 +232,7 @@ class Convolution(Use):
         return not bool(self.inputs.any() & self.grads.any())
 
 
-class Lookup(Use):
+class Lookup(PerSampleGradients):
     """A table ``[rows, D]`` of which rows are looked up: an embedding.
 
     Args:
@@ -264,7 +264,7 @@ class Lookup(Use):
         return not bool((self.grads.any(-1) & (self.indices != self.padding_idx)).any())
 
 
-class Channels(Use):
+class Channels(PerSampleGradients):
     """Values that are added to every position or multiply it: biases, scales, position embeddings.
 
     Args:
@@ -294,7 +294,7 @@ class Channels(Use):
         return not bool(zero_or_not.any())
 
 
-class Gradients(Use):
+class Gradients(PerSampleGradients):
     """Gradients that somebody has made.
 
     Args:

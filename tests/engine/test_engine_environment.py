@@ -430,8 +430,8 @@ def test_a_registered_layer_is_fused(rules, kind, size):
 def test_a_registered_layer_used_twice_and_elsewhere(rules):
     @importance.register_layer(Foreign)
     def rule(layer, inputs, grad_output):
-        uses = foreign_rule(layer, inputs, grad_output)
-        return {**uses, "scale": Gradients(uses["scale"].gradients(0, len(grad_output)))}
+        terms = foreign_rule(layer, inputs, grad_output)
+        return {**terms, "scale": Gradients(terms["scale"].gradients(0, len(grad_output)))}
 
     class Twice(nn.Module):
         def __init__(self):
@@ -458,7 +458,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base(rules):
     [
         (lambda layer, inputs, grad: {"weight": Product(inputs[0], grad)}, "disagrees with plain autograd"),
         (lambda layer, inputs, grad: {}, "the rule of Foreign leaves it out"),
-        (lambda layer, inputs, grad: {"weight": Product(grad, inputs[0])}, "a use of shape"),
+        (lambda layer, inputs, grad: {"weight": Product(grad, inputs[0])}, "a gradient of shape"),
         (lambda layer, inputs, grad: layer.nothing, "AttributeError: 'Foreign' object has no attribute"),
     ],
 )

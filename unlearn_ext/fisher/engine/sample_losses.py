@@ -17,7 +17,7 @@ class NotPerSampleError(ValueError):
     """A loss is not one value per sample."""
 
 
-class Objective:
+class PerSampleLoss:
     """A model and its loss, which is one value per sample.
 
     Args:
