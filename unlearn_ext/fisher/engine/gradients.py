@@ -58,12 +58,68 @@ class PerSampleGradients(ABC):
             _add_channels(fisher, grads.reshape(len(grads), 1, -1), None, power)
 
     @abstractmethod
+    def digest(self) -> Tensor:
+        """Mix what a node's output gradients say of every sample and position into one number each.
+
+        It is linear in the output gradients, and no two positions are mixed.
+
+        Returns:
+            ``[n, positions]``, at least float32.
+        """
+
+    def project(self, onto: Projection, samples: Sequence[int]) -> Tensor:
+        """Project the gradients of some samples onto a few directions.
+
+        Args:
+            onto: The directions.
+            samples: Which samples.
+
+        Returns:
+            ``[samples, directions]``.
+        """
+        return torch.cat([onto.of(self.gradients(sample, sample + 1)) for sample in samples])
+
+    @abstractmethod
     def is_zero(self) -> bool:
         """Say whether all gradients vanish, because every term of them has a factor that does.
 
         Returns:
             True if they do; False says nothing.
         """
+
+
+class Projection:
+    """A few random directions in a tensor's space, each an outer product of two vectors.
+
+    Args:
+        shape: The tensor's shape.
+        seed: The same seed gives the same directions.
+        device: Where they are needed.
+        dtype: float32 or float64.
+    """
+
+    DIRECTIONS = 4
+
+    def __init__(self, shape: Sequence[int], seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        first = shape[0] if shape else 1
+        rest = math.prod(shape[1:])
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(size, self.DIRECTIONS, generator=generator) for size in (first, rest)]
+        self.left, self.right = (vectors.to(device, dtype) for vectors in drawn)
+        if rest == 1:
+            self.right = torch.ones_like(self.right)
+
+    def of(self, grads: Tensor) -> Tensor:
+        """Project gradients.
+
+        Args:
+            grads: ``[samples, *shape]``.
+
+        Returns:
+            ``[samples, directions]``.
+        """
+        matrices = grads.reshape(len(grads), len(self.left), len(self.right)).to(self.left.dtype)
+        return ((matrices @ self.right) * self.left).sum(1)
 
 
 class Product(PerSampleGradients):
@@ -104,6 +160,15 @@ class Product(PerSampleGradients):
         inputs, grads = _matched(fisher, self.inputs, self.grads)
         ops.fisher_linear_(fisher, inputs, grads, power=power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        # Seen from the transposed matrix, it is the other factor that comes from the pass.
+        return _mixed(self.inputs) * _mixed(self.grads)
+
+    def project(self, onto: Projection, samples: Sequence[int]) -> Tensor:  # noqa: D102
+        chosen = list(samples)
+        inputs, grads = (tensor[chosen].to(onto.left.dtype) for tensor in (self.inputs, self.grads))
+        return ((grads @ onto.left) * (inputs @ onto.right)).sum(1)
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool((self.inputs.any(-1) & self.grads.any(-1)).any())
 
@@ -125,6 +190,10 @@ class Stacked(PerSampleGradients):
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
         for term, total in zip(self.terms, fisher, strict=True):
             term.add_to(total, power)
+
+    def digest(self) -> Tensor:  # noqa: D102
+        digests = [term.digest() for term in self.terms]
+        return torch.cat(digests, 1 if len({term.n for term in self.terms}) == 1 else 0)
 
     def is_zero(self) -> bool:  # noqa: D102
         return all(term.is_zero() for term in self.terms)
@@ -228,6 +297,9 @@ class Convolution(PerSampleGradients):
             power=power,
         )
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads.flatten(1).unsqueeze(1))
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool(self.inputs.any() & self.grads.any())
 
@@ -260,6 +332,9 @@ class Lookup(PerSampleGradients):
         (grads,) = _matched(fisher, self.grads)
         ops.fisher_embedding_(fisher, self.indices, grads, padding_idx=self.padding_idx, power=power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads)
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool((self.grads.any(-1) & (self.indices != self.padding_idx)).any())
 
@@ -289,6 +364,9 @@ class Channels(PerSampleGradients):
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
         _add_channels(fisher, self.grads, self.normalized, power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads)
+
     def is_zero(self) -> bool:  # noqa: D102
         zero_or_not = self.grads if self.normalized is None else self.grads.bool() & self.normalized.bool()
         return not bool(zero_or_not.any())
@@ -308,6 +386,9 @@ class Gradients(PerSampleGradients):
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return wide(self.grads[start:stop])[0]
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads.flatten(1).unsqueeze(1))
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool(self.grads.any())
 
@@ -315,6 +396,14 @@ class Gradients(PerSampleGradients):
 def _positions(tensor: Tensor) -> Tensor:
     # [n, *, C] as [n, positions, C]
     return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
+
+
+def _mixed(grads: Tensor) -> Tensor:
+    # Weights that no model's own structure is likely to meet; the same ones at every position.
+    (grads,) = wide(grads)
+    numbers = torch.arange(1, grads.shape[-1] + 1, device=grads.device, dtype=torch.float64)
+    weights = (torch.sin(numbers * 12.9898) * 43758.5453).frac() + 0.1
+    return grads @ weights.to(grads.dtype)
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

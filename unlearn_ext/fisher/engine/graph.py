@@ -139,21 +139,55 @@ class Graph:
     def __init__(self, root: Node) -> None:
         # Node -> (consumer, which input of it, which output of the node)
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = {root: []}
+        # Which kinds of nodes take what from which others.
+        self.edges: set[tuple[str, int, str]] = set()
         self._leaves: dict[int, Node] = {}
         stack = [root]
         while stack:
             node = stack.pop()
+            kind = kind_of(node)
             for index, (source, output) in enumerate(node.next_functions):
                 if source is None:
                     continue
                 known = self.consumers.get(source)
+                source_kind = kind_of(source)
+                self.edges.add((kind, index, source_kind))
                 if known is None:
                     known = self.consumers[source] = []
-                    if kind_of(source) == "AccumulateGrad":
+                    if source_kind == "AccumulateGrad":
                         self._leaves[id(source.variable)] = source
                     else:
                         stack.append(source)
                 known.append((node, index, output))
+
+    def has_leaf(self, parameter: Tensor) -> bool:
+        """Say whether the losses depend on a parameter.
+
+        Args:
+            parameter: A leaf.
+
+        Returns:
+            True if some node takes it.
+        """
+        return id(parameter) in self._leaves
+
+    def below(self, edges: Iterable[tuple[Node, int]]) -> set[Node]:
+        """Collect the nodes below some inputs of nodes.
+
+        Args:
+            edges: Pairs of a node and the number of one of its inputs.
+
+        Returns:
+            The node that this input comes from, what that comes from, and so on.
+        """
+        found: set[Node] = set()
+        stack = [node.next_functions[index][0] for node, index in edges]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                stack.extend(source for source, _ in node.next_functions)
+        return found
 
     def node_inputs(self, parameter: Tensor, combines_with_data: CombinesWithData) -> list[NodeInput]:
         """Follow a parameter to the nodes that combine it with data.

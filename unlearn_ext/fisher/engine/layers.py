@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ class RecordedCall:
     node: Node
     output: int
     _versions: list[int] = field(init=False)
-    _grad: Tensor | None = None
+    _made: tuple[Tensor, Mapping[str, PerSampleGradients]] | None = None
 
     def __post_init__(self) -> None:
         self._versions = self._current_versions()
@@ -109,17 +108,14 @@ class RecordedCall:
         """
         if self._current_versions() != self._versions:
             raise MismatchError(f"an input of {type(self.layer).__name__} was changed in place")
-        self._grad = grad
+        if self._made is None or self._made[0] is not grad:
+            inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in self.inputs)
+            self._made = grad, self.rule(self.layer, inputs, grad)
+        terms = self._made[1]
         for name, own in self.layer.named_parameters():
-            if own is parameter and name in self._terms:
-                return self._terms[name]
+            if own is parameter and name in terms:
+                return terms[name]
         raise MismatchError(f"the rule of {type(self.layer).__name__} leaves it out")
-
-    @cached_property
-    def _terms(self) -> Mapping[str, PerSampleGradients]:
-        inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in self.inputs)
-        assert self._grad is not None
-        return self.rule(self.layer, inputs, self._grad)
 
 
 class Recording:

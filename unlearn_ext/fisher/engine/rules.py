@@ -8,7 +8,7 @@ are all an ``Addmm``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -25,7 +25,7 @@ from unlearn_ext.fisher.engine.gradients import (
     Stacked,
 )
 from unlearn_ext.fisher.engine.graph import CASTS, MOVES, Node, is_identity, kind_of
-from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError
+from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def combines_with_data(node: Node, index: int, shape: tuple[int, ...], reach: Re
         return len(out) > len(shape) or (bool(shape) and shape[0] == 1 and out[0] % n == 0)
     if reach is Reach.NEAR:
         return True
-    return reach is Reach.DERIVED and _is_weight(kind, index) and kind != "Embedding"
+    return reach is Reach.DERIVED and _is_weight(kind, index) and kind not in ("Embedding", "EmbeddingBag")
 
 
 def read(call: Call) -> PerSampleGradients:
@@ -147,7 +147,30 @@ def _mm(call: Call) -> PerSampleGradients:
 
 def _bmm(call: Call) -> PerSampleGradients:
     other = call.node._saved_self if call.index else call.node._saved_mat2
-    return Stacked([_product(call, *pair) for pair in zip(call.grad, other, strict=True)])
+    rows = call.grad.shape[1 if call.index else 2]
+    parts = [
+        _product(replace(call, layout=call.layout.part(rows * b, rows * (b + 1))), grad, data)
+        for b, (grad, data) in enumerate(zip(call.grad, other, strict=True))
+    ]
+    return Stacked(parts)
+
+
+def _grouped_mm(call: Call) -> PerSampleGradients:
+    node = call.node
+    data, ends = node._saved_self, node._saved_offs
+    if call.index != 1 or ends is None or data.ndim != 2 or len(call.shape) != 3:
+        raise NoRuleError("no rule for a grouped product of this form")
+    parts, start = [], 0
+    for end in ends.tolist():
+        layout = call.layout.part(start, end)
+        grad, inputs = call.grad[start:end], data[start:end]
+        if start == end and layout.axis is not Axis.ROWS:
+            grad, inputs = (tensor.new_zeros(layout.n, 1, tensor.shape[1]) for tensor in (grad, inputs))
+            parts.append(Product(grad, inputs))
+        else:
+            parts.append(Product(layout.rows(grad), layout.rows(inputs)))
+        start = end
+    return Stacked(parts)
 
 
 def _product(call: Call, grad: Tensor, other: Tensor) -> Product:
@@ -198,6 +221,27 @@ def _embedding(call: Call) -> PerSampleGradients:
         rows(call.grad),
         rows=call.shape[0],
         padding_idx=padding_of(node),
+    )
+
+
+def _embedding_bag(call: Call) -> PerSampleGradients:
+    node, rows, grad = call.node, call.layout.rows, call.grad
+    if node._saved_mode not in (0, 1):
+        raise NoRuleError("no rule for the maximum over a bag")
+    if node._saved_scale_grad_by_freq:
+        raise MismatchError("scale_grad_by_freq counts over the batch")
+    indices, padding_idx = node._saved_indices.flatten(), padding_of(node)
+    places = torch.arange(len(indices), device=indices.device)
+    bags = torch.searchsorted(node._saved_offsets.long(), places, right=True) - 1
+    bags = bags.clamp(0, len(grad) - 1)
+    if node._saved_mode == 1:
+        counts = torch.bincount(bags[indices != padding_idx], minlength=len(grad)).clamp(min=1)
+        grad = grad / counts.unsqueeze(-1).to(grad.dtype)
+    grads, weights = grad[bags], node._saved_per_sample_weights
+    if weights is not None:
+        grads = grads * weights.reshape(-1, 1)
+    return Lookup(
+        rows(indices.unsqueeze(-1)).squeeze(-1), rows(grads), rows=call.shape[0], padding_idx=padding_idx
     )
 
 
@@ -344,7 +388,9 @@ RULES: dict[str, Rule] = {
     "Convolution": _convolution,
     "CudnnBatchNorm": _batch_norm,
     "Embedding": _embedding,
+    "EmbeddingBag": _embedding_bag,
     "FusedRmsNorm": _rms_norm,
+    "GroupedMm": _grouped_mm,
     "MiopenBatchNorm": _batch_norm,
     "Mm": _mm,
     "Mv": _mv,

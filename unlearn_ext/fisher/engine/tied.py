@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from unlearn_ext.fisher.engine.gradients import CHUNK, Lookup, PerSampleGradients, Product, wide
@@ -25,6 +26,9 @@ class Tied(PerSampleGradients):
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102 - as in the base class
         return self.product.gradients(start, stop) + self.lookup.gradients(start, stop)
+
+    def digest(self) -> Tensor:  # noqa: D102
+        return torch.cat([self.product.digest(), self.lookup.digest()], 1)
 
     def is_zero(self) -> bool:  # noqa: D102
         return self.product.is_zero() and self.lookup.is_zero()

@@ -1,9 +1,10 @@
-"""What the check has found out about a model, and for how long that holds."""
+"""What was proven about a model, and for how long that holds."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,77 +12,127 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.passes import LayoutCandidate, Signature
+from unlearn_ext.fisher.engine.graph import Node, kind_of
+from unlearn_ext.fisher.engine.layout import Layout
+from unlearn_ext.fisher.engine.passes import Read, Signature
+from unlearn_ext.fisher.engine.proof import Place, Proven
+from unlearn_ext.fisher.engine.rules import Reach
+from unlearn_ext.fisher.engine.selections import Key, Selection
 from unlearn_ext.tasks.batches import Batch, is_per_sample
 from unlearn_ext.tasks.losses import LossFn
 
 # Verdicts kept per model: for a few losses, or forms of batches, in turns.
 _KEPT = 8
+# Nodes that say themselves, from their data, which of their rows belong together.
+_RAGGED = {"EmbeddingBag", "GroupedMm"}
 
 
 @dataclass
 class Trust:
-    """How each parameter's importances are computed.
+    """What is known about a model, a loss and a form of batches.
 
     Attributes:
-        trusted: Parameter name to the candidate that has agreed with plain autograd.
-        signatures: Parameter name to the nodes that took it when it did.
-        unproven: Parameter name to a candidate that nothing speaks against, for want of a gradient.
-        reasons: Parameter name to why it falls back.
-        sizes: Sizes of batches whose samples have shown the same loss in the batch as on their own.
-        was_pair: Two different samples were looked at, not one twice.
-        checks_left: How often a parameter that turns up elsewhere is worth another check.
-        scale: The largest power of a gradient seen in a check.
-        mixed: Sizes of batches whose samples influence each other; 0 for all of them.
+        reaches: Parameter name to how far it is followed.
+        places: Parameter name to what was proven of the places where it is read.
+        evident: Parameters whose implied gradients have agreed with plain ones that did not vanish.
+        reasons: Parameter name to why it always falls back.
+        refutations: Parameter name to how often a batch has refuted its layout, or gave none.
+        edges: Kinds of edges of the graphs that were verified.
+        kept_axes: Kind of node that may move entries to the axis of the samples along which it moves nothing,
+            to None if there is none.
+        sizes: Sizes of batches of which a sample was compared with itself on its own.
+        is_mixed: Samples have another loss in a batch than on their own.
+        may_couple: In some batches they might; None if nobody has looked.
         channels_last: Passes run in channels-last order; None as long as nobody has tried.
+        seconds: Time that passes have taken since a sample was compared with itself on its own.
+        price: Time that this comparison takes.
+        certificates: How many there were.
     """
 
-    trusted: dict[str, LayoutCandidate] = field(default_factory=dict)
-    signatures: dict[str, set[Signature]] = field(default_factory=dict)
-    unproven: dict[str, LayoutCandidate] = field(default_factory=dict)
+    reaches: dict[str, Reach] = field(default_factory=dict)
+    places: dict[str, dict[Signature, Place]] = field(default_factory=dict)
+    evident: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
-    sizes: set[int] = field(default_factory=lambda: {1})
-    was_pair: bool = False
-    checks_left: int = 4
-    scale: float = 0.0
-    mixed: set[int] = field(default_factory=set)
+    refutations: Counter[str] = field(default_factory=Counter)
+    edges: set[tuple[str, int, str]] = field(default_factory=set)
+    kept_axes: dict[Key, int | None] = field(default_factory=dict)
+    sizes: set[int] = field(default_factory=set)
+    is_mixed: bool = False
+    may_couple: bool | None = None
     channels_last: bool | None = None
+    seconds: float = 0.0
+    price: float = 0.0
+    certificates: int = 0
 
-    def trust(self, name: str, candidate: LayoutCandidate, signatures: frozenset[Signature]) -> None:
-        """Note that plain autograd agrees.
+    def learn(self, name: str, proven: Proven) -> None:
+        """Note what a proof has shown of a parameter; what was proven before is not given up for less.
 
         Args:
             name: The parameter.
-            candidate: Its layout.
-            signatures: The nodes that take it.
+            proven: Its layout on one batch.
         """
-        if self.trusted.get(name) != candidate:
-            self.signatures[name] = set()
-        self.trusted[name] = candidate
-        self.signatures[name] |= signatures
-        self.unproven.pop(name, None)
+        if self.reaches.setdefault(name, proven.reach) is not proven.reach:
+            self.reaches[name] = proven.reach
+            self.places[name] = {}
+        known = self.places.setdefault(name, {})
+        for signature, place in proven.places.items():
+            known[signature] = known[signature].joined(place) if signature in known else place
 
-    @property
-    def candidates(self) -> dict[str, LayoutCandidate]:
-        """Parameter name to candidate, for the parameters that do not fall back."""
-        return {name: how for name, how in (self.unproven | self.trusted).items() if name not in self.reasons}
-
-    def knows(self, name: str, signatures: frozenset[Signature]) -> bool:
-        """Say whether the same kinds of nodes took a parameter when it was verified.
+    def learn_axes(self, axes: Mapping[Key, int | None]) -> None:
+        """Note along which axes nodes move nothing.
 
         Args:
-            name: The parameter.
-            signatures: The nodes that take it now.
+            axes: Kind of node to axis, or None.
+        """
+        for key, axis in axes.items():
+            known = self.kept_axes.setdefault(key, axis)
+            if known != axis:
+                self.kept_axes[key] = None
+
+    def keeps_samples(self, selection: Selection, n: int) -> bool:
+        """Say whether a node is known to move nothing from sample to sample.
+
+        Args:
+            selection: The node.
+            n: Number of samples.
 
         Returns:
-            True if nothing about it is new.
+            True if the samples lie along an axis that it leaves alone.
         """
-        known = self.signatures.get(name, set())
-        return name in self.trusted and all(
-            # What is right where samples have many positions is right where they have one.
-            place in known or (*place[:3], True, *place[4:]) in known
-            for place in signatures
-        )
+        axis = self.kept_axes.get(selection.key)
+        if axis is None:
+            return False
+        sizes = [entry.shape[axis] for entry in selection.node._input_metadata]
+        return all(size == n or (axis == 0 and size % n == 0) for size in sizes)
+
+    def layouts(
+        self, name: str, reads: Iterable[Read], n: int, moved: Collection[Node]
+    ) -> dict[Read, Layout | None] | None:
+        """Say how a parameter is to be read in a batch.
+
+        Args:
+            name: The parameter.
+            reads: Its places.
+            n: Number of samples.
+            moved: Nodes whose rows may lie elsewhere in every batch.
+
+        Returns:
+            The layout of each place, None for one that has never had a gradient; or None if this batch needs
+            a proof of its own.
+        """
+        known = self.places.get(name, {})
+        found: dict[Read, Layout | None] = {}
+        for read in reads:
+            place = known.get(read.signature)
+            if place is None or not place.is_settled:
+                return None
+            if place.axis is None:
+                found[read] = None
+                continue
+            if n > 1 and (read.node in moved or kind_of(read.node) in _RAGGED):
+                return None
+            found[read] = Layout(n, place.axis, may_spread=place.is_spread)
+        return found
 
 
 _caches: WeakKeyDictionary[nn.Module, list[tuple[object, Callable[[], object], Trust]]]
@@ -111,7 +162,8 @@ class TrustCache:
         Returns:
             The trust, to be completed in place; a new one if nothing is known.
         """
-        key = (self._fingerprint, tuple(_form(batch, n)))
+        # A batch of one sample shows nothing about those of several.
+        key = (self._fingerprint, tuple(_form(batch, n)), n == 1)
         known = _caches.setdefault(self._model, [])
         known[:] = [entry for entry in known if entry[1]() is not None]
         for found, loss, trust in known:

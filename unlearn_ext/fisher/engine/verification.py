@@ -1,55 +1,91 @@
-"""The check: no number is given out that plain autograd on single samples has not agreed with before."""
+"""Plain autograd on single samples, and what it must agree with: losses, and projections of gradients."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unlearn_ext.fisher.engine.gradients import PerSampleGradients
-from unlearn_ext.fisher.engine.layers import recorded
-from unlearn_ext.fisher.engine.layout import MismatchError, NoRuleError
-from unlearn_ext.fisher.engine.passes import CANDIDATES, FisherPass, LayoutCandidate, Signature
-from unlearn_ext.fisher.engine.sample_losses import (
-    PerSampleLoss,
-    add_gradient,
-    describe,
-    in_channels_last,
-    pick,
-)
-from unlearn_ext.fisher.engine.trust import Trust
-from unlearn_ext.tasks.batches import Batch
-
-# Groups of samples that are looked at for a parameter that gets no gradient from those before.
-_ATTEMPTS = 4
-# The losses of a group count differently: in numbers that mix the samples up, it cannot pass unnoticed that
-# gradients of different samples, or at different positions, happen to be the same.
-_WEIGHTS = (1.0, -1.4, 0.6)
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients, Projection
+from unlearn_ext.fisher.engine.graph import Graph
+from unlearn_ext.fisher.engine.layout import MismatchError
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
 
 DISAGREES = "disagrees with plain autograd"
 
+# Scalars of plain gradients that are held at a time; of a large model, a quarter.
+_HELD = 2**22
 
-class Outcome(Enum):
-    """What the check says about the samples as such."""
-
-    APART = "every sample has the loss that it has on its own"
-    MIXED = "samples influence each other"
-    NOT_FINITE = "a loss is not finite"
+_HALVES = (torch.float16, torch.bfloat16)
 
 
-class _DisagreementError(MismatchError):
-    pass
+@dataclass(frozen=True)
+class Tolerance:
+    """How far values may lie apart that are the same but for rounding.
+
+    Attributes:
+        gradient: Share of a parameter's gradient.
+        rounding: Share of the largest gradient of all: what vanishes in exact arithmetic (key biases of
+            attention) is rounding, and as large in proportion to that as the precision is.
+        loss: Share of a loss, or of one if the loss is smaller.
+        loose: The same for losses that were computed by other kernels.
+    """
+
+    gradient: float
+    rounding: float
+    loss: float
+    loose: float
+
+
+def tolerance_of(loss: PerSampleLoss, losses: Tensor, graph: Graph | None) -> Tolerance:
+    """Choose tolerances by the precision that a pass has used.
+
+    Args:
+        loss: The model and its loss.
+        losses: Some losses.
+        graph: Their graph, in which a model may have used another precision than its parameters have.
+
+    Returns:
+        The tolerances.
+    """
+    is_half = loss.is_half or losses.dtype in _HALVES
+    is_double = losses.dtype == torch.float64
+    for node in graph.consumers if graph is not None else ():
+        dtypes = {entry.dtype for entry in node._input_metadata}
+        is_half = is_half or not dtypes.isdisjoint(_HALVES)
+        is_double = is_double and torch.float32 not in dtypes
+    if is_half:
+        return Tolerance(gradient=0.15, rounding=3e-2, loss=3e-2, loose=0.1)
+    if is_double:
+        return Tolerance(gradient=1e-9, rounding=1e-12, loss=1e-11, loose=1e-6)
+    if loss.device.type == "cpu":
+        return Tolerance(gradient=1e-3, rounding=1e-6, loss=2e-6, loose=1e-2)
+    # On CUDA, float32 convolutions may round to tf32, and not in the same way for all shapes.
+    return Tolerance(gradient=1e-2, rounding=1e-5, loss=1e-4, loose=1e-2)
+
+
+@dataclass
+class Alone:
+    """What plain autograd says of a sample on its own.
+
+    Attributes:
+        sample: Its number in the batch.
+        loss: Its loss.
+        projections: Parameter name to the projections of its gradient.
+        size: The largest norm among them.
+    """
+
+    sample: int
+    loss: Tensor
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    size: float = 0.0
 
 
 class Verification:
-    """Compares passes over a few samples with plain autograd on each of them.
-
-    A group is two samples, the first of them twice: with a sample in it twice, numbers that mix the samples
-    up are wrong even where no two samples' gradients have an entry in common. Squares are compared whatever
-    the power, since absolute values add up in the same way for any grouping of gradients of one sign.
+    """Compares a batch with some of its samples on their own.
 
     Args:
         loss: The model and its loss.
@@ -58,252 +94,142 @@ class Verification:
 
     def __init__(self, loss: PerSampleLoss, chosen: Mapping[str, Tensor]) -> None:
         self._loss, self._chosen = loss, chosen
-        is_half = loss.is_half
-        # On CUDA, float32 convolutions may round to tf32, and not in the same way for all shapes.
-        self.tolerance = 0.1 if is_half else 1e-3 if loss.device.type == "cpu" else 1e-2
-        # Gradients that vanish in exact arithmetic (key biases of attention) are rounding: a share of the
-        # largest gradient.
-        self.rounding = (3e-2 if is_half else 1e-5) ** 2
+        self._directions: dict[str, Projection] = {}
 
-    def run(self, batch: Batch, n: int, names: Iterable[str], trust: Trust) -> tuple[Outcome, Tensor]:
-        """Verification some parameters.
+    def onto(self, name: str) -> Projection:
+        """Return the directions that a parameter's gradients are projected onto.
 
         Args:
-            batch: A batch on the model's device.
-            n: Its number of samples, >= 1.
-            names: The parameters.
-            trust: Gets what is found out.
+            name: The parameter.
 
         Returns:
-            What is found out about the samples, and the losses of the first one or two, each on its own.
+            The same ones whenever it is asked for.
         """
-        pending = list(names)
-        first_losses: Tensor | None = None
-        for attempt in range(_ATTEMPTS):
-            group = range(2 * attempt, min(2 * attempt + 2, n))
-            if first_losses is not None and not (group and pending):
-                break
-            expected = self._zeros(pending)
-            alone = self._add_plain(batch, n, group, expected)
-            first_losses = alone if first_losses is None else first_losses
-            if not bool(torch.isfinite(alone).all()):
-                return Outcome.NOT_FINITE, first_losses
-            trust.was_pair = trust.was_pair or len(group) == 2
-            comparison = self._try(pick(batch, n, [*group, group[0]]), alone, expected, trust)
-            if comparison is None:
-                return Outcome.MIXED, first_losses
-            comparison.conclude()
-            # Another group may have a gradient to show, or be no borderline case of rounding.
-            disagrees = {
-                name for name, why in comparison.reasons.items() if isinstance(why, _DisagreementError)
-            }
-            again = comparison.unproven.keys() | (set() if attempt else disagrees)
-            pending = [name for name in pending if name in again]
-        assert first_losses is not None
-        return Outcome.APART, first_losses
-
-    def _try(
-        self, batch: Batch, alone: Tensor, expected: Mapping[str, Tensor], trust: Trust
-    ) -> _Comparison | None:
-        losses = torch.cat([alone, alone[:1]])
-        if trust.channels_last is None:
-            trust.channels_last = self._has_images()
-        while True:
-            comparison = _Comparison(self, expected, trust)
-            inputs = in_channels_last(batch, len(losses)) if trust.channels_last else batch
-            if not comparison.run(self._loss, self._chosen, inputs, losses):
-                return None
-            if not (comparison.is_broken and trust.channels_last):
-                return comparison
-            trust.channels_last = False
-
-    def _has_images(self) -> bool:
-        # On CPUs it makes convolutions faster, and their patches contiguous. Some models contain views that
-        # only the usual order allows: they raise an error.
-        kinds = (nn.Conv2d, nn.ConvTranspose2d)
-        on_cpu = self._loss.device.type == "cpu"
-        return on_cpu and any(isinstance(module, kinds) for module in self._loss.model.modules())
-
-    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
-        made = {}
-        for name in names:
-            parameter = self._chosen[name].detach()
+        known = self._directions.get(name)
+        if known is None:
+            parameter = self._chosen[name]
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            made[name] = torch.zeros_like(parameter, dtype=wide)
-        return made
+            seed = zlib.crc32(name.encode())
+            known = Projection(parameter.shape, seed, parameter.device, wide)
+            self._directions[name] = known
+        return known
 
-    def _add_plain(
-        self, batch: Batch, n: int, group: Sequence[int], expected: Mapping[str, Tensor]
-    ) -> Tensor:
-        alone = []
-        chosen = {name: self._chosen[name] for name in expected}
-        for sample in group:
-            loss = self._loss.losses(pick(batch, n, [sample]), 1)
-            times = [w for w, s in zip(_WEIGHTS, (*group, group[0]), strict=False) if s == sample]
-            if chosen:
-                add_gradient(loss.sum(), chosen, expected, 2, sum(w * w for w in times))
-            alone.append(loss.detach())
-        return torch.cat(alone)
-
-
-class _Finding(Enum):
-    AGREES = 1
-    # Both sides are as small as rounding leaves behind what vanishes in exact arithmetic.
-    ROUNDING = 2
-    NO_GRADIENT = 3
-    DISAGREES = 4
-
-
-class _Comparison:
-    """One group, and one candidate after the other.
-
-    Args:
-        verification: What it belongs to.
-        expected: Parameter name to the sum of squares of the plain gradients.
-        trust: Gets what is found out.
-    """
-
-    def __init__(self, verification: Verification, expected: Mapping[str, Tensor], trust: Trust) -> None:
-        self._verification, self._expected, self._trust = verification, expected, trust
-        # Parameter name to why no candidate holds, or to one that nothing speaks for or against.
-        self.reasons: dict[str, Exception] = {}
-        self.unproven: dict[str, LayoutCandidate] = {}
-        self.is_broken = False  # the passes themselves raised an error
-        self._is_hopeless: set[tuple[str, int]] = set()
-        self._found: dict[str, tuple[_Finding, frozenset[Signature]]] = {}
-        self._proven: dict[str, tuple[LayoutCandidate, frozenset[Signature]]] = {}
-        for total in expected.values():
-            if total.numel():
-                trust.scale = max(trust.scale, float(total.nan_to_num(0.0, 0.0).max()))
-
-    def run(self, loss: PerSampleLoss, chosen: Mapping[str, Tensor], batch: Batch, alone: Tensor) -> bool:
-        """Run the group.
+    def alone(self, samples: Samples, sample: int) -> Alone:
+        """Run plain autograd on one sample.
 
         Args:
-            loss: The model and its loss.
-            chosen: Parameter name to parameter.
-            batch: The group.
-            alone: The losses of its samples on their own.
+            samples: The batch.
+            sample: Which one.
 
         Returns:
-            False if the samples influence each other.
+            Its loss and gradient.
         """
-        n = len(alone)
-        pending = list(self._expected)
-        for candidate in CANDIDATES:
-            tested = [name for name in pending if (name, candidate.reach) not in self._is_hopeless]
-            if not tested and candidate is not CANDIDATES[0]:
-                continue
-            self._found.clear()
-            with recorded(loss.model) as recording:
-                how = dict.fromkeys(tested, candidate)
-                run = FisherPass(n, chosen, how, self._take, recording)
-                failures: Mapping[str, Exception] = {}
-                try:
-                    losses = loss.losses(batch, n)
-                    recording.is_open = False
-                    if candidate is CANDIDATES[0] and not loss.agree(losses.detach(), alone):
-                        return False
-                    if losses.requires_grad:
-                        failures = run.run(losses, losses.new_tensor(_WEIGHTS[:n]))
-                except Exception as error:  # on their own, the samples got through
-                    self.is_broken = True
-                    for name in pending:
-                        self._note(name, candidate, error)
-                    return True
-            settled = self._settle(tested, candidate, failures, run.places)
-            pending = [name for name in pending if name not in settled]
-        return True
+        value = self._loss.losses(samples.take([sample]), 1)
+        found = Alone(sample, value.detach())
+        if not value.requires_grad:
+            return found
+        groups = list(self._groups())
+        for number, names in enumerate(groups):
+            grads = torch.autograd.grad(
+                value.sum(),
+                [self._chosen[name] for name in names],
+                allow_unused=True,
+                retain_graph=number + 1 < len(groups),
+            )
+            with torch.no_grad():
+                for name, grad in zip(names, grads, strict=True):
+                    if grad is not None:
+                        dense = grad.to_dense() if grad.is_sparse else grad
+                        found.projections[name] = self.onto(name).of(dense.unsqueeze(0))[0]
+        sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
+        found.size = max(sizes, default=0.0)
+        return found
 
-    def conclude(self) -> None:
-        """Write into the trust what has come out."""
-        trust = self._trust
-        for name in self._expected:
-            trust.reasons.pop(name, None)
-            if name in self._proven:
-                trust.trust(name, *self._proven[name])
-            elif name in self.unproven:
-                if name not in trust.trusted:
-                    trust.unproven[name] = self.unproven[name]
-            else:
-                trust.unproven.pop(name, None)
-                trust.reasons[name] = describe(self.reasons[name])
+    def _groups(self) -> Iterator[list[str]]:
+        total = sum(parameter.numel() for parameter in self._chosen.values())
+        budget = max(_HELD, total // 4)
+        names: list[str] = []
+        held = 0
+        for name in reversed(list(self._chosen)):
+            names.append(name)
+            held += self._chosen[name].numel()
+            if held >= budget:
+                yield names
+                names, held = [], 0
+        if names:
+            yield names
 
-    def _take(self, name: str, term: PerSampleGradients, signatures: frozenset[Signature]) -> None:
-        total = torch.zeros_like(self._expected[name])
-        try:
-            term.add_to(total, 2)
-        except Exception as error:  # say, a dtype that no op takes
-            raise MismatchError(describe(error)) from error
-        self._found[name] = self._judge(name, total), signatures
-
-    def _judge(self, name: str, total: Tensor) -> _Finding:
-        expected = self._expected[name]
-        size, error = _norm(expected), _norm(total - expected)
-        floor = self._verification.rounding * self._trust.scale * math.sqrt(expected.numel())
-        if size and error <= self._verification.tolerance * size:
-            return _Finding.AGREES
-        if math.isnan(size + error) or size + error == 0:
-            return _Finding.NO_GRADIENT
-        return _Finding.ROUNDING if size + error <= floor else _Finding.DISAGREES
-
-    def _settle(
-        self,
-        tested: Iterable[str],
-        candidate: LayoutCandidate,
-        failures: Mapping[str, Exception],
-        places: Mapping[str, set[object]],
-    ) -> set[str]:
-        """Note what one candidate has brought.
+    def check(
+        self, name: str, term: PerSampleGradients, alone: Iterable[Alone], tolerance: Tolerance
+    ) -> bool:
+        """Compare gradients that a pass implies with plain ones.
 
         Args:
-            tested: The parameters it was tried on.
-            candidate: The candidate.
-            failures: Parameter name to why it failed.
-            places: Parameter name to the nodes that were read.
+            name: The parameter.
+            term: Its gradients.
+            alone: Some samples on their own.
+            tolerance: How far they may lie apart.
 
         Returns:
-            The parameters that need no other one.
+            True if there was a gradient to compare.
+
+        Raises:
+            MismatchError: If they disagree.
         """
-        # What holds for a layer's weight at a node holds for its bias.
-        proven = {
-            place
-            for name, (finding, _) in self._found.items()
-            if finding is _Finding.AGREES
-            for place in places[name]
-        }
-        settled = set()
-        for name in tested:
-            failure = failures.get(name)
-            if failure is not None:
-                self._note(name, candidate, failure)
-                continue
-            found = self._found.get(name)
-            nothing = torch.zeros_like(self._expected[name])
-            finding, signatures = found or (self._judge(name, nothing), frozenset[Signature]())
-            is_beside_proven = finding is _Finding.ROUNDING and places.get(name, set()) <= proven
-            if finding is _Finding.DISAGREES:
-                where = "the graph does not show where it is used"
-                error = _DisagreementError(DISAGREES) if found else NoRuleError(where)
-                self._note(name, candidate, error)
-            elif finding is _Finding.AGREES or not found or is_beside_proven:
-                self._proven[name] = candidate, signatures
-                settled.add(name)
-            else:
-                self.unproven.setdefault(name, candidate)
-                if finding is _Finding.NO_GRADIENT:
-                    settled.add(name)
-        return settled
+        has_some = False
+        for found in alone:
+            implied = term.project(self.onto(name), [found.sample])[0].double()
+            plain = found.projections.get(name)
+            expected = torch.zeros_like(implied) if plain is None else plain.double()
+            size = float(torch.linalg.vector_norm(expected))
+            error = float(torch.linalg.vector_norm(implied - expected))
+            if not error <= tolerance.gradient * size + tolerance.rounding * found.size:
+                raise MismatchError(DISAGREES)
+            has_some |= size > 10 * tolerance.rounding * found.size
+        return has_some
 
-    def _note(self, name: str, candidate: LayoutCandidate, failure: Exception) -> None:
-        if isinstance(failure, NoRuleError):
-            self._is_hopeless.add((name, candidate.reach))
-        known = self.reasons.get(name)
-        is_news = isinstance(failure, _DisagreementError) and not isinstance(known, NoRuleError)
-        if known is None or is_news:
-            self.reasons[name] = failure
+    def has_gradient(self, name: str, found: Alone, tolerance: Tolerance) -> bool:
+        """Say whether a sample on its own has a gradient of a parameter.
 
+        Args:
+            name: The parameter.
+            found: The sample.
+            tolerance: What counts as rounding.
 
-def _norm(tensor: Tensor) -> float:
-    # In float64: squares of squares of small gradients leave the range of float32.
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        Returns:
+            False if it vanishes.
+        """
+        plain = found.projections.get(name)
+        return plain is not None and float(plain.double().norm()) > tolerance.rounding * found.size
+
+    def is_apart(
+        self, samples: Samples, losses: Tensor, alone: Sequence[Alone], tolerance: Tolerance
+    ) -> bool:
+        """Say whether samples have the losses in their batch that they have on their own.
+
+        Args:
+            samples: The batch.
+            losses: Its losses.
+            alone: Some samples on their own.
+            tolerance: How far they may lie apart.
+
+        Returns:
+            False if they influence each other.
+        """
+        return all(self._is_apart(samples, losses, found, tolerance) for found in alone)
+
+    def _is_apart(self, samples: Samples, losses: Tensor, found: Alone, tolerance: Tolerance) -> bool:
+        here, there = float(losses[found.sample]), float(found.loss.reshape(()))
+        size = max(1.0, abs(here))
+        difference = abs(here - there)
+        if difference <= tolerance.loss * size:
+            return True
+        if not difference <= tolerance.loose * size:
+            return False
+        # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
+        # holds nothing but this sample runs the same ones: what differs then is the others' influence.
+        with torch.no_grad():
+            company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n)
+        difference = abs(here - float(company[found.sample]))
+        # The logits, which may be large where the loss is small, have rounded alike.
+        return difference <= tolerance.loss * size or difference <= 0.1 * abs(here - there)
