@@ -103,7 +103,7 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
         return False
     functions, operators = _Functions(), _Operators(samples.n)
     try:
-        with torch.no_grad(), functions, operators:
+        with functions, operators:
             loss.losses(samples.batch, samples.n)
     except Exception:  # a model that cannot run while it is watched
         return True

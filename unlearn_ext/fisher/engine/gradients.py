@@ -298,7 +298,9 @@ class Convolution(PerSampleGradients):
         )
 
     def digest(self) -> Tensor:  # noqa: D102
-        return _mixed(self.grads.flatten(1).unsqueeze(1))
+        # A transposed convolution has swapped the two.
+        inputs, grads = (tensor.flatten(1).unsqueeze(1) for tensor in (self.inputs, self.grads))
+        return _mixed(inputs) * _mixed(grads)
 
     def is_zero(self) -> bool:  # noqa: D102
         return not bool(self.inputs.any() & self.grads.any())

@@ -52,13 +52,24 @@ class Layout:
         axis: Where they are taken to be.
         samples: For ``MEASURED``: the sample of every row, -1 for rows that have no gradient.
         may_spread: Tensors may hold more than one entry per sample.
+        may_be_nonzero: There may be gradients.
 
     Attributes:
-        is_spread: The axis made a difference: some tensor held more than one entry per sample.
+        is_spread: The axis made a difference: some tensor held several entries of every sample along the axis
+            that holds the samples, or before it.
     """
 
-    def __init__(self, n: int, axis: Axis, samples: Tensor | None = None, *, may_spread: bool = True) -> None:
-        self.n, self.axis, self.samples, self.may_spread = n, axis, samples, may_spread
+    def __init__(
+        self,
+        n: int,
+        axis: Axis,
+        samples: Tensor | None = None,
+        *,
+        may_spread: bool = True,
+        may_be_nonzero: bool = True,
+    ) -> None:
+        self.n, self.axis, self.samples = n, axis, samples
+        self.may_spread, self.may_be_nonzero = may_spread, may_be_nonzero
         self.is_spread = False
         self._order: Tensor | None = None
 
@@ -116,7 +127,6 @@ class Layout:
             return rows if self.axis is Axis.ROWS else self._by_sample(rows.squeeze(1))
         split = self._split(tensor, self.axis if lead > 1 or self.axis is not Axis.SECOND else Axis.INNER)
         rows = split.flatten(1, -2)
-        self._note_spread(rows.shape[1] > 1)
         return rows
 
     def images(self, tensor: Tensor) -> Tensor:
@@ -137,7 +147,6 @@ class Layout:
             split = self._by_sample(tensor)
         else:
             split = self._split(tensor, Axis.INNER if self.axis is Axis.SECOND else self.axis)
-            self._note_spread(split.shape[1] > 1)
         return split.squeeze(1) if split.shape[1] == 1 else split.transpose(1, 2)
 
     def broadcast(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -163,7 +172,6 @@ class Layout:
         kept = [aligned[0] if at else 1, *aligned[at + 1 :]]
         reduced = [d + 1 for d, size in enumerate(kept) if size == 1]
         together = split.permute(0, *reduced, *(d + 1 for d, size in enumerate(kept) if size > 1))
-        self._note_spread(split.shape[1] > 1)
         positions = math.prod(split.shape[d] for d in reduced)
         return together.reshape(self.n, positions, math.prod(shape))
 
@@ -180,9 +188,11 @@ class Layout:
         if axis is Axis.SECOND:
             if tensor.ndim < 2 or sizes[1] != n:
                 raise MismatchError(f"the second axis of {list(sizes)} does not hold {n} samples")
+            self._note_spread(sizes[0] > 1)
             return tensor.transpose(0, 1)
         if tensor.ndim < 1 or sizes[0] % n:
             raise MismatchError(f"the first axis of {list(sizes)} does not hold {n} samples")
+        self._note_spread(sizes[0] > n)
         if axis is Axis.FIRST:
             return tensor.reshape(n, sizes[0] // n, *sizes[1:])
         return tensor.reshape(sizes[0] // n, n, *sizes[1:]).transpose(0, 1)

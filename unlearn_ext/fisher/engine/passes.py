@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
-from unlearn_ext.fisher.engine.gradients import PerSampleGradients
+from unlearn_ext.fisher.engine.gradients import Gradients, PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Graph, Node, NodeInput, UntraceableError, kind_of
 from unlearn_ext.fisher.engine.layers import RecordedCall, Recording, recorded
 from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
@@ -291,16 +291,28 @@ class FisherPass:
     ) -> PerSampleGradients | None:
         if grad is not None:  # else it is zero
             if layout is None:
-                if bool(grad.any()):
-                    raise UnprovenError("no sample that was checked had a gradient")
+                self._check_zero(Gradients(grad.unsqueeze(0)))
             else:
                 term = place.gradients(target.parameter, grad, layout)
+                if not layout.may_be_nonzero:
+                    self._check_zero(term)
+                    target.missing -= 1
+                    return self._complete(target)
                 if isinstance(place.what, NodeInput):
                     term = as_parameter_gradients(target.parameter, term, place.what)
                 if term.n != self._trace.n or term.shape != tuple(target.parameter.shape):
                     raise MismatchError(f"a gradient of shape {[term.n, *term.shape]} was read")
                 target.terms.append(term)
         target.missing -= 1
+        return self._complete(target)
+
+    @staticmethod
+    def _check_zero(term: PerSampleGradients) -> None:
+        if not term.is_zero():
+            raise UnprovenError("no sample that was checked had a gradient")
+
+    @staticmethod
+    def _complete(target: _Target) -> PerSampleGradients | None:
         if target.missing or not target.terms:
             return None
         complete = merged(target.terms)

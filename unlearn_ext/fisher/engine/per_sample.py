@@ -140,6 +140,8 @@ class PerSample:
             The losses, or None if the samples do influence each other, and nothing was added.
         """
         n, start = samples.n, time.perf_counter()
+        if trust.channels_last is None:
+            trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
         with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
             losses = trace.losses.detach()
             if not bool(torch.isfinite(losses).all()):
@@ -165,9 +167,7 @@ class PerSample:
                 plan = _Plan(reasons={name: trust.reasons[name] for name in self._chosen})
             else:
                 plan = self._plan(trace, trust)
-                keep = _Kept(self._verification, range(min(n, _FORMATTED)))
-                wants_format = is_new and self._may_be_formatted(samples, trust)
-                failures = self._run(trace, trust, plan, compared, tolerance, keep if wants_format else None)
+                failures = self._run(trace, trust, plan, compared, tolerance, is_new=is_new)
         again = [name for name, error in failures.items() if isinstance(error, UnprovenError)]
         if again:
             failures = {name: error for name, error in failures.items() if name not in again}
@@ -177,14 +177,13 @@ class PerSample:
         for name, error in failures.items():
             plan.reasons[name] = describe(error)
             self._refute(trust, name, plan.reasons[name], for_good=is_new)
-        if is_new and not failures and wants_format:
-            self._try_format(samples, trust, keep, tolerance)
         for name in self._chosen:
             if name not in plan.reasons:
                 self._how.setdefault(name, "fused")
         if plan.reasons:
             self._fall_back(samples, plan.reasons)
-        trust.seconds += time.perf_counter() - start
+        if not is_new:
+            trust.seconds += time.perf_counter() - start
         return losses
 
     def _formatted(self, samples: Samples, trust: Trust) -> Batch:
@@ -218,11 +217,10 @@ class PerSample:
         try:
             found = [self._verification.alone(samples, sample) for sample in chosen]
             if trust.may_couple:
-                with torch.no_grad():
-                    for sample in range(n):
-                        if sample not in chosen:
-                            value = self._loss.losses(samples.take([sample]), 1)
-                            found.append(Alone(sample, value))
+                for sample in range(n):
+                    if sample not in chosen:
+                        value = self._loss.losses(samples.take([sample]), 1)
+                        found.append(Alone(sample, value.detach()))
         except NotPerSampleError:
             self._loss.losses(samples.batch, n, is_whole=True)  # fails as well, and with the user's numbers
             raise
@@ -288,7 +286,8 @@ class PerSample:
         plan: _Plan,
         alone: Sequence[Alone],
         tolerance: Tolerance,
-        kept: _Kept | None,
+        *,
+        is_new: bool,
     ) -> dict[str, Exception]:
         def accumulate(name: str, term: PerSampleGradients) -> None:
             if self._verification.check(name, term, alone, tolerance):
@@ -297,8 +296,8 @@ class PerSample:
                 if term.is_zero():
                     return
                 raise MismatchError("no sample that was checked had a gradient")
-            if kept is not None:
-                kept.add(name, term)
+            if is_new:
+                self._try(name, term)
             self._totals.add(name, term)
 
         if not trace.losses.requires_grad:
@@ -322,42 +321,51 @@ class PerSample:
         # Nothing was added for these: prove how they are used now, and run the batch for them once more.
         with traced(self._loss, self._formatted(samples, trust), samples.n) as trace:
             plan = self._plan(trace, trust, names)
-            failures = self._run(trace, trust, plan, alone, tolerance, None)
+            failures = self._run(trace, trust, plan, alone, tolerance, is_new=True)
         return {name: MismatchError(why) for name, why in plan.reasons.items()} | failures
 
-    def _may_be_formatted(self, samples: Samples, trust: Trust) -> bool:
+    def _try(self, name: str, term: PerSampleGradients) -> None:
+        total = torch.zeros_like(self._fisher[name])
+        try:
+            term.add_to(total, self._power)
+        except Exception as error:  # say, a dtype that no op takes
+            raise MismatchError(describe(error)) from error
+
+    def _may_be_formatted(self, samples: Samples) -> bool:
         # On CPUs, channels-last order makes convolutions faster, and their patches contiguous.
         kinds = (nn.Conv2d, nn.ConvTranspose2d)
         return (
-            trust.channels_last is None
-            and samples.is_leading
+            samples.is_leading
             and samples.n > 1
             and self._loss.device.type == "cpu"
             and any(isinstance(module, kinds) for module in self._model.modules())
         )
 
-    def _try_format(self, samples: Samples, trust: Trust, kept: _Kept, tolerance: Tolerance) -> None:
-        """See whether the batch has the same gradients in channels-last order, for the batches to come.
+    def _is_alike_formatted(self, samples: Samples, trust: Trust) -> bool:
+        """See whether a batch has the same gradients in channels-last order.
 
         Args:
             samples: The batch.
-            trust: Gets what is found out.
-            kept: Its gradients in the order in which it came.
-            tolerance: How far they may lie apart.
+            trust: Gets what is proven on the way.
+
+        Returns:
+            False also if the model cannot be run like that, or there is nothing to compare.
         """
-        trust.channels_last = False
-        try:
-            inputs = in_channels_last(samples.batch, samples.n)
-            with traced(self._loss, inputs, samples.n) as trace:
-                plan = self._plan(trace, trust)
-                if plan.reasons.keys() - trust.reasons.keys():
-                    return
-                failures = FisherPass(trace, self._chosen, plan.layouts, kept.compare).run()
-        except Exception:  # views that only the usual order allows
-            return
-        if not failures and kept.difference <= tolerance.gradient / 10:
-            trust.channels_last = True
-            trust.edges |= trace.graph.edges
+        kept = _Kept(self._verification, range(min(samples.n, _FORMATTED)))
+        given = samples.batch
+        for batch, take in ((given, kept.add), (in_channels_last(given, samples.n), kept.compare)):
+            try:
+                with traced(self._loss, batch, samples.n) as trace:
+                    tolerance = tolerance_of(self._loss, trace.losses, trace.graph)
+                    if not trace.losses.requires_grad or not bool(torch.isfinite(trace.losses).all()):
+                        return False
+                    plan = self._plan(trace, trust)
+                    failures = FisherPass(trace, self._chosen, plan.layouts, take).run()
+            except Exception:  # views that only the usual order allows
+                return False
+            if failures:
+                return False
+        return kept.difference <= tolerance.gradient / 10
 
     def _fall_back(self, samples: Samples, reasons: Mapping[str, str]) -> Tensor:
         names = tuple(name for name in self._chosen if name in reasons)

@@ -28,6 +28,7 @@ AXES = (Axis.FIRST, Axis.SECOND, Axis.INNER)
 # float16 has few powers of two.
 _LARGEST_EXPONENT = {torch.float16: 3}
 _EXPONENT = 12
+DISAGREES = "disagrees with plain autograd"
 # Codes are a factor of two apart.
 _NEAR = 0.1
 
@@ -295,7 +296,8 @@ class LayoutProof:
             if some is None and any(tried.values()):
                 return Proven(reach, error=self._failures[name, place, Axis.FIRST])
             if some is None or not bool(some.values[0].any()):
-                proven.layouts[place] = None
+                axis = next(iter(readable), None)
+                proven.layouts[place] = axis and Layout(self._n, axis, may_be_nonzero=False)
                 proven.learn(place.signature, Place(None, is_spread=False, is_settled=True))
                 continue
             tolerance = tolerance_of(self._dtypes[name, place], some.values[0].device)
@@ -310,7 +312,7 @@ class LayoutProof:
                 error = self._failures.get((name, place, Axis.FIRST))
                 coupling = min((digest.error for digest in readable.values()), default=0.0)
                 if not isinstance(error, NoRuleError):
-                    error = MismatchError(f"samples share rows of its gradient (coupling {coupling:.1e})")
+                    error = MismatchError(f"{DISAGREES}: samples are coupled (by {coupling:.1e})")
                 return Proven(reach, error=error, coupling=coupling)
             proven.layouts[place] = Layout(self._n, Axis.MEASURED, samples)
             proven.learn(place.signature, Place(Axis.MEASURED, is_spread=True, is_settled=False))
@@ -355,7 +357,5 @@ class LayoutProof:
 
 
 def _better(known: Proven | None, new: Proven) -> Proven:
-    # A reason that says more than that no rule was found is kept.
-    if known is None or new.error is None or isinstance(known.error, NoRuleError):
-        return new if known is None or new.error is None or not isinstance(new.error, NoRuleError) else known
-    return known
+    # What is closest to the parameter says most about why it failed.
+    return new if known is None or new.error is None else known

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext.fisher.engine.graph import Node, kind_of
-from unlearn_ext.fisher.engine.layout import Layout
+from unlearn_ext.fisher.engine.layout import Axis, Layout
 from unlearn_ext.fisher.engine.passes import Read, Signature
 from unlearn_ext.fisher.engine.proof import Place, Proven
 from unlearn_ext.fisher.engine.rules import Reach
@@ -117,7 +117,7 @@ class Trust:
             moved: Nodes whose rows may lie elsewhere in every batch.
 
         Returns:
-            The layout of each place, None for one that has never had a gradient; or None if this batch needs
+            The layout of each place; or None if this batch needs
             a proof of its own.
         """
         known = self.places.get(name, {})
@@ -127,7 +127,7 @@ class Trust:
             if place is None or not place.is_settled:
                 return None
             if place.axis is None:
-                found[read] = None
+                found[read] = Layout(n, Axis.FIRST, may_be_nonzero=False)
                 continue
             if n > 1 and (read.node in moved or kind_of(read.node) in _RAGGED):
                 return None

@@ -12,9 +12,8 @@ from torch import Tensor
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients, Projection
 from unlearn_ext.fisher.engine.graph import Graph
 from unlearn_ext.fisher.engine.layout import MismatchError
+from unlearn_ext.fisher.engine.proof import DISAGREES
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
-
-DISAGREES = "disagrees with plain autograd"
 
 # Scalars of plain gradients that are held at a time; of a large model, a quarter.
 _HELD = 2**22
@@ -228,8 +227,7 @@ class Verification:
             return False
         # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
         # holds nothing but this sample runs the same ones: what differs then is the others' influence.
-        with torch.no_grad():
-            company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n)
+        company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n).detach()
         difference = abs(here - float(company[found.sample]))
         # The logits, which may be large where the loss is small, have rounded alike.
         return difference <= tolerance.loss * size or difference <= 0.1 * abs(here - there)
