@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.fisher.engine import PerSample, PerSampleLoss, add_gradient, prepared
+from unlearn_ext.fisher.engine import (
+    PerSample,
+    PerSampleLoss,
+    add_gradient,
+    check_parameters,
+    prepared,
+    unwritten,
+)
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.tasks import losses
@@ -74,7 +81,9 @@ def fisher_diagonal(
             an unknown or frozen one, the loss is not one value per sample or does not depend on the
             parameters, or ``"mc"`` finds no targets it could replace.
         TypeError: If a parameter is of another dtype.
-        FloatingPointError: If a loss is NaN or infinite; the message names the batch.
+        FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
+        NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
+        RuntimeError: If the forward pass writes to a parameter.
 
     Source:
         Foster, Schoepf & Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
@@ -90,8 +99,9 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     chosen = _chosen_parameters(model, params)
+    check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
-    with borrowed(model):
+    with borrowed(model), unwritten(model):
         fisher = {
             name: torch.zeros_like(
                 parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -113,8 +123,14 @@ def fisher_diagonal(
         gradients.finish()
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
-    for tensor in fisher.values():
+    for name, tensor in fisher.items():
         tensor.div_(n_batches if estimator == "batch" else n_samples)
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            value = tensor[~torch.isfinite(tensor)][0].item()
+            raise FloatingPointError(
+                f"fisher_diagonal: importances must be finite, got {value} for {name}: a "
+                "gradient is not finite, or too large to be raised to the power"
+            )
     return Importance(
         fisher,
         n_samples=n_samples,

@@ -31,9 +31,9 @@ _ALONG = {
 _READS = {"__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist", "__array__"}
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, n: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.n, self.may_couple = n, False
 
     def __torch_dispatch__(

@@ -214,11 +214,11 @@ class LayoutProof:
                 tolerance = tolerance_of(values[0].dtype, values[0].device)
                 if self._mismatch([value.unsqueeze(1) for value in values]) <= tolerance:
                     clean.append(axis)
-            axis = clean[0] if len(clean) == 1 and selection.keeps(clean[0]) else None
-            if axis is not None and int(digests[axis][0].count_nonzero()) < min(2, self._n):
+            only = clean[0] if len(clean) == 1 and selection.keeps(clean[0]) else None
+            if only is not None and int(digests[only][0].count_nonzero()) < min(2, self._n):
                 continue
-            known = kept.setdefault(selection.key, axis)
-            if known != axis:
+            known = kept.setdefault(selection.key, only)
+            if known != only:
                 kept[selection.key] = None
         return kept
 

@@ -192,21 +192,27 @@ def _convolution(call: Call) -> PerSampleGradients:
     if call.index == 2:
         return Channels(call.layout.rows(call.grad.movedim(1, -1)))
     grad, inputs = call.grad, node._saved_input
-    padding = [(p, p) for p in node._saved_padding]
+    dims = len(call.shape) - 2
+    stride, dilation, before = (
+        # One number stands for all dimensions (padding="valid").
+        tuple(values) * dims if len(values) == 1 else tuple(values)
+        for values in (node._saved_stride, node._saved_dilation, node._saved_padding)
+    )
+    padding = [(p, p) for p in before]
     if node._saved_transposed:
         # The layer is the backward of a convolution: seen from its output, the roles are swapped.
-        after = [p - more for p, more in zip(node._saved_padding, node._saved_output_padding, strict=True)]
+        after = [p - more for p, more in zip(before, node._saved_output_padding, strict=True)]
         for dim, size in enumerate(after, 2):
             grad = grad.narrow(dim, 0, grad.shape[dim] + min(size, 0))
-        padding = [(p, max(size, 0)) for p, size in zip(node._saved_padding, after, strict=True)]
+        padding = [(p, max(size, 0)) for p, size in zip(before, after, strict=True)]
         inputs, grad = grad, inputs
     return Convolution(
         images(inputs),
         images(grad),
         kernel=call.shape[2:],
-        stride=node._saved_stride,
+        stride=stride,
         padding=padding,
-        dilation=node._saved_dilation,
+        dilation=dilation,
         groups=node._saved_groups,
     )
 
