@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from unlearn_ext.fisher.engine.coupling import may_couple
 from unlearn_ext.fisher.engine.environment import prepared
@@ -297,8 +297,9 @@ class PerSample:
                     return
                 raise MismatchError("no sample that was checked had a gradient")
             if is_new:
-                self._try(name, term)
-            self._totals.add(name, term)
+                self._add_first(name, term)
+            else:
+                self._totals.add(name, term)
 
         if not trace.losses.requires_grad:
             return {}
@@ -324,11 +325,15 @@ class PerSample:
             failures = self._run(trace, trust, plan, alone, tolerance, is_new=True)
         return {name: MismatchError(why) for name, why in plan.reasons.items()} | failures
 
-    def _try(self, name: str, term: PerSampleGradients) -> None:
-        total = torch.zeros_like(self._fisher[name])
+    def _add_first(self, name: str, term: PerSampleGradients) -> None:
+        # An op that fails may have written half of what it had to add.
+        self._totals.flush(name)
+        total = self._fisher[name]
+        before = total.clone() if name in self._how else None
         try:
-            term.add_to(total, self._power)
+            self._totals.add(name, term)
         except Exception as error:  # say, a dtype that no op takes
+            total.zero_() if before is None else total.copy_(before)
             raise MismatchError(describe(error)) from error
 
     def _may_be_formatted(self, samples: Samples) -> bool:
@@ -422,8 +427,10 @@ def check_parameters(chosen: Mapping[str, Tensor]) -> None:
     Raises:
         NotImplementedError: If one is sharded, or on the meta device.
     """
+    # Where nobody has imported it, nothing is sharded.
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     for name, parameter in chosen.items():
-        if isinstance(parameter, DTensor):
+        if sharded is not None and isinstance(parameter, sharded):
             raise NotImplementedError(
                 f"fisher_diagonal: {name} must be a plain tensor, got a DTensor (FSDP2 or tensor "
                 "parallelism); compute the importances before the model is sharded"

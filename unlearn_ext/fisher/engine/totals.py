@@ -50,6 +50,15 @@ class Totals:
         else:
             self._flush(name, term)
 
+    def flush(self, name: str) -> None:
+        """Add what is kept of one parameter.
+
+        Args:
+            name: The parameter.
+        """
+        if name in self._kept:
+            self._flush(name)
+
     def finish(self) -> None:
         """Add what is kept."""
         for name in list(self._kept):
