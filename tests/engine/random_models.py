@@ -156,7 +156,9 @@ class Ragged(nn.Module):
             order = raw[..., 1].flatten().round().argsort(stable=True)
             return self.rows(rows[order])[order.argsort()].view(n, length, WIDTH).sum(1)
         if kind == "one by one":
-            return torch.stack([self.rows(one[:k]).mean(0) for one, k in zip(x, lengths.tolist(), strict=True)])
+            return torch.stack(
+                [self.rows(one[:k]).mean(0) for one, k in zip(x, lengths.tolist(), strict=True)]
+            )
         if kind == "last":
             return self.rows(x)[torch.arange(n), lengths - 1]
         if kind == "cat":
@@ -202,7 +204,9 @@ class Model(nn.Module):
         self.stages = nn.ModuleList(
             [Positions(random.choice(Positions.KINDS)) for _ in range(random.randrange(3))]
         )
-        self.ragged = nn.ModuleList([Ragged(random.choice(Ragged.KINDS)) for _ in range(random.choice([1, 1, 2]))])
+        self.ragged = nn.ModuleList(
+            [Ragged(random.choice(Ragged.KINDS)) for _ in range(random.choice([1, 1, 2]))]
+        )
         self.head = nn.Linear(WIDTH, CLASSES)
         self.share = random.choice([0.0] * 12 + [1e-3, 1e-1])
         if random.random() < 0.1:
@@ -299,7 +303,9 @@ def main(count, first=0):
         error, coverage, text = result
         if not error <= 1:
             wrong += 1
-            print(f"seed {seed}: {error:.1e} times the tolerance; {text}; {set(coverage.values())}", flush=True)
+            print(
+                f"seed {seed}: {error:.1e} times the tolerance; {text}; {set(coverage.values())}", flush=True
+            )
         names += len(coverage)
         fused += sum(how == "fused" for how in coverage.values())
         why.update(how.split(";")[0].split(" (by")[0] for how in coverage.values())

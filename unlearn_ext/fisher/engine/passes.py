@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
-from unlearn_ext.fisher.engine.gradients import Gradients, PerSampleGradients
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Graph, Node, NodeInput, UntraceableError, kind_of
 from unlearn_ext.fisher.engine.layers import RecordedCall, Recording, recorded
 from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
@@ -218,7 +218,7 @@ class FisherPass:
     Args:
         trace: The forward pass.
         parameters: Parameter name to parameter.
-        layouts: Parameter name to what is read, and in which layout; None for what may only be zero.
+        layouts: Parameter name to what is read, and in which layout.
         accumulate: ``accumulate(name, gradients)`` gets every parameter's gradients as soon as they are
             complete; a ``MismatchError`` refuses them.
     """
@@ -227,7 +227,7 @@ class FisherPass:
         self,
         trace: Trace,
         parameters: Mapping[str, Tensor],
-        layouts: Mapping[str, Mapping[Read, Layout | None]],
+        layouts: Mapping[str, Mapping[Read, Layout]],
         accumulate: Accumulate,
     ) -> None:
         self._trace, self._layouts, self._accumulate = trace, layouts, accumulate
@@ -264,9 +264,7 @@ class FisherPass:
             self._later.clear()
         return self._failures
 
-    def _arrived(
-        self, target: _Target, place: Read, layout: Layout | None, grads: Sequence[Tensor | None]
-    ) -> None:
+    def _arrived(self, target: _Target, place: Read, layout: Layout, grads: Sequence[Tensor | None]) -> None:
         if target.name in self._failures:
             return
         try:
@@ -287,32 +285,20 @@ class FisherPass:
             self._failures[target.name] = error.with_traceback(None)
 
     def _take(
-        self, target: _Target, place: Read, layout: Layout | None, grad: Tensor | None
+        self, target: _Target, place: Read, layout: Layout, grad: Tensor | None
     ) -> PerSampleGradients | None:
         if grad is not None:  # else it is zero
-            if layout is None:
-                self._check_zero(Gradients(grad.unsqueeze(0)))
+            term = place.gradients(target.parameter, grad, layout)
+            if not layout.may_be_nonzero:
+                if not term.is_zero():
+                    raise UnprovenError("no sample that was checked had a gradient")
             else:
-                term = place.gradients(target.parameter, grad, layout)
-                if not layout.may_be_nonzero:
-                    self._check_zero(term)
-                    target.missing -= 1
-                    return self._complete(target)
                 if isinstance(place.what, NodeInput):
                     term = as_parameter_gradients(target.parameter, term, place.what)
                 if term.n != self._trace.n or term.shape != tuple(target.parameter.shape):
                     raise MismatchError(f"a gradient of shape {[term.n, *term.shape]} was read")
                 target.terms.append(term)
         target.missing -= 1
-        return self._complete(target)
-
-    @staticmethod
-    def _check_zero(term: PerSampleGradients) -> None:
-        if not term.is_zero():
-            raise UnprovenError("no sample that was checked had a gradient")
-
-    @staticmethod
-    def _complete(target: _Target) -> PerSampleGradients | None:
         if target.missing or not target.terms:
             return None
         complete = merged(target.terms)

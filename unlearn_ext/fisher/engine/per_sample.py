@@ -47,10 +47,15 @@ _MIXED = "samples influence each other"
 @dataclass
 class _Plan:
     # How a batch is computed.
-    layouts: dict[str, dict[Read, Layout | None]] = field(default_factory=dict)
+    layouts: dict[str, dict[Read, Layout]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     # Parameters with a rule of the user's that has not shown yet that it is right.
     unseen: set[str] = field(default_factory=set)
+
+    @property
+    def is_blind(self) -> bool:
+        """Some gradient vanishes altogether, so that losses may not depend on what comes before it."""
+        return any(not layout.may_be_nonzero for of in self.layouts.values() for layout in of.values())
 
 
 class PerSample:
@@ -149,25 +154,25 @@ class PerSample:
             self._has_run |= trace.losses.requires_grad
             self._is_used |= any(trace.graph.has_leaf(parameter) for parameter in self._chosen.values())
             is_new = not trace.graph.edges <= trust.edges
-            tolerance = tolerance_of(self._loss, losses, trace.graph if is_new else None)
+            was_known = bool(trust.edges)
             if is_new:
+                trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
                 trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
-            spent = time.perf_counter()
-            alone = self._alone(samples, losses, trust, is_new=is_new)
+            if self._chosen.keys() - trust.reasons.keys():
+                plan = self._plan(trace, trust)
+            else:
+                plan = _Plan(reasons={name: trust.reasons[name] for name in self._chosen})
+            tolerance, spent = trust.tolerance, time.perf_counter()
+            alone = self._alone(samples, losses, trust, is_new=is_new, is_blind=plan.is_blind)
             if not self._verification.is_apart(samples, losses, alone, tolerance):
-                trust.is_mixed = not trust.edges or trust.refutations[_MIXED] >= _REFUTATIONS
+                trust.is_mixed = not was_known or trust.refutations[_MIXED] >= _REFUTATIONS
                 trust.refutations[_MIXED] += 1
                 return None
             compared = [found for found in alone if found.projections or n == 1]
             if compared:
                 trust.price, trust.seconds = time.perf_counter() - spent, 0.0
                 start += trust.price
-            if not self._chosen.keys() - trust.reasons.keys():
-                failures: Mapping[str, Exception] = {}
-                plan = _Plan(reasons={name: trust.reasons[name] for name in self._chosen})
-            else:
-                plan = self._plan(trace, trust)
-                failures = self._run(trace, trust, plan, compared, tolerance, is_new=is_new)
+            failures = self._run(trace, trust, plan, compared, tolerance, is_new=is_new)
         again = [name for name, error in failures.items() if isinstance(error, UnprovenError)]
         if again:
             failures = {name: error for name, error in failures.items() if name not in again}
@@ -189,7 +194,9 @@ class PerSample:
     def _formatted(self, samples: Samples, trust: Trust) -> Batch:
         return in_channels_last(samples.batch, samples.n) if trust.channels_last else samples.batch
 
-    def _alone(self, samples: Samples, losses: Tensor, trust: Trust, *, is_new: bool) -> list[Alone]:
+    def _alone(
+        self, samples: Samples, losses: Tensor, trust: Trust, *, is_new: bool, is_blind: bool
+    ) -> list[Alone]:
         """Run some samples on their own.
 
         Args:
@@ -197,6 +204,7 @@ class PerSample:
             losses: Its losses.
             trust: What is known about its like.
             is_new: Nothing is known about graphs like this one.
+            is_blind: The losses may not depend on some of what the model computes.
 
         Returns:
             What was found.
@@ -207,8 +215,11 @@ class PerSample:
         n = samples.n
         is_due = trust.seconds * CERTIFICATES >= trust.price
         chosen: list[int] = []
-        if is_new:
-            # The largest losses have gradients to show.
+        if trust.may_couple and is_blind:
+            chosen = list(range(n))
+        elif is_new or not trust.certificates:
+            # The largest losses have gradients to show; two batches, since all samples of one may be alike.
+            trust.certificates += not is_new
             chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
         elif n not in trust.sizes or is_due:
             chosen = [trust.certificates * 40503 % n]
@@ -278,6 +289,7 @@ class PerSample:
             trust.reasons[name] = why
         trust.reaches.pop(name, None)
         trust.places.pop(name, None)
+        trust.edges.clear()  # so that the next batch is compared with plain autograd
 
     def _run(
         self,

@@ -72,14 +72,14 @@ class Proven:
 
     Attributes:
         reach: How far it was followed.
-        layouts: What to read in which layout; None where the gradient is zero on the whole batch.
+        layouts: What to read in which layout.
         places: Signature to what holds in general, wherever no node moves entries as the data say.
         error: Why there is no layout.
         coupling: Share of the gradient that no layout explains, where there is none.
     """
 
     reach: Reach = Reach.NEAR
-    layouts: dict[Read, Layout | None] = field(default_factory=dict)
+    layouts: dict[Read, Layout] = field(default_factory=dict)
     places: dict[Signature, Place] = field(default_factory=dict)
     error: Exception | None = None
     coupling: float = 0.0
@@ -296,8 +296,7 @@ class LayoutProof:
             if some is None and any(tried.values()):
                 return Proven(reach, error=self._failures[name, place, Axis.FIRST])
             if some is None or not bool(some.values[0].any()):
-                axis = next(iter(readable), None)
-                proven.layouts[place] = axis and Layout(self._n, axis, may_be_nonzero=False)
+                proven.layouts[place] = Layout(self._n, Axis.ROWS, may_be_nonzero=False)
                 proven.learn(place.signature, Place(None, is_spread=False, is_settled=True))
                 continue
             tolerance = tolerance_of(self._dtypes[name, place], some.values[0].device)

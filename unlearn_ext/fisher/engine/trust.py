@@ -18,6 +18,7 @@ from unlearn_ext.fisher.engine.passes import Read, Signature
 from unlearn_ext.fisher.engine.proof import Place, Proven
 from unlearn_ext.fisher.engine.rules import Reach
 from unlearn_ext.fisher.engine.selections import Key, Selection
+from unlearn_ext.fisher.engine.verification import Tolerance
 from unlearn_ext.tasks.batches import Batch, is_per_sample
 from unlearn_ext.tasks.losses import LossFn
 
@@ -42,6 +43,7 @@ class Trust:
             to None if there is none.
         sizes: Sizes of batches of which a sample was compared with itself on its own.
         is_mixed: Samples have another loss in a batch than on their own.
+        tolerance: What counts as rounding.
         may_couple: In some batches they might; None if nobody has looked.
         channels_last: Passes run in channels-last order; None as long as nobody has tried.
         seconds: Time that passes have taken since a sample was compared with itself on its own.
@@ -58,6 +60,7 @@ class Trust:
     kept_axes: dict[Key, int | None] = field(default_factory=dict)
     sizes: set[int] = field(default_factory=set)
     is_mixed: bool = False
+    tolerance: Tolerance = field(default_factory=Tolerance)
     may_couple: bool | None = None
     channels_last: bool | None = None
     seconds: float = 0.0
@@ -107,7 +110,7 @@ class Trust:
 
     def layouts(
         self, name: str, reads: Iterable[Read], n: int, moved: Collection[Node]
-    ) -> dict[Read, Layout | None] | None:
+    ) -> dict[Read, Layout] | None:
         """Say how a parameter is to be read in a batch.
 
         Args:
@@ -121,13 +124,13 @@ class Trust:
             a proof of its own.
         """
         known = self.places.get(name, {})
-        found: dict[Read, Layout | None] = {}
+        found: dict[Read, Layout] = {}
         for read in reads:
             place = known.get(read.signature)
             if place is None or not place.is_settled:
                 return None
             if place.axis is None:
-                found[read] = Layout(n, Axis.FIRST, may_be_nonzero=False)
+                found[read] = Layout(n, Axis.ROWS, may_be_nonzero=False)
                 continue
             if n > 1 and (read.node in moved or kind_of(read.node) in _RAGGED):
                 return None
