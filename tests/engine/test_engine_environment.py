@@ -201,7 +201,7 @@ class Operators(TorchDispatchMode):
 
 
 def watched(model, batch, **settings):
-    fisher_diagonal(model, [batch], **settings)  # the check
+    fisher_diagonal(model, [batch, batch], **settings)  # which are verified
     with Operators() as operators:
         fisher_diagonal(model, [batch], **settings)
     return operators
@@ -232,7 +232,7 @@ def test_convolutions_compute_no_weight_gradient():
                 seen.append(tuple(args[-1]))
             return function(*args, **(kwargs or {}))
 
-    fisher_diagonal(model, [batch])
+    fisher_diagonal(model, [batch, batch])
     with Masks():
         fisher_diagonal(model, [batch])
     assert seen == [(True, False, False)] * 3
