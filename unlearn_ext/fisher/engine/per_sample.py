@@ -35,7 +35,7 @@ from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.losses import LossFn
 
 # Share of the passes' time that later comparisons with plain autograd may take.
-CERTIFICATES = 0.02
+CERTIFICATES = 0.01
 # Batches that may refute the layout of a parameter before it falls back for good.
 _REFUTATIONS = 4
 # Samples of which a change of the memory format is checked.
@@ -227,6 +227,9 @@ class PerSample:
         found = []
         try:
             found = [self._verification.alone(samples, sample) for sample in chosen]
+            if is_blind and len(chosen) > 1:
+                formatted = Samples(self._formatted(samples, trust), n, self._select)
+                found.append(self._verification.among_copies(formatted, chosen[0]))
             if trust.may_couple:
                 for sample in range(n):
                     if sample not in chosen:

@@ -75,12 +75,14 @@ class Alone:
         loss: Its loss.
         projections: Parameter name to the projections of its gradient.
         size: The largest norm among them.
+        strictness: Factor of the tolerance for gradients.
     """
 
     sample: int
     loss: Tensor
     projections: dict[str, Tensor] = field(default_factory=dict)
     size: float = 0.0
+    strictness: float = 1.0
 
 
 class Verification:
@@ -124,7 +126,26 @@ class Verification:
             Its loss and gradient.
         """
         value = self._loss.losses(samples.take([sample]), 1)
-        found = Alone(sample, value.detach())
+        return self._differentiated(Alone(sample, value.detach()), value)
+
+    def among_copies(self, samples: Samples, sample: int) -> Alone:
+        """Run plain autograd on one sample in a batch that holds nothing but copies of it.
+
+        The same kernels run as for the whole batch, and round alike. So the comparison may be strict: what
+        differs is the influence of the other samples.
+
+        Args:
+            samples: The batch.
+            sample: Which one.
+
+        Returns:
+            Its loss and gradient.
+        """
+        values = self._loss.losses(samples.take([sample] * samples.n), samples.n)
+        value = values[sample : sample + 1]
+        return self._differentiated(Alone(sample, value.detach(), strictness=0.02), value)
+
+    def _differentiated(self, found: Alone, value: Tensor) -> Alone:
         if not value.requires_grad:
             return found
         groups = list(self._groups())
@@ -182,7 +203,7 @@ class Verification:
             expected = torch.zeros_like(implied) if plain is None else plain.double()
             size = float(torch.linalg.vector_norm(expected))
             error = float(torch.linalg.vector_norm(implied - expected))
-            if not error <= tolerance.gradient * size + tolerance.rounding * found.size:
+            if not error <= found.strictness * tolerance.gradient * size + tolerance.rounding * found.size:
                 raise MismatchError(DISAGREES)
             has_some |= size > 10 * tolerance.rounding * found.size
         return has_some
