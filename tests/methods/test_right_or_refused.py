@@ -244,7 +244,8 @@ def test_every_sample_is_read_equally_often_whatever_the_sizes_of_the_sets(name,
     ux.unlearn(name, network(), *both, epochs=16 // per_epoch, **settings)
     before_training = of_one_epoch - 8 * per_epoch
     assert sum(long.seen) == before_training + 128
-    assert max(long.seen[8:]) == min(long.seen[8:]) == 2
+    # Twice in training, and once each to measure before and after.
+    assert max(long.seen[8:]) == min(long.seen[8:]) == 4
 
 
 def test_pairs_and_portions_name_the_set_that_is_empty():
