@@ -3,7 +3,19 @@
 Importing the package loads its compiled operators, so that ``torch.ops.unlearn_ext`` is there from then on.
 """
 
-from unlearn_ext import comparison, data, importance, losses, methods, metrics, ops, optim, report, subspace
+from unlearn_ext import (
+    comparison,
+    data,
+    importance,
+    losses,
+    methods,
+    metrics,
+    ops,
+    optim,
+    report,
+    subspace,
+    tasks,
+)
 from unlearn_ext.evaluation.compare import Comparison, compare
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
@@ -54,6 +66,7 @@ __all__ = [
     "select_mask",
     "ssd",
     "subspace",
+    "tasks",
     "unlearn",
     "unsir",
 ]

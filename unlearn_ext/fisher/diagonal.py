@@ -15,17 +15,17 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.losses import LossFn
-from unlearn_ext.tasks.outputs import scores_and_labels, targets, with_targets
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 
 def fisher_diagonal(
     model: nn.Module,
     data: Batches,
     *,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     estimator: Estimator = "per_sample",
     power: int = 2,
     params: Iterable[str] | None = None,
@@ -58,7 +58,8 @@ def fisher_diagonal(
         model: Any model; parameters float32, float64, float16 or bfloat16. Frozen ones are left out, a tied
             one counts under its first name, one that gets no gradient gets zeros.
         data: Re-iterable batches; tensors are moved to the model's device.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample, in place of the task's.
         estimator: See above.
         power: 2 for squares, 1 for absolute values.
         params: Names of the parameters to look at; all trainable ones by default.
@@ -89,6 +90,7 @@ def fisher_diagonal(
     """
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
+    judge = resolve(task, loss_fn, who="fisher_diagonal")
     chosen = _chosen_parameters(model, params)
     n_samples = n_batches = batch_size = 0
     with borrowed(model):
@@ -99,14 +101,14 @@ def fisher_diagonal(
             for name, parameter in chosen.items()
         }
         kind = _BatchGradients if estimator == "batch" else PerSample
-        gradients = kind(model, loss_fn, chosen, fisher, power)
+        gradients = kind(model, judge.loss, chosen, fisher, power)
         reader = read_batches(batches, device_of(model), description="importance", progress=progress)
         for index, batch in enumerate(reader):
-            n = count_samples(batch)
+            n = judge.count(batch)
             if n == 0:
                 continue
             values = gradients.accumulate(
-                _with_drawn_targets(model, batch, index, generator) if estimator == "mc" else batch, n
+                _with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
             )
             _check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
@@ -153,21 +155,13 @@ class _BatchGradients:
 
 
 def _with_drawn_targets(
-    model: nn.Module, batch: Batch, index: int, generator: torch.Generator | None
+    model: nn.Module, task: Task, batch: Batch, index: int, generator: torch.Generator | None
 ) -> Batch:
-    labels = targets(batch)
     with torch.no_grad():
-        scores, given = scores_and_labels(model, batch)
-    _check_finite("output of the model", scores, index)
-    chances = scores.softmax(-1).flatten(0, -2)
-    drawn = torch.multinomial(
-        chances if generator is None else chances.to(generator.device), 1, generator=generator
-    )
-    drawn = drawn.view(given.shape).to(given)
-    drawn = torch.where(given < 0, given, drawn)  # negative labels mark what the loss ignores
-    if given.shape != labels.shape:
-        drawn = torch.cat([labels[:, :1], drawn], dim=1)
-    return with_targets(batch, drawn)
+        outputs = task.forward(model, batch)
+        scores = task.log_scores(outputs, batch)
+        _check_finite("output of the model", scores.exp(), index)
+        return task.sampled(outputs, batch, generator)
 
 
 def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
