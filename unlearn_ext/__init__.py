@@ -19,11 +19,14 @@ from unlearn_ext import (
 from unlearn_ext.evaluation.compare import Comparison, compare
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.fisher.kfac import KroneckerFactors
+from unlearn_ext.fisher.kfac_pass import kfac_factors
 from unlearn_ext.masks.saliency import Scores, saliency
 from unlearn_ext.masks.selection import select_mask
 from unlearn_ext.methods import (
     METHODS,
     gradient_masking,
+    newton,
     pgu,
     plan_ssd,
     prune_neurons,
@@ -42,6 +45,7 @@ __all__ = [
     "ActivationGram",
     "Comparison",
     "Importance",
+    "KroneckerFactors",
     "Scores",
     "UnlearnResult",
     "__version__",
@@ -52,9 +56,11 @@ __all__ = [
     "fisher_diagonal",
     "gradient_masking",
     "importance",
+    "kfac_factors",
     "losses",
     "methods",
     "metrics",
+    "newton",
     "ops",
     "optim",
     "pgu",

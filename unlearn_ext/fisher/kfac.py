@@ -1,9 +1,9 @@
-"""Kronecker factors of a model's curvature: for every layer, moments of its inputs and of its output gradients.
+"""Kronecker factors of a model's curvature: moments of every layer's inputs and output gradients.
 
 The block of the Gauss-Newton matrix that belongs to a layer's weight is taken as a product of two small
-matrices: ``A``, the second moment of what the layer multiplies, and ``G``, that of the gradients of its output.
-A second-order step ``G^-1 V A^-1`` then costs two solves per layer. See ``kfac_layers`` for what is an input
-and what an output gradient.
+matrices: ``A``, the second moment of what the layer multiplies, and ``G``, that of the gradients of its
+output. A second-order step ``G^-1 V A^-1`` then costs two solves per layer. See ``kfac_layers`` for what is
+an input and what an output gradient.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Factors(NamedTuple):
     """The two factors of one layer, as totals.
 
     Attributes:
-        inputs: ``A``: the sum of ``a a^T`` over samples and positions, ``[in, in]``; ``[groups, in, in]`` for a
-            grouped layer, the diagonal ``[tokens]`` for an embedding. A bias counts as one more input.
-        outputs: ``G``: the sum over samples of ``g g^T``, with ``g`` the gradient of the layer's output summed
-            over the sample's positions, ``[out, out]`` or ``[groups, out, out]``.
+        inputs: ``A``: the sum of ``a a^T`` over samples and positions, ``[in, in]``; ``[groups, in, in]`` for
+            a grouped layer, the diagonal ``[tokens]`` for an embedding. A bias counts as one more input.
+        outputs: ``G``: the sum over samples of ``g g^T``, with ``g`` the gradient of the layer's output
+            summed over the sample's positions, ``[out, out]`` or ``[groups, out, out]``.
     """
 
     inputs: Tensor
@@ -98,11 +98,13 @@ class KroneckerFactors(Mapping[str, Factors]):
             same = outputs.ndim == max(2, inputs.ndim) and outputs.shape[:-2] == inputs.shape[:-2]
             if not (inputs.ndim in (1, 2, 3) and square and same and outputs.shape[-1] == outputs.shape[-2]):
                 raise ValueError(
-                    f"KroneckerFactors: {name} must be [in, in] and [out, out], with groups in front of both or "
-                    f"neither, or [tokens] and [out, out], got {shapes[0]} and {shapes[1]}"
+                    f"KroneckerFactors: {name} must be [in, in] and [out, out], with groups in front of both "
+                    f"or neither, or [tokens] and [out, out], got {shapes[0]} and {shapes[1]}"
                 )
             if n_rows.get(name, 0) < 1:
-                raise ValueError(f"KroneckerFactors: n_rows of {name} must be at least 1, got {n_rows.get(name)}")
+                raise ValueError(
+                    f"KroneckerFactors: n_rows of {name} must be at least 1, got {n_rows.get(name)}"
+                )
         self._factors = {name: Factors(*pair) for name, pair in factors.items()}
         self.n_samples = n_samples
         self.n_rows = {name: int(n_rows[name]) for name in factors}
@@ -163,8 +165,8 @@ class KroneckerFactors(Mapping[str, Factors]):
     def solve(self, name: str, matrix: Tensor, *, damping: float = 0.01, keep: bool = False) -> Tensor:
         """Return ``(G + c tr(G)/out I)^-1 V (A + c tr(A)/in I)^-1`` with the means of both totals.
 
-        In float64, by Cholesky decompositions. With ``keep`` these stay with the object; where kept ones are for
-        another damping, eigenvectors are computed once instead, which serve every damping.
+        In float64, by Cholesky decompositions. With ``keep`` these stay with the object; where kept ones are
+        for another damping, eigenvectors are computed once instead, which serve every damping.
 
         Args:
             name: The module.
@@ -248,7 +250,9 @@ class KroneckerFactors(Mapping[str, Factors]):
     ) -> KroneckerFactors:
         who = f"KroneckerFactors {sign}"
         if set(self) != set(other):
-            raise ValueError(f"{who}: both must have the same modules, got {sorted(set(self) ^ set(other))} in one")
+            raise ValueError(
+                f"{who}: both must have the same modules, got {sorted(set(self) ^ set(other))} in one"
+            )
         if self.gradients != other.gradients:
             raise ValueError(
                 f"{who}: gradients must be of one loss, got {self.gradients!r} and {other.gradients!r}"
@@ -272,7 +276,7 @@ class KroneckerFactors(Mapping[str, Factors]):
         )
 
     def _solved(self, key: str, mean: Tensor, right: Tensor, damping: float, keep: bool) -> Tensor:
-        """Solve ``(mean + damping) X = right``; a one-dimensional mean is a diagonal."""
+        # Solve ``(mean + damping) X = right``; a one-dimensional mean is a diagonal.
         diagonal = mean.ndim == 1
         trace = mean.sum() if diagonal else mean.diagonal(dim1=-2, dim2=-1).sum(-1)
         shift = damping * trace / mean.shape[-1]

@@ -1,7 +1,7 @@
 """How each kind of layer multiplies its inputs by its weight, for Kronecker factors.
 
-The gradient of a weight is a sum, over samples and positions, of output gradients times inputs, ``g a^T``. What
-is an input and what an output gradient depends on the layer:
+The gradient of a weight is a sum, over samples and positions, of output gradients times inputs, ``g a^T``.
+What is an input and what an output gradient depends on the layer:
 
     layer                   input a                        output gradient g
     Linear, Conv1D (HF)     input vectors, then 1          of the output vector
@@ -55,9 +55,7 @@ class Factored:
         weight = cast("Tensor", self.module.weight)
         inputs = torch.zeros(self._layer.gram, dtype=torch.float64, device=weight.device)
         out = self.matrix({name: cast("Tensor", getattr(self.module, name)) for name in self.parameters})
-        outputs = torch.zeros(
-            square(out.shape[1], self._groups), dtype=torch.float64, device=weight.device
-        )
+        outputs = torch.zeros(square(out.shape[1], self._groups), dtype=torch.float64, device=weight.device)
         column = torch.zeros(self._groups, inputs.shape[-1], dtype=torch.float64, device=weight.device)
         return Totals(inputs, outputs, column if self.has_bias else None)
 
@@ -137,7 +135,14 @@ class Factored:
         return values
 
     def plain_call(self, inputs: Tensor) -> Tensor:
-        """Call the layer as its kind defines it, whatever a subclass or a hook makes of it."""
+        """Call the layer as its kind defines it, whatever a subclass or a hook makes of it.
+
+        Args:
+            inputs: The layer's input.
+
+        Returns:
+            Its output.
+        """
         for kind in _KINDS:
             if isinstance(self.module, kind):
                 return cast("Tensor", kind.forward(self.module, inputs))
@@ -166,10 +171,11 @@ class Factored:
         return [(size - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, dilation in settings]
 
     def _matches(self, sizes: Sequence[int], positions: Sequence[int]) -> list[Tensor]:
-        """Per dimension ``[kernel, size]``: 1 where some position of the kernel meets that place."""
+        # Per dimension ``[kernel, size]``: 1 where some position of the kernel meets that place.
         conv = cast("_ConvNd", self.module)
-        weight = cast("Tensor", conv.weight)
-        # A transposed convolution cuts its padding off the output; a convolution's input has it added already.
+        weight = conv.weight
+        # A transposed convolution cuts its padding off the output; a convolution's input has it added
+        # already.
         cut = cast("Sequence[int]", conv.padding) if self._transposed else [0] * len(sizes)
         found = []
         for size, count, k, stride, dilation, before in zip(
@@ -264,7 +270,9 @@ def why_not_factored(module: nn.Module) -> str:
 
 
 def _patch_sums(values: Tensor, matches: Sequence[Tensor]) -> Tensor:
-    """Sum over positions of the patches of ``[N, C, *sizes]``: ``[N, C, *kernel]``."""
+    # Sum over positions of the patches of ``[N, C, *sizes]``: ``[N, C, *kernel]``.
     for dim, match in enumerate(matches):
-        values = torch.movedim(torch.tensordot(values, match.to(values.dtype), dims=([dim + 2], [1])), -1, dim + 2)
+        values = torch.movedim(
+            torch.tensordot(values, match.to(values.dtype), dims=([dim + 2], [1])), -1, dim + 2
+        )
     return values

@@ -15,19 +15,13 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
-from unlearn_ext.tasks.batches import (
-    Batch,
-    Batches,
-    check_batches,
-    count_samples,
-    device_of,
-    read_batches,
-    take_samples,
-)
-from unlearn_ext.tasks.losses import LossFn
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Outputs, Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
-TEMPERED = "cross entropy at labels drawn from softmax(z / 2)"
+TEMPERED = "the task's loss at labels drawn from softmax(z / 2)"
+_TEMPERATURE = 2.0
+_FLAT = 100.0  # temperature at which nearly every label is drawn alike
 _PROBE = 3  # samples on which coverage is found out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
@@ -36,6 +30,7 @@ def kfac_factors(
     model: nn.Module,
     data: Batches,
     *,
+    task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -45,26 +40,28 @@ def kfac_factors(
         A = sum over samples and positions of a a^T         a: what the layer multiplies, 1 for the bias
         G = sum over samples of g g^T                       g: gradient of its output, summed over positions
 
-    ``g`` is the gradient of the cross entropy at labels drawn from ``softmax(z / 2)``. Drawn from ``softmax(z)``
-    they would be the true labels, for a network that knows its training set by heart, and ``G`` would vanish.
+    ``g`` is the gradient of the task's loss (the cross entropy, for classes) at labels drawn from
+    ``softmax(z / 2)``. Drawn from ``softmax(z)`` they would be the true labels, for a network that knows its
+    training set by heart, and ``G`` would vanish.
 
     Covered are ``Linear``, ``Conv1d/2d/3d``, ``ConvTranspose1d/2d/3d`` (without the bias) with any stride,
     padding, dilation and groups, ``Embedding`` and Hugging Face's ``Conv1D``; a layer that runs several times
-    adds up as one with more positions. ``coverage`` names every other parameter and why it is left out: a weight
-    that several layers share, that is used outside of its layer's own call, that is not trainable, or whose layer
-    sees its samples mixed or not along the leading dimension. This is found out on the first batch, by comparing
-    with plain autograd.
+    adds up as one with more positions. ``coverage`` names every other parameter and why it is left out: a
+    weight that several layers share, that is used outside of its layer's own call, that is not trainable, or
+    whose layer sees its samples mixed or not along the leading dimension. This is found out on the first
+    batch, by comparing with plain autograd.
 
-    The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global random
-    state are as before afterwards, also after an exception.
+    The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
+    random state are as before afterwards, also after an exception.
 
     Args:
         model: Any model.
         data: Re-iterable batches, labels included (they tell which positions count).
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``: take the gradients of this loss instead, at the labels
-            there are.
-        generator: For the draws. Without one the global random state is used, and put back: two calls draw the
-            same labels.
+        task: What the model is for; inferred, or refused, where it is not given.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``: take the gradients of this loss instead, at the
+            labels there are.
+        generator: For the draws. Without one the global random state is used, and put back: two calls draw
+            the same labels.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
@@ -75,11 +72,11 @@ def kfac_factors(
         FloatingPointError: If an output of the model or a total is NaN or infinite.
 
     Source:
-        Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015;
-        Grosse & Martens, ICML 2016, for convolutions, whose gradients are summed over positions as in the
-        "reduce" setting of Eschenhagen et al., NeurIPS 2023; Grosse et al., "Studying Large Language Model
-        Generalization with Influence Functions", 2023. The tempered labels, transposed convolutions and embeddings
-        are ours.
+        Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
+        2015; Grosse & Martens, ICML 2016, for convolutions, whose gradients are summed over positions as in
+        the "reduce" setting of Eschenhagen et al., NeurIPS 2023; Grosse et al., "Studying Large Language
+        Model Generalization with Influence Functions", 2023. The tempered labels, transposed convolutions and
+        embeddings are ours.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3))
@@ -91,24 +88,27 @@ def kfac_factors(
                 [ 4.,  6.,  2.]], dtype=torch.float64)
     """
     batches = check_batches(data)
+    task = resolve(task, loss_fn, who="kfac_factors")
     n_samples = 0
     watch: _Watch | None = None
     with borrowed(model):
         for index, batch in enumerate(
             read_batches(batches, device_of(model), description="Kronecker factors", progress=progress)
         ):
-            n = count_samples(batch)
+            n = task.count(batch)
             if n == 0:
                 continue
             if watch is None:
-                watch = _Watch(model, batch)
+                watch = _Watch(model, task, batch, is_drawn=loss_fn is None)
             with watch.recording():
                 if loss_fn is None:
-                    loss = _tempered_loss(model, batch, index, generator)
+                    loss = _drawn_loss(model, task, batch, generator)
                 else:
-                    loss = loss_fn(model, batch).sum()
+                    loss = task.loss(model, batch).sum()
             if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(f"kfac_factors: the loss must be finite, got {loss.item()} in batch {index}")
+                raise FloatingPointError(
+                    f"kfac_factors: the loss must be finite, got {loss.item()} in batch {index}"
+                )
             watch.take(loss, n)
             n_samples += n
     if watch is None:
@@ -132,10 +132,12 @@ class _Layer:
 class _Watch:
     """The layers of a model that have factors, and what they have shown so far."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, task: Task, batch: Batch, *, is_drawn: bool) -> None:
         self._model = model
+        self._task = task
         self._layers: dict[nn.Module, _Layer] = {}
         self.coverage = {name: "frozen" for name, p in model.named_parameters() if not p.requires_grad}
+        known = {name for name, _ in model.named_parameters()}  # a shared one by its first name
         uses: dict[int, list[str]] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             uses.setdefault(id(p), []).append(name)
@@ -155,11 +157,12 @@ class _Watch:
             if own and not why:
                 factored = Factored(module)
                 self._layers[module] = _Layer(name, factored, factored.new_totals())
-            for parameter in own:
+            for parameter in own.keys() & known:
                 is_factored = factored is not None and parameter.rpartition(".")[2] in factored.parameters
                 bias = "the bias of a transposed convolution"
                 self.coverage.setdefault(parameter, why or ("factored" if is_factored else bias))
-        self._probe(batch)
+        if self._layers:
+            self._probe(batch, is_drawn)
         if not self._layers:
             told = "; ".join(sorted(set(self.coverage.values())))
             raise ValueError(f"kfac_factors: model must have a layer that can be covered, got none: {told}")
@@ -224,7 +227,9 @@ class _Watch:
                 continue
             pair = layer.totals.with_column(), layer.totals.outputs
             if not all(bool(torch.isfinite(total).all()) for total in pair):
-                raise FloatingPointError(f"kfac_factors: the factors of {layer.name} must be finite, got NaN or inf")
+                raise FloatingPointError(
+                    f"kfac_factors: the factors of {layer.name} must be finite, got NaN or inf"
+                )
             found[layer.name] = pair
         if not found:
             told = "; ".join(sorted(set(self.coverage.values())))
@@ -243,23 +248,26 @@ class _Watch:
     # layer computes what its kind does and that nothing else uses its weight: none of it can be read off a
     # module. All of it is seen on a few samples: alone or together, the first one must show the same, and
     # inputs and output gradients must make up the gradient that autograd gives the weight.
-    def _probe(self, batch: Batch) -> None:
-        n = min(_PROBE, count_samples(batch))
-        few, one = take_samples(batch, 0, n), take_samples(batch, 0, 1)
+    def _probe(self, batch: Batch, is_drawn: bool) -> None:
+        model, task = self._model, self._task
+        n = min(_PROBE, task.count(batch))
+        few = task.select(batch, range(n))
+        if is_drawn:
+            # Nearly any label: no sample is so well known then that its gradient vanishes.
+            few = _drawn(model, task, few, torch.Generator().manual_seed(0), _FLAT)[1]
+        one = task.select(few, range(1))
         seen: list[dict[str, tuple[_Layer, list[tuple[Tensor, Tensor]]]]] = []
         true: dict[str, list[Tensor | None]] = {}
         for part, count in ((few, n), (one, 1)):
             with self.recording():
-                # Every class alike: no sample is so well known that its gradient vanishes.
-                objective = _log_probabilities(self._model, part)[0].sum()
+                values = task.losses(task.forward(model, part), part) if is_drawn else task.loss(model, part)
+                objective = values.sum()
             if not objective.requires_grad:
                 raise ValueError("kfac_factors: the model's output must depend on a trainable parameter")
             if count == n and not true:
                 tensors = [tensor for layer in self._layers.values() for tensor in layer.tensors]
                 grads = iter(torch.autograd.grad(objective, tensors, allow_unused=True, retain_graph=True))
-                true = {
-                    layer.name: [next(grads) for _ in layer.tensors] for layer in self._layers.values()
-                }
+                true = {layer.name: [next(grads) for _ in layer.tensors] for layer in self._layers.values()}
             shown = {}
             for layer, found in self._gradients(objective):
                 pairs = [(a, g) for (a, _), g in zip(layer.uses, found, strict=True) if g is not None]
@@ -290,7 +298,7 @@ class _Watch:
 
 
 def _makes_up(layer: _Layer, pairs: list[tuple[Tensor, Tensor]], true: list[Tensor | None]) -> bool:
-    """Whether inputs and output gradients give the gradient of the weight."""
+    # Whether inputs and output gradients give the gradient of the weight.
     total: list[Tensor] = []
     for inputs, grad in pairs:
         output = layer.factored.plain_call(inputs)
@@ -311,22 +319,17 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return float((a.double() - b.double()).norm()) <= tolerance * scale
 
 
-def _log_probabilities(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    scores, labels = scores_and_labels(model, batch)
-    return scores.log_softmax(-1), labels >= 0
+def _drawn(
+    model: nn.Module, task: Task, batch: Batch, generator: torch.Generator | None, temperature: float
+) -> tuple[Outputs, Batch]:
+    outputs = task.forward(model, batch)
+    with torch.no_grad():
+        if not bool(torch.isfinite(task.losses(outputs, batch)).all()):
+            raise FloatingPointError("kfac_factors: the loss must be finite, got NaN or infinity")
+        return outputs, task.sampled(outputs, batch, generator, temperature=temperature)
 
 
-def _tempered_loss(
-    model: nn.Module, batch: Batch, index: int, generator: torch.Generator | None
-) -> Tensor:
-    """Sum over samples of the cross entropy at drawn labels: the mean over a sample's counted positions."""
-    log_p, counted = _log_probabilities(model, batch)
-    chances = (log_p.detach() / 2).softmax(-1)
-    if not bool(torch.isfinite(chances).all()):
-        raise FloatingPointError(f"kfac_factors: the output of the model must be finite, got NaN in batch {index}")
-    flat = chances.flatten(0, -2)
-    drawn = torch.multinomial(flat if generator is None else flat.to(generator.device), 1, generator=generator)
-    own = log_p.gather(-1, drawn.to(log_p.device).view(*counted.shape, 1)).squeeze(-1)
-    n = counted.flatten(1).sum(1) if counted.ndim > 1 else counted.long()
-    losses = (own * counted).flatten(1).sum(1) if counted.ndim > 1 else own * counted
-    return -(losses / n.clamp(min=1)).sum()
+def _drawn_loss(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    # Sum the samples' losses at labels that are drawn from the model's own, tempered distribution.
+    outputs, drawn = _drawn(model, task, batch, generator, _TEMPERATURE)
+    return task.losses(outputs, drawn).sum()

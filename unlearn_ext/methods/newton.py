@@ -2,14 +2,16 @@
 
 With the Kronecker factors A, G of the retain set, for the weight of every layer
 
-    theta <- theta + gamma (G + c tr(G)/dim I)^-1 V (A + c tr(A)/dim I)^-1       V = -grad sum_i w_i logodds_i(forget)
+    theta <- theta + gamma (G + c tr(G)/dim I)^-1 V (A + c tr(A)/dim I)^-1
+    V = grad [mean_i w_i logodds_i(retain) - mean_i w_i logodds_i(forget)]       w_i ~ (1 - p_i)^(1/2)
 
-where gamma is the least with which the forget samples are answered no better than unseen ones.
+where gamma is the least with which the forget samples are answered no better than unseen ones. What forget
+and retain samples have in common cancels out of V; without it the step costs more of what is kept.
 
 Source:
-    Ours. The Newton step of removing samples: Guo, Goldstein, Hannun & van der Maaten, "Certified Data Removal from
-    Machine Learning Models", ICML 2020; by Kronecker factors, as influence functions use them: Grosse et al.,
-    "Studying Large Language Model Generalization with Influence Functions", 2023.
+    Ours. The Newton step of removing samples: Guo, Goldstein, Hannun & van der Maaten, "Certified Data
+    Removal from Machine Learning Models", ICML 2020; by Kronecker factors, as influence functions use them:
+    Grosse et al., "Studying Large Language Model Generalization with Influence Functions", 2023.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from unlearn_ext.methods.newton_guards import Guard, UnlearningFailed, answers
 from unlearn_ext.methods.newton_step import Step, direction
 from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 _START = 1e-3  # the largest relative change of a layer that is tried first
 _DOUBLINGS = 14
@@ -48,38 +51,41 @@ def newton(
     class_budget: float = 0.10,
     damping: float = 0.01,
     strict: bool = False,
+    task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
     """Forget samples learnt by heart in one second-order step, scaled until they are like unseen ones.
 
-    For random samples, duplicates or wrong labels, where dampening, masks and relabelling do next to nothing or far
-    too much. Parameters of layers without Kronecker factors (norms, attention's own projections) stay.
+    For random samples, duplicates or wrong labels, where dampening, masks and relabelling do next to nothing
+    or far too much. Parameters of layers without Kronecker factors (norms, attention's own projections) stay.
 
-    The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy on the
-    forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %. It is taken
-    only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached`` in the last entry
-    of the history is False and a warning says what was tried. The class budget counts what goes beyond chance: net
-    losses of more than two standard deviations of the answers that changed.
+    The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
+    on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
+    It is taken only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached``
+    in the last entry of the history is False and a warning says what was tried. The class budget counts what
+    goes beyond chance: net losses of more than two standard deviations of the answers that changed.
 
-    Limits that were measured: a quarter or half of the data, and most whole classes, are refused (for classes use
-    ``ssd``); forgotten samples are learnt again faster than new ones.
+    Limits that were measured: a quarter or half of the data, and most whole classes, are refused (for classes
+    use ``ssd``); forgotten samples are learnt again faster than new ones.
 
     Args:
         model: The model, changed in place; eval mode, so buffers stay.
         forget: The forget set.
-        retain: The retain set, for the factors, and watched. With ``factors`` it may be left out; then nothing
-            watches what is kept but ``validation``.
+        retain: The retain set, for the factors, and watched. With ``factors`` it may be left out; then
+            nothing watches what is kept but ``validation``.
         validation: Samples that the model never saw, at least 50; not test data.
-        factors: ``kfac_factors(model, retain)``, kept from before. They are decomposed once and serve many requests.
+        factors: ``kfac_factors(model, retain)``, kept from before. They are decomposed once and serve many
+            requests.
         budget: How much retain accuracy may be lost, as a share.
         validation_budget: The same for the validation set.
         class_budget: The same for every class of the validation set, where samples have one label each.
         damping: ``c``, relative to the mean eigenvalue of a factor; > 0.
         strict: Raise where the goal is not reached.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``: what to raise on the forget set instead of the weighted
-            log-odds, all samples alike.
+        task: What the model is for; inferred, or refused, where it is not given. It must have log-odds.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``: what to raise on the forget set instead of the
+            weighted log-odds, all samples alike.
         generator: For the draws of the factors.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
@@ -87,8 +93,8 @@ def newton(
         The record of the run; its last entry of the history has ``reached``, and accuracies before and after.
 
     Raises:
-        ValueError: If ``validation``, or ``retain`` without ``factors``, is missing, a set is empty or a setting is
-            out of range, or the factors are not this model's.
+        ValueError: If ``validation``, or ``retain`` without ``factors``, is missing, a set is empty or a
+            setting is out of range, or the factors are not this model's.
         UnlearningFailed: If the goal is not reached and ``strict`` is set.
         FloatingPointError: If a gradient or a factor is NaN or infinite.
 
@@ -109,6 +115,7 @@ def newton(
         True
     """
     _check(forget, retain, validation, factors, damping)
+    task = resolve(task, who="newton")
     guard = Guard(budget, validation_budget, class_budget)
     settings = {
         "budget": budget,
@@ -123,25 +130,33 @@ def newton(
     with unlearning(model, "newton", settings, generator=generator) as run:
         if factors is None:
             with run.phase("factors"):
-                given, found = False, kfac_factors(model, watched["retain"], progress=progress)
+                given, found = False, kfac_factors(model, watched["retain"], task=task, progress=progress)
         else:
             given, found = True, factors
         left_out = sorted(name for name, how in found.coverage.items() if how != "factored")
         run.record("factors", n_samples=found.n_samples, left_out=left_out)
         with run.phase("measure"):
-            before = {name: answers(model, data, name) for name, data in watched.items()}
+            before = {name: answers(model, task, data, name) for name, data in watched.items()}
         if before["validation"].counted < _FEW:
             warnings.warn(
-                f"newton: validation should hold at least {_FEW} samples, got {before['validation'].counted}: "
-                "how unseen samples are answered is not known well",
+                f"newton: validation should hold at least {_FEW} samples, got "
+                f"{before['validation'].counted}: how unseen samples are answered is not known well",
                 stacklevel=2,
             )
         with run.phase("direction"):
-            step = direction(model, forget, found, loss_fn=loss_fn, damping=damping, keep=given)
+            step = direction(
+                model, forget, retain, found, task=task, loss_fn=loss_fn, damping=damping, keep=given
+            )
         with run.phase("search"):
-            size = _search(run, step, forget, before["validation"].accuracy, before["forget"].accuracy)
+            size = _search(
+                run, step, task, forget, *(before[name].accuracy for name in ("validation", "forget"))
+            )
         with run.phase("guards"):
-            after = before if size == 0 else {name: answers(model, data, name) for name, data in watched.items()}
+            after = (
+                before
+                if size == 0
+                else {name: answers(model, task, data, name) for name, data in watched.items()}
+            )
         if size is None:
             lost = ["no step that makes the forget samples like unseen ones"]
         else:
@@ -159,8 +174,9 @@ def newton(
     if lost:
         sizes = [float(str(entry["step"])) for entry in run.history if entry["phase"] == "search"]
         message = (
-            f"newton: forget must be forgotten within the budget, got {'; '.join(lost)} ({len(sizes)} steps tried, "
-            f"up to a relative change of a layer of {max(sizes, default=0):.3g}); the model is as it was"
+            f"newton: forget must be forgotten within the budget, got {'; '.join(lost)} "
+            f"({len(sizes)} steps tried, up to a relative change of a layer of {max(sizes, default=0):.3g}); "
+            "the model is as it was"
         )
         if strict:
             raise UnlearningFailed(message, run.result())
@@ -178,8 +194,8 @@ def _check(
     check_batches(forget, "newton: forget")
     if validation is None:
         raise ValueError(
-            "newton: validation must be given, got None: it says how samples that the model never saw are answered; "
-            "50 that were held back are enough, test data are not meant for it"
+            "newton: validation must be given, got None: it says how samples that the model never saw are "
+            "answered; 50 that were held back are enough, test data are not meant for it"
         )
     check_batches(validation, "newton: validation")
     if retain is not None:
@@ -192,15 +208,13 @@ def _check(
         raise ValueError(f"newton: damping must be finite and > 0, got {damping}")
 
 
-def _search(run: Run, step: Step, forget: Batches, target: float, before: float) -> float | None:
-    """Take the least step with which accuracy on the forget set is at most the target.
-
-    From below: far beyond it, a model that knows nothing would do as well.
-    """
+def _search(run: Run, step: Step, task: Task, forget: Batches, target: float, before: float) -> float | None:
+    # The least step with which accuracy on the forget set is at most the target, from below: far beyond it, a
+    # model that knows nothing would do as well.
 
     def reached(size: float) -> bool:
         step.take(size)
-        accuracy = answers(run.model, forget, "forget").accuracy
+        accuracy = answers(run.model, task, forget, "forget").accuracy
         run.record("search", step=size, forget=accuracy)
         return accuracy <= target
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
 
 # One-sided: a class that only seems worse by chance passes with 98 %.
 _DEVIATIONS = 2.0
 
 
-class UnlearningFailed(RuntimeError):
+class UnlearningFailed(RuntimeError):  # noqa: N818 - named for what happened
     """The goal was not reached within the budget; the model is as it was.
 
     Args:
@@ -39,9 +39,9 @@ class Answers:
     """How the samples of a set are answered.
 
     Attributes:
-        right: Labels predicted, per sample.
-        labels: Labels there are to predict, per sample.
-        classes: The label of every sample, where there is one each.
+        right: Right answers, per sample.
+        labels: Answers that count, per sample.
+        classes: The class of every sample, where it has one.
     """
 
     right: Tensor
@@ -59,11 +59,12 @@ class Answers:
         return float(self.right.sum()) / float(self.labels.sum())
 
 
-def answers(model: nn.Module, data: Batches, name: str) -> Answers:
+def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
     """See how a model answers.
 
     Args:
         model: The model; run in eval mode, left as it was.
+        task: What it is for.
         data: Re-iterable batches.
         name: Of the set, for the message.
 
@@ -73,18 +74,23 @@ def answers(model: nn.Module, data: Batches, name: str) -> Answers:
     Raises:
         ValueError: If there is no label.
     """
-    right, labels, classes = [], [], []
+    right: list[Tensor] = []
+    counted: list[Tensor] = []
+    classes: list[Tensor] = []
     with borrowed(model), torch.no_grad():
         for batch in read_batches(data, device_of(model)):
-            scores, truth = scores_and_labels(model, batch)
-            counted = truth >= 0
-            right.append(((scores.argmax(-1) == truth) & counted).flatten(1).sum(1) if truth.ndim > 1 else (scores.argmax(-1) == truth) & counted)
-            labels.append(counted.flatten(1).sum(1) if truth.ndim > 1 else counted)
-            classes.append(truth if truth.ndim == 1 else None)
-    if not labels or not bool(torch.cat(labels).any()):
+            if task.count(batch) == 0:
+                continue
+            for found, part in zip(
+                (right, counted), task.correct(task.forward(model, batch), batch), strict=True
+            ):
+                found.append(part.long().cpu())
+            own = task.classes_of(batch)
+            classes += [] if own is None else [own.cpu()]
+    if not counted or not bool(torch.cat(counted).any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
-    known = [part for part in classes if part is not None]
-    return Answers(torch.cat(right).long(), torch.cat(labels).long(), torch.cat(known) if len(known) == len(classes) else None)
+    known = len(classes) == len(counted)
+    return Answers(torch.cat(right), torch.cat(counted), torch.cat(classes) if known else None)
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,11 @@ class Guard:
         classes = before["validation"].classes
         if classes is not None:
             was, now = before["validation"].right, after["validation"].right
-            for label in classes[classes >= 0].unique().tolist():
+            for label in sorted(set(classes[before["validation"].labels > 0].tolist())):
                 change = (was - now)[classes == label]
                 net, n = int(change.sum()), len(change)
-                # Answers change both ways, the more the further the step. A net loss is one where more got worse
-                # than got better by other than chance (the sign test, as a normal deviate).
+                # Answers change both ways, the more the further the step. A net loss is one where more got
+                # worse than got better by other than chance (the sign test, as a normal deviate).
                 deviation = math.sqrt(int(change.abs().sum()))
                 if net > self.classes * n and net > _DEVIATIONS * deviation:
                     told.append(f"class {label}: validation accuracy {100 * net / n:.1f} points lower")

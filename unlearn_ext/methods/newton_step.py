@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batches, count_samples, device_of, read_batches
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn
 
 
@@ -54,8 +54,10 @@ class Step:
 def direction(
     model: nn.Module,
     forget: Batches,
+    retain: Batches | None,
     factors: KroneckerFactors,
     *,
+    task: Task,
     loss_fn: LossFn | None,
     damping: float,
     keep: bool,
@@ -65,7 +67,9 @@ def direction(
     Args:
         model: The model; left as it was.
         forget: The forget set.
+        retain: The retain set, where it is at hand.
         factors: Of the retain set.
+        task: What the model is for.
         loss_fn: What to raise instead of the weighted log-odds.
         damping: See ``KroneckerFactors.solve``.
         keep: Whether the factors serve again.
@@ -80,32 +84,23 @@ def direction(
     layers = _layers_of(model, factors)
     names = [(name, part) for name, layer in layers.items() for part in layer.parameters]
     tensors = [cast("nn.Parameter", getattr(layers[name].module, part)) for name, part in names]
-    totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
-    with borrowed(model):
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        n_samples = 0
-        for batch in read_batches(forget, device_of(model)):
-            n = count_samples(batch)
-            if n == 0:
-                continue
-            n_samples += n
-            objective = _objective(model, batch, loss_fn)
-            found = torch.autograd.grad(objective, tensors, allow_unused=True)
-            for total, gradient in zip(totals, found, strict=True):
-                if gradient is not None:
-                    total += gradient.to_dense()
-    if n_samples == 0:
-        raise ValueError("newton: forget must hold at least one sample, got none")
+    totals = _mean_gradient("forget", model, forget, task, loss_fn, tensors)
+    if retain is not None:
+        kept = _mean_gradient("retain", model, retain, task, loss_fn, tensors)
+        totals = [a - b for a, b in zip(totals, kept, strict=True)]
     gradients: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, part), total in zip(names, totals, strict=True):
         if not bool(torch.isfinite(total).all()):
-            raise FloatingPointError(f"newton: the gradient of {name}.{part} must be finite, got NaN or infinity")
+            raise FloatingPointError(
+                f"newton: the gradient of {name}.{part} must be finite, got NaN or infinity"
+            )
         gradients[name][part] = total
     changes, largest = {}, 0.0
     for name, layer in layers.items():
         changes[name] = _solved(layer, gradients[name], factors, name, damping, keep)
-        values = layer.matrix({part: getattr(layer.module, part).detach().double() for part in layer.parameters})
+        values = layer.matrix(
+            {part: getattr(layer.module, part).detach().double() for part in layer.parameters}
+        )
         norm = float(values.norm())
         if norm > 0:
             largest = max(largest, float(changes[name].norm()) / norm)
@@ -129,22 +124,44 @@ def _layers_of(model: nn.Module, factors: KroneckerFactors) -> dict[str, Factore
             raise ValueError(f"newton: factors must be of layers of the model, got {name!r}: {why}")
         layer = Factored(module)
         form = layer.matrix({part: cast("Tensor", getattr(module, part)) for part in layer.parameters}).shape
-        if (outputs.shape[-1], inputs.shape[-1]) != (form[1], form[2]) or outputs.shape[:-2].numel() != form[0]:
+        if (outputs.shape[-1], inputs.shape[-1]) != (form[1], form[2]) or outputs.shape[:-2].numel() != form[
+            0
+        ]:
             raise ValueError(
-                f"newton: factors of {name} must be {list(form[1:])}, got {[outputs.shape[-1], inputs.shape[-1]]}"
+                f"newton: factors of {name} must be {list(form[1:])}, "
+                f"got {[outputs.shape[-1], inputs.shape[-1]]}"
             )
         layers[name] = layer
     return layers
 
 
-def _objective(model: nn.Module, batch: Mapping[str, object] | object, loss_fn: LossFn | None) -> Tensor:
-    """What rises along the step: a sum over samples."""
-    if loss_fn is not None:
-        return loss_fn(model, batch).sum()  # type: ignore[arg-type]
-    against = losses.log_odds(model, batch)  # type: ignore[arg-type]
-    # Samples that are known best have the least left to give, and the most directions in common with the rest.
-    weights = torch.sigmoid(against.detach()).sqrt()
-    return (weights * against).sum()
+def _mean_gradient(
+    name: str,
+    model: nn.Module,
+    data: Batches,
+    task: Task,
+    loss_fn: LossFn | None,
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:
+    # Of what rises along the step on the forget set: a weighted mean over samples.
+    totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
+    weight = torch.zeros((), dtype=torch.float64, device=device_of(model))
+    with borrowed(model):
+        for batch in read_batches(data, device_of(model)):
+            if task.count(batch) == 0:
+                continue
+            values = task.odds_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+            # Samples that are known best have the least left to give, and the most in common with the rest.
+            own = values.detach()
+            weights = torch.sigmoid(own).sqrt() if loss_fn is None else torch.ones_like(own)
+            found = torch.autograd.grad((weights * values).sum(), tensors, allow_unused=True)
+            for total, gradient in zip(totals, found, strict=True):
+                if gradient is not None:
+                    total += gradient.to_dense()
+            weight += weights.sum()
+    if not bool(weight > 0):
+        raise ValueError(f"newton: {name} must hold at least one sample, got none")
+    return [total / weight for total in totals]
 
 
 def _solved(
