@@ -34,6 +34,7 @@ from bench import cifar
 from unlearn_ext import METHODS, demo, kfac_factors, metrics, newton
 
 RESULTS = Path(__file__).parent / "results" / "methods"
+KEPT = Path(__file__).parents[1] / "build" / "samples"  # every result as it comes: delete to measure anew
 SHOWN = (
     "newton",
     "finetune",
@@ -198,12 +199,28 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def figures(model: nn.Module, sets: dict[str, Set], retrained: dict[str, float] | None) -> dict[str, float]:
-    """Accuracies, attack, log-odds of forgotten against unseen samples, and the gap to a retrained network."""
+    """Accuracies, attack, log-odds of forgotten against unseen samples, gap to a retrained network."""
     found = {name: accuracy(model, sets[name]) for name in ("retain", "forget", "test")}
     forgotten, unseen = margins(model, sets["forget"]), margins(model, sets["test"])
     against = found if retrained is None else retrained
     gap = statistics.fmean(abs(found[name] - against[name]) for name in ("retain", "forget", "test"))
     return {**found, "auc": area(forgotten, unseen), "ks": kolmogorov_smirnov(forgotten, unseen), "gap": gap}
+
+
+def kept(name: str, measure: Callable[[], dict]) -> dict:
+    """A result of an earlier, perhaps interrupted run, or a new one."""
+    path = KEPT / f"{name.replace(' ', '-')}.json"
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(found))
+        draft.replace(path)
+    found = json.loads(path.read_text())
+    print(
+        name, {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}, flush=True
+    )
+    return found
 
 
 def sets_of(problem: Problem, forgotten: Tensor) -> dict[str, Set]:
@@ -248,37 +265,28 @@ def request(problem: Problem, seed: int, methods: Iterable[str]) -> list[dict]:
     floor, seconds = problem.learnt(kept, seed + FLOOR)
     rows.append({"method": "retrained, another seed", **figures(floor, sets, aim), "seconds": seconds})
     rows.append({"method": "original", **figures(original, sets, aim)})
-    for name in methods:
+
+    def row(name: str) -> dict:
         model, facts = run_method(name, original, sets, seed)
-        rows.append({"method": name, **figures(model, sets, aim), **facts})
-        print(
-            problem.name,
-            seed,
-            {k: round(v, 3) for k, v in rows[-1].items() if isinstance(v, float)},
-            flush=True,
-        )
+        return {"method": name, **figures(model, sets, aim), **facts}
+
+    rows += [kept(f"{problem.name} {seed} {name}", functools.partial(row, name)) for name in methods]
     return [{"problem": problem.name, "seed": seed, **row} for row in rows]
 
 
-def half_classes(problem: Problem, seed: int) -> list[dict]:
-    """Forget half of each class: accuracy of that class on the validation set and test set, before and after."""
+def half_of_class(problem: Problem, seed: int, label: int) -> dict:
+    """Forget every second sample of a class: accuracies of that class before and after."""
     original, _ = problem.learnt(problem.train, seed)
-    rows = []
-    for label in range(10):
-        y = problem.train.tensors[1]
-        members = torch.where(y == label)[0]
-        sets = sets_of(problem, torch.zeros(len(y), dtype=torch.bool).index_fill_(0, members[::2], True))
-        own = {
-            part: tuple(tensor[sets[part][1] == label] for tensor in sets[part])
-            for part in ("validation", "test")
-        }
-        model, facts = run_method("newton", original, sets, seed)
-        row = {"problem": problem.name, "seed": seed, "class": label, "reached": facts.get("reached")}
-        row["forget"] = [accuracy(m, sets["forget"]) for m in (original, model)]
-        for part, data in own.items():
-            row[part] = [accuracy(m, data) for m in (original, model)]
-        rows.append(row)
-    return rows
+    y = problem.train.tensors[1]
+    members = torch.where(y == label)[0]
+    sets = sets_of(problem, torch.zeros(len(y), dtype=torch.bool).index_fill_(0, members[::2], True))
+    model, facts = run_method("newton", original, sets, seed)
+    row = {"problem": problem.name, "seed": seed, "class": label, "reached": facts.get("reached")}
+    row["note"] = facts.get("note", "")
+    for part in ("forget", "validation", "test"):
+        own = tuple(tensor[sets[part][1] == label] for tensor in sets[part])
+        row[part] = [accuracy(network, own) for network in (original, model)]
+    return row
 
 
 def cost(problem: Problem, seed: int, laps: int = 3) -> dict[str, float]:
@@ -316,9 +324,10 @@ def page(record: dict) -> str:
     lines = [
         "## Random samples learnt by heart",
         "",
-        "Means over seeds. *MIA AUC*: forget against test samples by log-odds, 0.5 is chance; *KS*: the largest",
-        "distance between the distributions of their log-odds; *gap*: mean absolute difference to the retrained",
-        "network's retain, forget and test accuracy; *refused*: seeds for which the method said that it could not.",
+        "Means over seeds. *MIA AUC*: forget against test samples by log-odds, 0.5 is chance; *KS*: the",
+        "largest distance between the distributions of their log-odds; *gap*: mean absolute difference to the",
+        "retrained network's retain, forget and test accuracy; *refused*: seeds for which the method said that",
+        "it could not. Seconds are of a busy machine.",
         "",
         *(f"- {name}: {value}" for name, value in record["facts"].items()),
     ]
@@ -379,6 +388,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.samples", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as cifar10_jpeg.npz")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--others", type=int, nargs="*", default=None, help="seeds of all methods but newton")
+    parser.add_argument("--classes", type=int, nargs="*", default=list(range(10)), help="to forget halves of")
     parser.add_argument("--methods", nargs="+", default=list(SHOWN))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -399,9 +410,15 @@ def main() -> None:
     }
     for problem in problems:
         for seed in options.seeds:
-            record["rows"] += request(problem, seed, options.methods)
-        record["half"] += half_classes(problem, options.seeds[0])
-        record["cost"][problem.name] = cost(problem, options.seeds[0])
+            alone = options.others is not None and seed not in options.others
+            record["rows"] += request(problem, seed, ["newton"] if alone else options.methods)
+        for label in options.classes:
+            name = f"{problem.name} {options.seeds[0]} half of {label}"
+            record["half"].append(
+                kept(name, functools.partial(half_of_class, problem, options.seeds[0], label))
+            )
+        measure = functools.partial(cost, problem, options.seeds[0])
+        record["cost"][problem.name] = kept(f"{problem.name} cost", measure)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "samples.md").write_text(page(record), encoding="utf-8")

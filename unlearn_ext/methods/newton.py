@@ -64,8 +64,10 @@ def newton(
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
     It is taken only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached``
-    in the last entry of the history is False and a warning says what was tried. The class budget counts what
-    goes beyond chance: net losses of more than two standard deviations of the answers that changed.
+    in the last entry of the history is False and a warning says what was tried. What the validation set shows
+    counts
+    beyond chance only, by a sign test; a class that the request is about (a share of the forget set more than
+    twice its share of the validation set) has to stay within its budget whatever chance may do.
 
     Limits that were measured: a quarter or half of the data, and most whole classes, are refused (for classes
     use ``ssd``); forgotten samples are learnt again faster than new ones.
