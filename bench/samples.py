@@ -207,7 +207,7 @@ def figures(model: nn.Module, sets: dict[str, Set], retrained: dict[str, float] 
     return {**found, "auc": area(forgotten, unseen), "ks": kolmogorov_smirnov(forgotten, unseen), "gap": gap}
 
 
-def kept(name: str, measure: Callable[[], dict]) -> dict:
+def remembered(name: str, measure: Callable[[], dict]) -> dict:
     """A result of an earlier, perhaps interrupted run, or a new one."""
     path = KEPT / f"{name.replace(' ', '-')}.json"
     if not path.exists():
@@ -247,11 +247,8 @@ def run_method(name: str, original: nn.Module, sets: dict[str, Set], seed: int) 
             )
         except (ValueError, FloatingPointError) as error:
             return copy.deepcopy(original), {"seconds": time.perf_counter() - start, "note": str(error)}
-    reached = getattr(result, "reached", None)
-    if result.history and "reached" in result.history[-1]:
-        reached = bool(result.history[-1]["reached"])
     note = "; ".join(str(entry.message) for entry in told)
-    return model, {"seconds": time.perf_counter() - start, "reached": reached, "note": note}
+    return model, {"seconds": time.perf_counter() - start, "reached": result.reached, "note": note}
 
 
 def request(problem: Problem, seed: int, methods: Iterable[str]) -> list[dict]:
@@ -270,7 +267,7 @@ def request(problem: Problem, seed: int, methods: Iterable[str]) -> list[dict]:
         model, facts = run_method(name, original, sets, seed)
         return {"method": name, **figures(model, sets, aim), **facts}
 
-    rows += [kept(f"{problem.name} {seed} {name}", functools.partial(row, name)) for name in methods]
+    rows += [remembered(f"{problem.name} {seed} {name}", functools.partial(row, name)) for name in methods]
     return [{"problem": problem.name, "seed": seed, **row} for row in rows]
 
 
@@ -325,9 +322,9 @@ def page(record: dict) -> str:
         "## Random samples learnt by heart",
         "",
         "Means over seeds. *MIA AUC*: forget against test samples by log-odds, 0.5 is chance; *KS*: the",
-        "largest distance between the distributions of their log-odds; *gap*: mean absolute difference to the",
-        "retrained network's retain, forget and test accuracy; *refused*: seeds for which the method said that",
-        "it could not. Seconds are of a busy machine.",
+        "largest distance between the distributions of their log-odds; *gap*: mean absolute difference to",
+        "the retrained network's retain, forget and test accuracy; *refused*: seeds for which the method",
+        "said that it could not. Seconds are of a busy machine.",
         "",
         *(f"- {name}: {value}" for name, value in record["facts"].items()),
     ]
@@ -415,10 +412,10 @@ def main() -> None:
         for label in options.classes:
             name = f"{problem.name} {options.seeds[0]} half of {label}"
             record["half"].append(
-                kept(name, functools.partial(half_of_class, problem, options.seeds[0], label))
+                remembered(name, functools.partial(half_of_class, problem, options.seeds[0], label))
             )
         measure = functools.partial(cost, problem, options.seeds[0])
-        record["cost"][problem.name] = kept(f"{problem.name} cost", measure)
+        record["cost"][problem.name] = remembered(f"{problem.name} cost", measure)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "samples.md").write_text(page(record), encoding="utf-8")

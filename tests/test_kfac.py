@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from methods.models import FAMILIES, Gpt, make
+from methods.models import FAMILIES, GptForCausalLM, make
 from test_subspace import LAYERS
 from torch import nn
 
@@ -283,7 +283,7 @@ def test_samples_that_depend_on_each_other_have_no_factors():
 
 
 def test_shared_frozen_and_attention_weights_are_named():
-    tied = Gpt()
+    tied = GptForCausalLM()
     ids = torch.randint(0, 15, (4, 6))
     batch = {"input_ids": ids, "labels": ids}
     factors = kfac_factors(tied, [batch], task=ux.tasks.CausalLM())

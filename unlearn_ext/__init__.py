@@ -16,7 +16,8 @@ from unlearn_ext import (
     subspace,
     tasks,
 )
-from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.fisher.kfac import KroneckerFactors

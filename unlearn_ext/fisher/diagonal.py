@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
 from unlearn_ext.fisher.engine import register_layer as register_layer
-from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
@@ -125,6 +127,8 @@ def fisher_diagonal(
         batch_size=batch_size,
         n_batches=n_batches,
         coverage=gradients.coverage,
+        loss=loss_name(judge),
+        weights_digest=weights_fingerprint(model),
     )
 
 
@@ -165,11 +169,14 @@ def _with_drawn_targets(
 
 
 def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
-    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {
+        name: p for name, p in parameters_by_name(model).items() if p.requires_grad
+    }
     if not trainable:
         raise ValueError("fisher_diagonal: the model must have a trainable parameter, got none")
     if names is not None:
         wanted = [names] if isinstance(names, str) else list(names)
+        wanted = [name if name in trainable else plain_name(name) for name in wanted]
         for name in wanted:
             if name not in trainable:
                 raise ValueError(f"fisher_diagonal: params must name trainable parameters, got {name!r}")

@@ -1,6 +1,8 @@
 """Unlearning methods: functions that change a model in place and return an ``UnlearnResult``.
 
-``METHODS[name](model, forget, retain, **settings)`` works for every one of them.
+``METHODS[name](model, forget, retain, **settings)`` works for every one of them. Keywords mean the same
+everywhere: ``task`` says what the model is for, ``loss_fn`` replaces the task's loss, ``generator`` decides
+every random choice, ``progress`` shows bars, ``include`` and ``exclude`` choose what may change.
 """
 
 from unlearn_ext.fisher.importance import Importance
@@ -16,7 +18,7 @@ from unlearn_ext.methods.ssd import plan_ssd, ssd
 from unlearn_ext.methods.ssd_plan import SsdPlan
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
 from unlearn_ext.methods.teachers import bad_teacher, scrub
-from unlearn_ext.methods.unsir import unsir, unsir_by_data
+from unlearn_ext.methods.unsir import unsir
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import Batches
 
@@ -48,5 +50,4 @@ __all__ = [
     "ssd",
     "unlearn",
     "unsir",
-    "unsir_by_data",
 ]

@@ -23,6 +23,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, trainable
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -30,6 +31,7 @@ from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_ba
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
+@recorded
 def msg(
     model: nn.Module,
     forget: Batches,

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,9 +27,10 @@ from torch import nn
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
-from unlearn_ext.methods.newton_guards import Guard, UnlearningFailed, answers
+from unlearn_ext.methods.newton_guards import Answers, Guard, answers
 from unlearn_ext.methods.newton_step import Step, direction
 from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.until import UnlearningFailed
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
@@ -64,7 +67,7 @@ def newton(
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
     It is taken only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached``
-    in the last entry of the history is False and a warning says what was tried. What the validation set shows
+    is False and a warning says what was tried. What the validation set shows
     counts
     beyond chance only, by a sign test; a class that the request is about (a share of the forget set more than
     twice its share of the validation set) has to stay within its budget whatever chance may do.
@@ -92,7 +95,7 @@ def newton(
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
     Returns:
-        The record of the run; its last entry of the history has ``reached``, and accuracies before and after.
+        The record of the run, with ``reached``, and what was measured before and after.
 
     Raises:
         ValueError: If ``validation``, or ``retain`` without ``factors``, is missing, a set is empty or a
@@ -113,7 +116,7 @@ def newton(
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")
         ...     result = newton(model, sets[0], sets[1], validation=sets[2])
-        >>> result.history[-1]["reached"]
+        >>> result.reached
         True
     """
     _check(forget, retain, validation, factors, damping)
@@ -165,25 +168,40 @@ def newton(
             lost = guard.broken(before, after)
         if lost:
             step.take_back()
-        run.record(
-            "outcome",
-            reached=not lost,
-            step=size,
-            lost=lost,
-            **{f"{name}_before": part.accuracy for name, part in before.items()},
-            **{f"{name}_after": part.accuracy for name, part in after.items()},
-        )
+        run.record("outcome", step=size, lost=lost)
+    tried = [float(str(entry["step"])) for entry in run.history if entry["phase"] == "search"]
+    result = replace(
+        run.result(),
+        reached=not lost,
+        before=_figures(before),
+        after=_figures(before if lost else after),
+        # Answers before and after, and the search on the forget set.
+        passes=2.0
+        + len(tried) * len(before["forget"].right) / sum(len(part.right) for part in before.values()),
+    )
     if lost:
-        sizes = [float(str(entry["step"])) for entry in run.history if entry["phase"] == "search"]
         message = (
-            f"newton: forget must be forgotten within the budget, got {'; '.join(lost)} "
-            f"({len(sizes)} steps tried, up to a relative change of a layer of {max(sizes, default=0):.3g}); "
+            f"newton: forget must be forgotten within the budget, got {'; '.join(lost)} ({len(tried)} steps "
+            f"tried, up to a relative change of a layer of {max(tried, default=0):.3g}); "
             "the model is as it was"
         )
         if strict:
-            raise UnlearningFailed(message, run.result())
+            raise UnlearningFailed(message, result)
         warnings.warn(message, stacklevel=2)
-    return run.result()
+    return result
+
+
+def _passes(sets: Mapping[str, Answers], tried: int) -> float:
+    # Answers before and after, and the search on the forget set.
+    whole = sum(len(part.right) for part in sets.values())
+    return 2.0 + tried * len(sets["forget"].right) / whole
+
+
+def _figures(sets: Mapping[str, Answers]) -> dict[str, float]:
+    found = {}
+    for name, part in sets.items():
+        found |= {f"{name}_accuracy": part.accuracy, f"{name}_loss": part.loss}
+    return found
 
 
 def _check(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 
@@ -18,22 +17,6 @@ from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 _DEVIATIONS, _MANY_DEVIATIONS = 2.0, 3.0
 # How many times its share of unseen samples a class's share of the forget set is where it is aimed at.
 _CONCENTRATED = 2.0
-
-
-class UnlearningFailed(RuntimeError):  # noqa: N818 - named for what happened
-    """The goal was not reached within the budget; the model is as it was.
-
-    Args:
-        message: What was tried.
-        result: The record of the run.
-
-    Attributes:
-        result: The record of the run.
-    """
-
-    def __init__(self, message: str, result: UnlearnResult) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 @dataclass(frozen=True)
@@ -44,11 +27,13 @@ class Answers:
         right: Right answers, per sample.
         labels: Answers that count, per sample.
         classes: The class of every sample, where it has one.
+        loss: Mean of the samples' losses.
     """
 
     right: Tensor
     labels: Tensor
     classes: Tensor | None
+    loss: float = math.nan
 
     @property
     def counted(self) -> int:
@@ -90,20 +75,26 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
     right: list[Tensor] = []
     counted: list[Tensor] = []
     classes: list[Tensor] = []
+    losses: list[Tensor] = []
     with borrowed(model), torch.no_grad():
         for batch in read_batches(data, device_of(model)):
             if task.count(batch) == 0:
                 continue
-            for found, part in zip(
-                (right, counted), task.correct(task.forward(model, batch), batch), strict=True
-            ):
+            outputs = task.forward(model, batch)
+            for found, part in zip((right, counted), task.correct(outputs, batch), strict=True):
                 found.append(part.long().cpu())
+            losses.append(task.losses(outputs, batch).double().cpu())
             own = task.classes_of(batch)
             classes += [] if own is None else [own.cpu()]
     if not counted or not bool(torch.cat(counted).any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
     known = len(classes) == len(counted)
-    return Answers(torch.cat(right), torch.cat(counted), torch.cat(classes) if known else None)
+    return Answers(
+        torch.cat(right),
+        torch.cat(counted),
+        torch.cat(classes) if known else None,
+        float(torch.cat(losses).mean()),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from unlearn_ext.methods.newton import newton
 from unlearn_ext.methods.pgu import pgu_from_sets
 from unlearn_ext.methods.ssd import ssd
 from unlearn_ext.methods.teachers import bad_teacher, scrub
-from unlearn_ext.methods.unsir import unsir_by_data
+from unlearn_ext.methods.unsir import unsir
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import Batches
 
@@ -24,7 +24,7 @@ METHODS: dict[str, Callable[..., UnlearnResult]] = {
     "gradient_masking": gradient_masking,
     "salun": salun,
     "pgu": pgu_from_sets,
-    "unsir": unsir_by_data,
+    "unsir": unsir,
     "retrain": retrain,
     "finetune": finetune,
     "gradient_ascent": gradient_ascent,

@@ -129,7 +129,7 @@ def read_batches(
             method ``to(device)``, which their task reads.
         device: Where the tensors go.
         description: Text in front of the progress bar.
-        progress: Show a bar while reading, on a terminal or in a notebook, where tqdm is installed.
+        progress: Show a bar while reading, where tqdm is installed.
 
     Yields:
         One batch after the other.

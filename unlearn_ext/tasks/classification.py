@@ -12,7 +12,7 @@ from typing_extensions import override
 from unlearn_ext.tasks.base import Outputs, Task, check_shape
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.fields import Inputs, Labels, described
-from unlearn_ext.tasks.positions import mean_over_positions, sums_over_positions
+from unlearn_ext.tasks.positions import is_transformed, mean_over_positions, sums_over_positions
 
 # How far the class probabilities of a sample may add up to something other than 1.
 _SUM_TOLERANCE = 1e-2
@@ -188,7 +188,7 @@ class Categorical(Task):
             ValueError: If one is something else.
         """
         # Under vmap no value can be looked at; the samples have been looked at in their batch.
-        if not labels.numel() or torch._C._functorch.is_batchedtensor(labels):
+        if not labels.numel() or is_transformed():
             return
         wrong = (labels != self.ignore_index) & ((labels < 0) | (labels >= classes))
         if bool(wrong.any()):
@@ -323,7 +323,7 @@ class Classification(Categorical):
                 f"class probabilities must have the logits' shape [N, C] with C > 1, got "
                 f"{list(labels.shape)} for logits {list(outputs.shape)}; {_FLOATS}"
             )
-        if torch._C._functorch.is_batchedtensor(labels) or not labels.numel():
+        if is_transformed() or not labels.numel():
             return
         sums = labels.sum(-1)
         if bool((labels < 0).any() | ((sums - 1).abs() > _SUM_TOLERANCE).any()):
@@ -375,7 +375,7 @@ class _Logits(Task):
         logits, labels = self._matched(outputs, labels)
         counted = labels != self.ignore_index
         values = labels.to(logits.dtype).where(counted, 0.0)
-        looked_at = values.numel() and not torch._C._functorch.is_batchedtensor(values)
+        looked_at = values.numel() and not is_transformed()
         if looked_at and bool(((values < 0) | (values > 1)).any()):
             found = values[(values < 0) | (values > 1)][0].item()
             raise ValueError(

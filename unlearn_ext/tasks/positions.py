@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -40,3 +41,12 @@ def sums_over_positions(right: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]
     n = right.shape[0]
     hits = right & counted
     return hits.reshape(n, -1).sum(1), counted.reshape(n, -1).sum(1)
+
+
+def is_transformed() -> bool:
+    """Say whether this runs inside ``vmap`` or ``grad`` of ``torch.func``, where no value can be looked at.
+
+    Returns:
+        True inside; what needs a look has had it outside, on the whole batch.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
