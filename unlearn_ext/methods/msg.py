@@ -107,7 +107,7 @@ def msg(
             chosen = _draw(model, layers, forget, retain, task, share)
         run.record("draw", drawn=sum(int(marks.sum()) for marks in chosen.values()))
         model.train()
-        parameters = trainable(model, "msg")
+        parameters = list(trainable(model, "msg").values())
         scales = [torch.where(chosen[p], 1.0, factor).to(p) if p in chosen else factor for p in parameters]
         handles = [
             p.register_hook(lambda grad, scale=scale: grad * scale)  # type: ignore[no-untyped-call]

@@ -198,7 +198,7 @@ def _passes(sets: Mapping[str, Answers], tried: int) -> float:
 
 
 def _figures(sets: Mapping[str, Answers]) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for name, part in sets.items():
         found |= {f"{name}_accuracy": part.accuracy, f"{name}_loss": part.loss}
     return found
