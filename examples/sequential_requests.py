@@ -48,6 +48,7 @@ def main(
         data = DataLoader(forget, 64)
         before = report.weights_digest(model)
         full = ux.Importance.load(stored)
+        full.weights_digest = None  # of the weights before the first request, which is meant here
         plan = ux.plan_ssd(model, data, importance=full)
         part = plan.importance_forget
         result = plan.apply()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from unlearn_ext import tasks
 from unlearn_ext.evaluation.metrics import attacks, mia
@@ -134,8 +135,22 @@ def test_calibration_takes_hard_samples_for_what_they_are():
     calibrated = mia(model, forget=forget, test=test, convention="loss", calibration=others, bootstrap=0)
     assert plain.auc < 0.6
     assert calibrated.auc > 0.95
+    assert calibrated.score == calibrated.auc
     retrained = mia(others[0], forget=forget, test=test, convention="loss", calibration=others, bootstrap=0)
     assert retrained.auc == pytest.approx(0.5)
+    # Loaders that shuffle, by the global generator or by their own: samples still meet themselves.
+    for own in (None, torch.Generator().manual_seed(1)):
+        shuffled = (
+            DataLoader(TensorDataset(*data[0]), 64, shuffle=True, generator=own) for data in (forget, test)
+        )
+        found = mia(
+            model,
+            **dict(zip(("forget", "test"), shuffled, strict=True)),
+            convention="loss",
+            calibration=others,
+            bootstrap=0,
+        )
+        assert found.auc == calibrated.auc
 
 
 @pytest.mark.parametrize(

@@ -847,3 +847,19 @@ def test_tracebacks_of_failures_are_logged(trained, sets, caplog):
     (record,) = [record for record in caplog.records if record.exc_info]
     assert record.message == "broken, seed 0 failed"
     assert record.exc_info[1].args == ("out of memory",)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_of_the_package_have_keys(name):
+    assert fingerprints.key(f=METHODS[name]) == fingerprints.key(f=METHODS[name])
+
+
+def test_a_goal_that_was_not_reached_is_told(trained, sets):
+    def cautious(model, forget, retain):
+        return ux.UnlearnResult("cautious", {}, {}, 0.0, {}, (), reached=False)
+
+    table = run(trained, sets, methods=[cautious], metrics=["retain"])
+    assert table.measures("cautious")["changed"].note == "goal not reached"
+    assert table.measures("original")["changed"].note is None
+    assert "goal not reached" in table.to_markdown()
+    assert "goal not reached" in table.to_html()

@@ -430,6 +430,18 @@ def test_a_comparison(case, tmp_path):
     assert "Task" in table.to_html()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # so little data can rarely be forgotten
+def test_methods_of_the_package_are_compared_on_every_task(case, tmp_path):
+    given = {"methods": ["ssd", "finetune"], "metrics": ["retain", "forget", "mia"], "cache": tmp_path}
+    tables = [ux.compare(case.model(0), **case.sets(), task=case.task, **given) for _ in range(2)]
+    for label in ("original", "ssd", "finetune", "random mask"):
+        assert {entry.why for entry in tables[0].measures(label).values()} == {None}
+    assert tables[0].measures("finetune")["changed"].value > 0
+    # The second one comes from the cache, to the last digit of the seconds.
+    for label in ("ssd", "finetune", "random mask"):
+        assert tables[0].measures(label) == tables[1].measures(label)
+
+
 def test_classes_are_forgotten_also_in_lists_and_with_one_logit():
     for name, chosen in (("lists of images", 2), ("binary", 1)):
         case = CASES[name]

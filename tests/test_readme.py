@@ -20,7 +20,7 @@ def test_readme_code_runs_and_forgets(tmp_path, monkeypatch, capsys):
     # What the comments say is printed, and the model it is printed of: one that knew the class.
     lines = capsys.readouterr().out.splitlines()
     measured = [line for line in lines if re.fullmatch(r"[\d.]+ [\d.]+", line)]
-    assert measured == re.findall(r"^print\(ux\.metrics\.accuracy.*# ([\d.]+ [\d.]+)$", text, re.MULTILINE)
+    assert measured == re.findall(r"^print\(.*ux\.metrics\.accuracy.*# ([\d.]+ [\d.]+)$", text, re.MULTILINE)
     assert len(measured) == 2
     namespace["plan"].revert()
     assert ux.metrics.accuracy(namespace["model"], namespace["forget"]) >= 0.9

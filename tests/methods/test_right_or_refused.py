@@ -102,6 +102,7 @@ WRAPPED = {
     "DDP inside": (with_ddp_inside, r"its part 3 must not be wrapped .* model\.3\.module"),
     "FSDP1": (in_fsdp, "FullyShardedDataParallel; call it on an unsharded model"),
     "FSDP2": (sharded, "must not be sharded, got the DTensor"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "the lazy 0.weight; call the model once"),
     "meta": (lambda: network().to("meta"), "0.weight on the meta device; load the weights"),
 }
 
@@ -141,7 +142,7 @@ def test_a_ddp_model_goes_on_training_after_its_module_was_changed(process_group
     assert all(p.requires_grad and p.grad is not None for p in wrapped.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINING if name != "pgu"])
+@pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("pgu", "gradient_masking")])
 def test_no_parameter_is_marked_as_frozen_in_between(name, monkeypatch):
     model, (forget, retain) = network(), sets()
     own, marked = {id(p) for p in model.parameters()}, []
@@ -155,6 +156,26 @@ def test_no_parameter_is_marked_as_frozen_in_between(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "requires_grad_", watching)
     run(name, model, forget, retain)
     assert not marked
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_marks_that_save_memory_are_put_back(fails):
+    model, (forget, retain) = network(), sets()
+    model[0].bias.requires_grad_(False)
+    inside = []
+
+    def loss_fn(model, batch):
+        inside.append([p.requires_grad for p in model.parameters()])
+        if fails and not inside[-1][0]:
+            raise KeyboardInterrupt
+        return ux.losses.cross_entropy(model, batch)
+
+    try:
+        run("gradient_masking", model, forget, retain, loss_fn=loss_fn)
+    except KeyboardInterrupt:
+        assert fails
+    assert inside[-1].count(False) > 2
+    assert [p.requires_grad for p in model.parameters()] == [True, False, *[True] * 6]
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name != "pgu"])

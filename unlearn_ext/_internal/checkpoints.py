@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext._internal.names import plain_name
+from unlearn_ext._internal.names import with_plain_names
 
 # Where training scripts keep the state_dict among other things.
 _PLACES = ("state_dict", "model_state_dict", "model")
@@ -34,10 +34,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     weights = _state_dict(_read(Path(path)), path)
     wanted = model.state_dict()
     if set(weights) != set(wanted):
-        plain = {plain_name(name): name for name in wanted}
-        found = {plain_name(name) for name in weights}
-        if len(plain) == len(wanted) and len(found) == len(weights):
-            weights = {plain.get(plain_name(name), name): value for name, value in weights.items()}
+        ours = with_plain_names({name: name for name in wanted})
+        weights = {ours.get(name, name): value for name, value in with_plain_names(weights).items()}
     _check(weights, wanted, path)
     model.load_state_dict(weights)
 

@@ -46,8 +46,8 @@ def check_model(model: nn.Module, who: str) -> None:
     Raises:
         TypeError: If it is no module.
         NotImplementedError: If it or a part of it is wrapped in ``DistributedDataParallel``, ``DataParallel``
-            or ``FullyShardedDataParallel``, or a parameter is a ``DTensor``, or is on the meta device, where
-            it has no values.
+            or ``FullyShardedDataParallel``, or a parameter is a ``DTensor``, has not been made yet (lazy
+            modules), or is on the meta device, where it has no values.
 
     Example:
         >>> check_model(nn.DataParallel(nn.Linear(2, 2)), "ssd")
@@ -65,6 +65,11 @@ def check_model(model: nn.Module, who: str) -> None:
                 f"{who}: model must not be sharded, got the DTensor {name}; call it on an unsharded model "
                 "with the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True), and load the result back"
+            )
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise NotImplementedError(
+                f"{who}: model must have made its parameters, got the lazy {name}; call the model once on a "
+                "batch"
             )
         if parameter.device.type == "meta":
             raise NotImplementedError(

@@ -135,7 +135,7 @@ def compare(
     for job in jobs:
         if job.function is not None:
             settings = dict(job.settings)
-            if task is not None and job.function is METHODS.get(job.name) and job.name != "retrain":
+            if task is not None and job.function is METHODS.get(job.name):
                 settings.setdefault("task", task)  # a method of the package must not be without it
             check_settings("compare", job.name, job.function, settings, recipe)
     folder = Cache(None if cache is None else Path(cache), cache_key)

@@ -185,6 +185,8 @@ class _Keys:
         name = callable_name(function)
         if self._code is not None:
             return [name, self._code]
+        if _is_library(function):
+            return [name, _source(function.__module__)]
         code = function.__code__
         if code in self._functions:
             return name
@@ -275,6 +277,16 @@ def _is_installed(module: str) -> bool:
     if path is None:
         return root in sys.stdlib_module_names and root != "__main__"
     return os.path.realpath(str(path)).startswith(tuple(f"{folder}{os.sep}" for folder in _INSTALLED))
+
+
+def _is_library(function: FunctionType) -> bool:
+    # What a library gives out under a name is what its version makes it, whatever it closes over.
+    if not _is_installed(function.__module__):
+        return False
+    found: object = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is function
 
 
 def _names_in(code: CodeType) -> set[str]:

@@ -143,7 +143,7 @@ class Study:
             return replace(row, why=reason_of(error))
         return replace(
             row,
-            measures=self._figures(subject, seed, job.kind, seconds),
+            measures=self._figures(subject, seed, job.kind, seconds, getattr(result, "reached", None)),
             phases=dict(result.seconds) if result is not None else {},
             layers={} if job.kind == "reference" else self._layers(subject),
             loss_counts=self._loss_counts(subject),
@@ -173,7 +173,9 @@ class Study:
             seconds = time.perf_counter() - started
         return subject, seconds, result if isinstance(result, UnlearnResult) else None
 
-    def _figures(self, model: nn.Module, seed: int, kind: str, seconds: float | None) -> dict[str, Measure]:
+    def _figures(
+        self, model: nn.Module, seed: int, kind: str, seconds: float | None, reached: bool | None
+    ) -> dict[str, Measure]:
         figures: dict[str, Measure] = {}
         theirs = self._reference_rows.get(seed)
         subject = Subject(
@@ -184,6 +186,7 @@ class Study:
             tests=self._sets.tests,
             is_reference=kind == "reference",
             seconds=seconds,
+            reached=reached,
             reference=lambda: self._references.get(seed)[0],
             reference_figures={} if theirs is None else theirs.measures,
             reference_why=None if theirs is None else theirs.why,

@@ -16,7 +16,7 @@ from unlearn_ext._internal.names import plain_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.infer import INFERRED
 from unlearn_ext.tasks.losses import cross_entropy, log_odds, logit_norm
 

@@ -147,7 +147,7 @@ def saliency(
         retain: The retain set, for ``"ratio"``; not read otherwise.
         score: See above.
         generator: For ``"random"``. Without one the global random state is used, and put back.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         include: Parameters to score: names of them or of their modules, the last parts of such names, or

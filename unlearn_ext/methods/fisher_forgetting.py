@@ -66,7 +66,7 @@ def fisher_forgetting(
             not in ``retain``.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.

@@ -148,7 +148,7 @@ def gradient_masking(
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's; ``"ascend"`` has its
             own.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
@@ -276,7 +276,7 @@ def salun(
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
@@ -357,9 +357,8 @@ def _run(
     with unlearning(model, method, settings, generator=generator, data=(forget, retain)) as run:
         with run.phase("mask"):
             if masks is None:
-                scores = scored(
-                    method, model, forget, retain, task, settings["score"], list(parameters), progress
-                )
+                names = list(parameters)
+                scores = scored(method, model, forget, retain, task, settings["score"], names, progress)
                 masks = select_mask(
                     scores,
                     settings["density"],
@@ -369,6 +368,11 @@ def _run(
                 run.coverage = dict(scores.coverage)
                 del scores
             chosen = _selected(parameters, method, masks)
+            # The optimizer leaves the others alone in any case; marked as frozen they cost no memory for what
+            # their gradients would need. The run puts the marks back, whatever happens.
+            for name, parameter in parameters_by_name(model).items():
+                if name not in chosen and parameter.requires_grad:
+                    parameter.requires_grad_(False)
         goal = settings["objective"]
         objective = _objective(method, model, goal, forget, task, settings["retain_weight"])
         optimizer = _optimizer(model, chosen, settings)

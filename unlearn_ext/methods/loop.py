@@ -46,7 +46,7 @@ def train(
         steps_min: Go on past ``epochs``, in whole steps, until so many have been made.
         schedule: Learning rate of an epoch, counted from 0; the optimizer's own without one.
         after_epoch: Called with the number of the epoch; True ends the training.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The number of steps.

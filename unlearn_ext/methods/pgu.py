@@ -35,7 +35,8 @@ from unlearn_ext.subspace.basis import Criterion
 from unlearn_ext.subspace.gram import ActivationGram, activation_gram
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches
-from unlearn_ext.tasks.classification import Categorical, Classification
+from unlearn_ext.tasks.categorical import Categorical
+from unlearn_ext.tasks.classification import Classification
 from unlearn_ext.tasks.infer import infer
 from unlearn_ext.tasks.language import CausalLM
 from unlearn_ext.tasks.losses import resolve, task_of
@@ -146,7 +147,7 @@ def pgu(
         shift: The older form of ``task``: True for a causal language model, False for labels at their own
             positions.
         generator: Decides the order of shuffled data and dropout.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The record. Its history tells for every layer how many directions were protected and left free and

@@ -107,7 +107,7 @@ def plan_ssd(
             stored importances where there are any; else ``losses.log_odds`` for the closed loop and
             ``losses.cross_entropy`` for one shot, as the task has them.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
@@ -268,7 +268,7 @@ def ssd(
         power: 2 for squared gradients, 1 for absolute values.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; None as in ``plan_ssd``.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The record of the run.

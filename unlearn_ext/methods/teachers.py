@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearn_ext.evaluation.metrics.divergences import kl_divergence
 from unlearn_ext.methods.common import (
     Paired,
     Portion,
@@ -71,7 +71,7 @@ def bad_teacher(
         temperature: Of both distributions, > 0.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
@@ -179,7 +179,7 @@ def scrub(
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's CE.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
@@ -279,7 +279,7 @@ def divergence(
         goal = chosen.log_scores(chosen.forward(teacher, batch), batch, temperature=temperature)
     outputs = chosen.forward(student, batch)
     logs = chosen.log_scores(outputs, batch, temperature=temperature)
-    values = F.kl_div(logs, goal, reduction="none", log_target=True).sum(-1)
+    values = kl_divergence(goal, logs)
     return mean_over_positions(values, chosen.counted(outputs, batch))
 
 

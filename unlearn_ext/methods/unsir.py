@@ -29,7 +29,7 @@ from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, is_per_sample, read_batches
-from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Path, described, entry, with_entry
 from unlearn_ext.tasks.losses import LossFn
 
@@ -120,7 +120,7 @@ def unsir(
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.

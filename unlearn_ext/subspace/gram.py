@@ -217,7 +217,7 @@ def activation_gram(
         modules: Names of the modules to look at; all that are covered by default.
         task: What the model is for, where it takes more than the first entry of a tuple, or than all of a
             mapping but the labels.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
         include: Weights whose inputs to look at: names of them or of their modules, the last parts of such
             names, or regular expressions that match a whole name. None: all.
         exclude: Weights to leave out, likewise.

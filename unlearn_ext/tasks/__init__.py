@@ -6,7 +6,8 @@ these leave open is refused, naming the task to pass.
 """
 
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.classification import Binary, Classification, MultiLabel
+from unlearn_ext.tasks.classification import Classification
+from unlearn_ext.tasks.decisions import Binary, MultiLabel
 from unlearn_ext.tasks.dense import Segmentation
 from unlearn_ext.tasks.infer import infer
 from unlearn_ext.tasks.language import CausalLM, MaskedLM, Sequence2Sequence, TokenClassification

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from unlearn_ext.tasks.batches import Batch
-from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Inputs, Labels
 
 

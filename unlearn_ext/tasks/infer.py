@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from unlearn_ext.tasks.base import Outputs, Task
 from unlearn_ext.tasks.batches import Batch, tensors_in
-from unlearn_ext.tasks.classification import Binary, Classification, MultiLabel
+from unlearn_ext.tasks.classification import Classification
+from unlearn_ext.tasks.decisions import Binary, MultiLabel
 from unlearn_ext.tasks.dense import Segmentation
 from unlearn_ext.tasks.fields import Fields, described, is_encoder_decoder
 from unlearn_ext.tasks.language import (

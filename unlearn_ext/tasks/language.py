@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from unlearn_ext.tasks.batches import Batch
-from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Inputs, Labels
 
 

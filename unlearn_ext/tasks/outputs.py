@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unlearn_ext.tasks.batches import Batch
-from unlearn_ext.tasks.classification import Categorical
+from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Fields, logits_in
 from unlearn_ext.tasks.losses import task_of
 

@@ -50,3 +50,15 @@ def is_transformed() -> bool:
         True inside; what needs a look has had it outside, on the whole batch.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def home_of(generator: torch.Generator | None) -> torch.device:
+    """Say where random numbers are drawn.
+
+    Args:
+        generator: A generator, or None for the global one.
+
+    Returns:
+        Its device; the CPU for None, so that a seed means the same on every device.
+    """
+    return torch.device("cpu") if generator is None else generator.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.metrics.answers import answers, log_probabilities, task_for
 from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batch, Batches, map_tensors
@@ -182,17 +183,16 @@ def mia(
             per_model = [_features(known, sets[name], name, judge, "loss").loss for known in calibration]
             usual[name] = np.mean(per_model, axis=0)
 
-    def measured(subject: nn.Module) -> tuple[float, dict[str, _Features]]:
+    def measured(subject: nn.Module) -> tuple[float, _Ranked]:
         features = {name: _features(subject, data, name, judge, convention) for name, data in sets.items()}
-        score = _SCORES[convention](features.get("retain"), features["forget"], features["test"], seed)
-        return score, features
-
-    def ranked(features: Mapping[str, _Features]) -> _Ranked:
         members, others = (usual.get(name, 0.0) - features[name].loss for name in ("forget", "test"))
-        return _Ranked(members, others)
+        ranks = _Ranked(members, others)
+        fitted = _SCORES.get(convention)  # none for the attack by loss, whose score is the AUC
+        if fitted is None:
+            return ranks.auc(), ranks
+        return fitted(features.get("retain"), features["forget"], features["test"], seed), ranks
 
-    score, features = measured(model)
-    ranks = ranked(features)
+    score, ranks = measured(model)
     auc, tpr = ranks.auc(), ranks.tpr()
     draws = np.random.default_rng(seed)
     resampled = np.array([ranks.resampled(draws) for _ in range(bootstrap)]).reshape(-1, 2)
@@ -200,7 +200,7 @@ def mia(
     reference_score = reference_auc = None
     if reference is not None:
         reference_score, compared = measured(reference)
-        reference_auc = ranked(compared).auc()
+        reference_auc = compared.auc()
     return Attack(
         convention=convention,
         score=score,
@@ -226,7 +226,8 @@ def _features(model: nn.Module, data: Batches, name: str, task: Task, convention
     found: dict[str, list[Tensor]] = {"loss": []}
     for needed in _NEEDS[convention]:
         found[needed] = []
-    with borrowed(model), torch.no_grad():
+    # A loader that shuffles gives every model the samples in the same order: calibration goes by sample.
+    with seeded(0, data), borrowed(model), torch.no_grad():
         for batch, narrow in answers("mia", model, task, data, name=name):
             # In double precision, so that confident samples do not share one loss of 0.
             outputs = map_tensors(lambda part: part.double() if part.is_floating_point() else part, narrow)
@@ -324,10 +325,6 @@ def _scrub_score(retain: _Features | None, forget: _Features, test: _Features, s
     return float(selection.cross_val_score(linear.LogisticRegression(), x, y, cv=folds).mean())
 
 
-def _loss_score(retain: _Features | None, forget: _Features, test: _Features, seed: int) -> float:
-    return _auc(-forget.loss, -test.loss)
-
-
 def _known(features: _Features | None, name: str) -> _Numbers:
     # The convention needs them, so they were collected.
     return cast("_Numbers", getattr(features, name))
@@ -345,7 +342,6 @@ _SCORES: dict[str, Callable[[_Features | None, _Features, _Features, int], float
     "ssd": _ssd_score,
     "salun": _salun_score,
     "scrub": _scrub_score,
-    "loss": _loss_score,
 }
 
 

@@ -39,6 +39,7 @@ class Subject:
             ``"test_forgotten"``.
         is_reference: Whether this is the retrained model.
         seconds: What unlearning or retraining took; None if the model was given.
+        reached: Whether the method reached its goal; None where it has none.
         reference: Returns the retrained model. LookupError if there is none.
         reference_figures: Its figures; empty where they are not known.
         reference_why: Why there is no retrained model; None if there is.
@@ -53,6 +54,7 @@ class Subject:
     tests: Mapping[str, Batches]
     is_reference: bool
     seconds: float | None
+    reached: bool | None
     reference: Callable[[], nn.Module]
     reference_figures: Mapping[str, Measure]
     reference_why: str | None
@@ -261,7 +263,8 @@ def _changed(subject: Subject) -> float | Measure:
     changed = sum(
         int((p.detach() != before[name].detach()).sum()) for name, p in subject.model.named_parameters()
     )
-    return changed / max(1, sum(p.numel() for p in before.values()))
+    share = changed / max(1, sum(p.numel() for p in before.values()))
+    return Measure(share, note="goal not reached" if subject.reached is False else None)
 
 
 def _seconds(subject: Subject) -> float | Measure:
