@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 from torch import nn
 
@@ -72,6 +72,10 @@ class Record:
             for name, data in (("forget", forget), ("retain", retain))
             if data is not None and not isinstance(data, Importance)
         }
+        try:
+            check_model(cast("nn.Module", model), "Record")
+        except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
+            self._sets = {}
         self._before = self._measured()
 
     def added_to(self, result: UnlearnResult) -> UnlearnResult:
