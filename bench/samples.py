@@ -329,7 +329,7 @@ def page(record: dict) -> str:
         "Means over seeds. *MIA AUC*: forget against test samples by log-odds, 0.5 is chance; *KS*: the",
         "largest distance between the distributions of their log-odds; *gap*: mean absolute difference to",
         "the retrained network's retain, forget and test accuracy; *refused*: seeds for which the method",
-        "said that it could not and left the network alone. Seconds are of a busy machine.",
+        "said that it could not and left the network alone, of those run. Seconds are of a busy machine.",
         "",
         *(f"- {name}: {value}" for name, value in record["facts"].items()),
     ]
