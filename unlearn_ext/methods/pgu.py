@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
@@ -176,6 +177,7 @@ def pgu(
         >>> (model.weight == before).all(0).tolist(), result.history[0]["free"]
         ([False, True, True], 2)
     """
+    check_model(model, "pgu")
     forget = check_batches(forget, "forget")
     if epochs is None:
         epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))

@@ -9,10 +9,11 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ParamSpec
+from typing import ParamSpec, cast
 
 from torch import nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.until import Measured, figures, measure
@@ -69,6 +70,10 @@ class Record:
             for name, data in (("forget", forget), ("retain", retain))
             if data is not None and not isinstance(data, Importance)
         }
+        try:
+            check_model(cast("nn.Module", model), "Record")
+        except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
+            self._sets = {}
         self._before = self._measured()
 
     def added_to(self, result: UnlearnResult) -> UnlearnResult:
@@ -99,6 +104,7 @@ class Record:
             try:
                 with random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
+                        check_model(self._model, "measure")  # what the method refuses is not to be run
                         found[name] = measure(self._model, data, self._task)
             except Exception as error:  # what is wrong with the data is the method's to say
                 _LOG.debug("the %s set is not measured: %s", name, error)
