@@ -1,7 +1,7 @@
 """Methods judged against many retrained networks: random samples of digits, a fifth of the labels wrong.
 
-``python -m bench.audit`` writes ``audit-digits.md`` and ``.json`` under ``bench/results/methods``. Networks and
-rows of margins are kept under ``build/audit``: a run that was stopped goes on where it was.
+``python -m bench.audit`` writes ``audit-digits.md`` and ``.json`` under ``bench/results/methods``. Networks
+and rows of margins are kept under ``build/audit``: a run that was stopped goes on where it was.
 """
 
 import argparse
