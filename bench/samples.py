@@ -18,6 +18,7 @@ import functools
 import json
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -207,9 +208,13 @@ def figures(model: nn.Module, sets: dict[str, Set], retrained: dict[str, float] 
     return {**found, "auc": area(forgotten, unseen), "ks": kolmogorov_smirnov(forgotten, unseen), "gap": gap}
 
 
+def kept_at(name: str) -> Path:
+    return KEPT / f"{name.replace(' ', '-')}.json"
+
+
 def remembered(name: str, measure: Callable[[], dict]) -> dict:
     """A result of an earlier, perhaps interrupted run, or a new one."""
-    path = KEPT / f"{name.replace(' ', '-')}.json"
+    path = kept_at(name)
     if not path.exists():
         found = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +329,7 @@ def page(record: dict) -> str:
         "Means over seeds. *MIA AUC*: forget against test samples by log-odds, 0.5 is chance; *KS*: the",
         "largest distance between the distributions of their log-odds; *gap*: mean absolute difference to",
         "the retrained network's retain, forget and test accuracy; *refused*: seeds for which the method",
-        "said that it could not. Seconds are of a busy machine.",
+        "said that it could not and left the network alone, of those run. Seconds are of a busy machine.",
         "",
         *(f"- {name}: {value}" for name, value in record["facts"].items()),
     ]
@@ -387,19 +392,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--others", type=int, nargs="*", default=None, help="seeds of all methods but newton")
     parser.add_argument("--classes", type=int, nargs="*", default=list(range(10)), help="to forget halves of")
+    parser.add_argument(
+        "--kept", action="store_true", help="measure nothing: show what earlier runs measured"
+    )
     parser.add_argument("--methods", nargs="+", default=list(SHOWN))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     problems = [subset_of_cifar(options.data), wrong_labels()]
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    seeds = " ".join(map(str, options.seeds))
+    given = " ".join(arg for arg in sys.argv[1:] if arg != "--kept").replace(
+        str(options.data), "cifar10_jpeg.npz"
+    )
     record: dict = {
         "facts": {
             "commit": commit.stdout.strip() or "unknown",
             "torch": torch.__version__,
             "device": f"CPU, {options.threads} thread",
-            "command": f"`python -m bench.samples --data cifar10_jpeg.npz --seeds {seeds}`",
+            "command": f"`python -m bench.samples {given}`",
         },
         "rows": [],
         "half": [],
@@ -408,7 +418,10 @@ def main() -> None:
     for problem in problems:
         for seed in options.seeds:
             alone = options.others is not None and seed not in options.others
-            record["rows"] += request(problem, seed, ["newton"] if alone else options.methods)
+            names = ["newton"] if alone else options.methods
+            if options.kept:
+                names = [name for name in names if kept_at(f"{problem.name} {seed} {name}").exists()]
+            record["rows"] += request(problem, seed, names)
         for label in options.classes:
             name = f"{problem.name} {options.seeds[0]} half of {label}"
             record["half"].append(

@@ -81,8 +81,8 @@ def tug_of_war(model: Mapping[str, float], retrained: Mapping[str, float]) -> fl
         to do about it", NeurIPS 2024.
 
     Example:
-        >>> tug_of_war({"forget": 0.5, "retain": 1.0, "test": 0.75}, {"forget": 0.25, "retain": 1.0, "test":
-        0.75}) 0.75
+        >>> tug_of_war({"forget": 0.5, "test": 0.75}, {"forget": 0.25, "test": 0.75})
+        0.75
     """
     if set(model) != set(retrained) or not model:
         raise ValueError(f"tug_of_war: both must have the same sets, got {list(model)} and {list(retrained)}")
