@@ -17,6 +17,9 @@ import unlearn_ext as ux
 sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
 from torch.testing._internal.common_modules import module_db  # noqa: E402
 
+# Importing it forbids the whole process to set flags of backends, which other tests do.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 N = 4
 SEED = 3
 
