@@ -503,7 +503,8 @@ def test_without_retain_data_the_goal_alone_is_watched(told_apart):
 )
 def test_what_is_not_reached_within_the_budget_is_put_back(told_apart, settings, why, monkeypatch):
     monkeypatch.setattr(pgu_rules, "_HALVINGS", 1)  # the whole change, or none of it
-    monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "_ATTEMPTS", 1)
+    one_attempt = lambda model, forget, free, task: [(free, 1.0)]  # noqa: E731
+    monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "_attempts", one_attempt)
     original, forget, retain = told_apart
     model = copy.deepcopy(original)
     before = bits(model)
