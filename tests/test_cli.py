@@ -380,7 +380,17 @@ def test_a_wrong_task_is_a_line(mine, capsys, text, message):
 def test_data_that_need_a_task_are_refused_before_anything_runs(mine, capsys):
     given = arguments(data="mine:make_regression", train="mine:never")
     assert cli.main(given) == 1
-    assert "task=ux.tasks.Regression()" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("compare: forget: ")
+    assert "task=ux.tasks.Regression()" in printed
+    assert printed.endswith(" (here: --task Regression)\n")
+
+
+def test_settings_of_the_task_to_pass_are_shown_as_an_option_takes_them():
+    text = "Classification: got 255; pass task=ux.tasks.Segmentation(ignore_index=255)"
+    assert cli._task_hint(text) == " (here: --task Segmentation:ignore_index=255)"
+    assert cli._task("Segmentation:ignore_index=255").ignore_index == 255
+    assert cli._task_hint("alpha must be positive") == ""
 
 
 def test_the_folder_is_made_before_anything_runs(mine, capsys, monkeypatch):

@@ -21,7 +21,7 @@ ALLOWED = {
     "tasks": set(),
     "results": {"_internal"},
     "optim": {"ops", "_internal"},
-    "fisher": {"fisher.engine", "tasks", "_internal"},
+    "fisher": {"fisher.engine", "ops", "subspace", "tasks", "_internal"},
     "fisher.engine": {"ops", "tasks"},
     "subspace": {"ops", "tasks", "_internal"},
     "masks": {"ops", "tasks", "fisher", "fisher.engine", "_internal"},

@@ -51,6 +51,10 @@ def test_json_holds_every_field():
         "changed_per_parameter": {"weight": 0.25, "bias": 0.0},
         "history": [{"phase": "dampening", "selected": 3}],
         "coverage": {},
+        "reached": None,
+        "before": {},
+        "after": {},
+        "passes": 0.0,
     }
 
 

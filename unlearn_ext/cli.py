@@ -7,6 +7,7 @@ import ast
 import difflib
 import importlib
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,9 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             expected = isinstance(error, (ImportError, OSError, RuntimeError, ValueError))
             kind = "" if expected else f"{type(error).__name__}: "
             text = " ".join(str(error).split()) or type(error).__name__
-            print(f"{options.command}: {kind}{text}", file=sys.stderr)
+            text = text.removeprefix(f"{options.command}: ")
+            print(f"{options.command}: {kind}{text}{_task_hint(text)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _task_hint(text: str) -> str:
+    # What Python code passes as an argument is an option here.
+    named = re.search(r"task=ux\.tasks\.(\w+)\((.*?)\)", text)
+    if named is None:
+        return ""
+    settings = f":{named[2].replace(' ', '')}" if named[2] else ""
+    return f" (here: --task {named[1]}{settings})"
 
 
 def _parser() -> argparse.ArgumentParser:

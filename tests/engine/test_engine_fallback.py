@@ -132,9 +132,9 @@ def test_other_parameters_do_not_pay_for_it(monkeypatch):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Opaque(6, CLASSES))
     seen, honest = set(), fallback.vmap_gradients
 
-    def watching(objective, chosen, *rest):
+    def watching(loss, chosen, *rest):
         seen.update(chosen)
-        return honest(objective, chosen, *rest)
+        return honest(loss, chosen, *rest)
 
     monkeypatch.setattr(fallback, "vmap_gradients", watching)
     fisher_diagonal(model, [make()[1]])

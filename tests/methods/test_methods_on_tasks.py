@@ -250,7 +250,7 @@ def test_random_labels_are_wrong_and_what_is_ignored_stays_so(name, method, monk
     honest = type(task).losses
 
     def watching(self, outputs, batch):
-        if torch.is_grad_enabled():  # a step, and no measurement before or after
+        if torch.is_grad_enabled():  # in training, not where accuracy and loss are measured
             seen.append(self.labels(batch).clone())
         return honest(self, outputs, batch)
 

@@ -27,7 +27,7 @@ from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batch, count_samples, is_per_sample, tensors_in
 
 # What the tensors of a mapping with a record, such as ``Importance``, do not tell.
-_ATTRIBUTES = ("n_samples", "n_batches", "estimator", "power", "batch_size", "loss", "weights")
+_ATTRIBUTES = ("n_samples", "n_batches", "estimator", "power", "batch_size", "loss", "weights_digest")
 
 _INSTALLED = tuple(
     os.path.realpath(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import parameters_by_name, plain_name
-from unlearn_ext.fisher.engine import Objective, PerSample, add_gradient, prepared
+from unlearn_ext.fisher.engine import (
+    PerSample,
+    PerSampleLoss,
+    add_gradient,
+    check_parameters,
+    prepared,
+    unwritten,
+)
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
 from unlearn_ext.tasks.base import Task
@@ -77,7 +84,9 @@ def fisher_diagonal(
             an unknown or frozen one, the loss is not one value per sample or does not depend on the
             parameters, or ``"mc"`` finds no targets it could replace.
         TypeError: If a parameter is of another dtype.
-        FloatingPointError: If a loss is NaN or infinite; the message names the batch.
+        FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
+        NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
+        RuntimeError: If the forward pass writes to a parameter.
 
     Source:
         Foster, Schoepf & Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
@@ -94,16 +103,21 @@ def fisher_diagonal(
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
     chosen = _chosen_parameters(model, params)
+    check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
-    with borrowed(model):
+    with borrowed(model), unwritten(model):
         fisher = {
             name: torch.zeros_like(
                 parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
             )
             for name, parameter in chosen.items()
         }
-        kind = _BatchGradients if estimator == "batch" else PerSample
-        gradients = kind(model, judge.loss, chosen, fisher, power)
+        gradients: _BatchGradients | PerSample
+        if estimator == "batch":
+            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power)
+        else:
+            own = judge.select if judge.has_own_select else None
+            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own)
         reader = read_batches(batches, device_of(model), description="importance", progress=progress)
         for index, batch in enumerate(reader):
             n = judge.count(batch)
@@ -117,8 +131,14 @@ def fisher_diagonal(
         gradients.finish()
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
-    for tensor in fisher.values():
+    for name, tensor in fisher.items():
         tensor.div_(n_batches if estimator == "batch" else n_samples)
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            value = tensor[~torch.isfinite(tensor)][0].item()
+            raise FloatingPointError(
+                f"fisher_diagonal: importances must be finite, got {value} for {name}: a "
+                "gradient is not finite, or too large to be raised to the power"
+            )
     return Importance(
         fisher,
         n_samples=n_samples,
@@ -143,14 +163,14 @@ class _BatchGradients:
         fisher: Mapping[str, Tensor],
         power: int,
     ) -> None:
-        self._objective = Objective(model, loss_fn)
+        self._loss = PerSampleLoss(model, loss_fn)
         self._chosen, self._fisher, self._power = chosen, fisher, power
         why = "fallback: one plain gradient per batch is the estimator's definition"
         self.coverage = dict.fromkeys(fisher, why)
 
     def accumulate(self, batch: Batch, n: int) -> Tensor:
-        with prepared(self._objective.model):
-            values = self._objective.losses(batch, n, is_whole=True)
+        with prepared(self._loss.model):
+            values = self._loss.losses(batch, n, is_whole=True)
             add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
 

@@ -9,6 +9,8 @@ from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.baselines import finetune, gradient_ascent, neg_grad_plus, random_label, retrain
 from unlearn_ext.methods.fisher_forgetting import fisher_forgetting
 from unlearn_ext.methods.gradient_masking import gradient_masking, salun
+from unlearn_ext.methods.msg import msg
+from unlearn_ext.methods.newton import newton
 from unlearn_ext.methods.pgu import forgetting_loss, pgu, pgu_from_sets
 from unlearn_ext.methods.pruning import prune_neurons
 from unlearn_ext.methods.registry import METHODS, unlearn
@@ -34,7 +36,9 @@ __all__ = [
     "forgetting_loss",
     "gradient_ascent",
     "gradient_masking",
+    "msg",
     "neg_grad_plus",
+    "newton",
     "pgu",
     "pgu_from_sets",
     "plan_ssd",

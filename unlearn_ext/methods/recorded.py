@@ -104,6 +104,7 @@ class Record:
             try:
                 with random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
+                        check_model(self._model, "measure")  # what the method refuses is not to be run
                         found[name] = measure(self._model, data, self._task)
             except Exception as error:  # what is wrong with the data is the method's to say
                 _LOG.debug("the %s set is not measured: %s", name, error)

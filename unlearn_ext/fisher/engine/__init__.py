@@ -1,35 +1,51 @@
 """The per-sample engine: exact powers of every sample's gradients at the price of a training step.
 
 One forward pass, one backward pass that computes no parameter's gradient, and ops that turn what every layer
-saw into the sum over the samples of |gradient|^power. ``PerSample`` is the face. Inside:
+saw into the sum over the samples of |gradient|^power. ``PerSample`` is the face; README.md says what is
+assumed, and what is proven when. Inside:
 
-    graph      who uses a parameter, read off autograd's graph
-    rules      how a node of that graph uses it
-    layers     the same for layers that autograd cannot look into
-    totals     the accumulators
-    uses       what a use adds to the importances; ``combine`` and ``tied`` join several
-    passes     the backward pass; ``layout`` finds the samples, ``surroundings`` and ``checkpoints`` prepare
-    check      nothing is trusted that plain autograd has not agreed with; ``verdicts`` remembers
-    samples    losses, and plain autograd on some samples
-    fallback   vmap or a loop over single samples, for what remains
+    graph          the nodes that take a parameter, read off autograd's graph
+    rules          what a node of that graph saves, and what gradients it implies
+    layers         the same for layers that autograd cannot look into
+    gradients      per-sample gradients of a parameter at one node; ``combine`` and ``tied`` add up several
+    totals         the accumulators
+    passes         forward and backward passes; ``environment`` and ``checkpoints`` prepare them
+    layout         where the samples are in a tensor; ``proof`` finds out, ``selections`` says for how long
+    verification   single samples by plain autograd; ``coupling`` says whether two of them suffice
+    trust          what has been found out about a model
+    sample_losses  losses, and batches of some samples
+    fallback       vmap or a loop over single samples, for what remains
 """
 
+from unlearn_ext.fisher.engine.environment import prepared, unwritten
+from unlearn_ext.fisher.engine.gradients import (
+    Channels,
+    Convolution,
+    Gradients,
+    Lookup,
+    PerSampleGradients,
+    Product,
+)
 from unlearn_ext.fisher.engine.layers import register_layer
-from unlearn_ext.fisher.engine.per_sample import PerSample
-from unlearn_ext.fisher.engine.samples import Objective, add_gradient
-from unlearn_ext.fisher.engine.surroundings import prepared
-from unlearn_ext.fisher.engine.uses import Channels, Convolution, Gradients, Lookup, Product, Use
+from unlearn_ext.fisher.engine.per_sample import PerSample, check_parameters
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, add_gradient
+
+# The name under which rules for layers of one's own know it.
+Use = PerSampleGradients
 
 __all__ = [
     "Channels",
     "Convolution",
     "Gradients",
     "Lookup",
-    "Objective",
     "PerSample",
+    "PerSampleGradients",
+    "PerSampleLoss",
     "Product",
     "Use",
     "add_gradient",
+    "check_parameters",
     "prepared",
     "register_layer",
+    "unwritten",
 ]

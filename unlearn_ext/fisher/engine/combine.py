@@ -1,4 +1,4 @@
-"""From the uses of one parameter in a pass to one use: its gradients add up before their power is taken."""
+"""Adds up the gradients that several nodes imply for one parameter, before their power is taken."""
 
 from __future__ import annotations
 
@@ -10,68 +10,79 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from unlearn_ext.fisher.engine.graph import CASTS, Encounter, Link, kind_of
+from unlearn_ext.fisher.engine.gradients import (
+    Channels,
+    Convolution,
+    Gradients,
+    Lookup,
+    PerSampleGradients,
+    Product,
+    wide,
+)
+from unlearn_ext.fisher.engine.graph import CASTS, NodeInput, PathNode, kind_of
 from unlearn_ext.fisher.engine.rules import padding_of
 from unlearn_ext.fisher.engine.tied import Tied
-from unlearn_ext.fisher.engine.uses import Channels, Convolution, Gradients, Lookup, Product, Use, wide
 
 _RESHAPES = {"Alias", "Clone", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
 _TRANSPOSITIONS = {"Permute", "T", "Transpose"}
 
 
-class Moved(Use):
-    """A use of entries of a parameter, none of them twice, in another place or order.
+class Moved(PerSampleGradients):
+    """Gradients of entries of a parameter, none of them twice, that lie in another place or order.
 
     Args:
-        use: The use.
-        links: The nodes from the parameter to what is used.
+        term: The gradients at the node.
+        path: The nodes from the parameter to that one.
         parameter: The parameter.
     """
 
-    def __init__(self, use: Use, links: Sequence[Link], parameter: Tensor) -> None:
-        self.use, self.links, self.parameter = use, tuple(links), parameter
-        super().__init__(use.n, parameter.shape)
+    def __init__(self, term: PerSampleGradients, path: Sequence[PathNode], parameter: Tensor) -> None:
+        self.term, self.path, self.parameter = term, tuple(path), parameter
+        super().__init__(term.n, parameter.shape)
 
     def pull(self, values: Tensor) -> Tensor:
         """Put values where their entries are in the parameter.
 
         Args:
-            values: Of the shape of what is used.
+            values: Of the shape of what the node takes.
 
         Returns:
             Of the parameter's shape.
         """
-        for link in reversed(self.links):
-            values = link.pull(values)
+        for step in reversed(self.path):
+            values = step.pull(values)
         return values
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102 - as in the base class
-        return torch.stack([self.pull(grad) for grad in self.use.gradients(start, stop)])
+        return torch.stack([self.pull(grad) for grad in self.term.gradients(start, stop)])
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
-        total = fisher.new_zeros(self.use.shape)
-        self.use.add_to(total, power)
+        total = fisher.new_zeros(self.term.shape)
+        self.term.add_to(total, power)
         fisher += self.pull(total)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return self.term.digest()
+
     def is_zero(self) -> bool:  # noqa: D102
-        return self.use.is_zero()
+        return self.term.is_zero()
 
 
-class Derived(Use):
-    """A use of a function of parameters, differentiated by autograd, one sample's gradient after the other.
+class Derived(PerSampleGradients):
+    """Gradients of a function of parameters, differentiated by autograd, one sample after the other.
 
     Args:
-        use: The use.
+        term: The gradients of the function's value.
         edge: The function's value in the graph.
         parameter: The parameter.
     """
 
-    def __init__(self, use: Use, edge: GradientEdge, parameter: Tensor) -> None:
-        self.use, self.edge, self.parameter = use, edge, parameter
-        super().__init__(use.n, parameter.shape)
+    def __init__(self, term: PerSampleGradients, edge: GradientEdge, parameter: Tensor) -> None:
+        self.term, self.edge, self.parameter = term, edge, parameter
+        super().__init__(term.n, parameter.shape)
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        grads = self.use.gradients(start, stop)
+        grads = self.term.gradients(start, stop)
         dtype = self.edge.node._input_metadata[self.edge.output_nr].dtype
         with torch.enable_grad():
             pulled = [
@@ -80,149 +91,157 @@ class Derived(Use):
             ]
         return wide(torch.stack(pulled))[0]
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return self.term.digest()
+
     def is_zero(self) -> bool:  # noqa: D102
-        return self.use.is_zero()
+        return self.term.is_zero()
 
 
-class Sum(Use):
-    """Several uses of one tensor: a sample's gradients add up before the power is taken.
+class Sum(PerSampleGradients):
+    """Gradients of one tensor at several nodes: a sample's add up before the power is taken.
 
     Args:
-        uses: At least one.
+        terms: At least one.
     """
 
-    def __init__(self, uses: Sequence[Use]) -> None:
-        self.uses = tuple(uses)
-        super().__init__(uses[0].n, uses[0].shape)
+    def __init__(self, terms: Sequence[PerSampleGradients]) -> None:
+        self.terms = tuple(terms)
+        super().__init__(terms[0].n, terms[0].shape)
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        total = self.uses[0].gradients(start, stop)
-        for use in self.uses[1:]:
-            total = total + use.gradients(start, stop)
+        total = self.terms[0].gradients(start, stop)
+        for term in self.terms[1:]:
+            total = total + term.gradients(start, stop)
         return total
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return torch.cat([term.digest() for term in self.terms], 1)
+
     def is_zero(self) -> bool:  # noqa: D102
-        return all(use.is_zero() for use in self.uses)
+        return all(term.is_zero() for term in self.terms)
 
 
 class Parts(Sum):
-    """Uses of parts of a parameter, which may or may not overlap.
+    """Gradients of parts of a parameter, which may or may not overlap.
 
     Args:
-        uses: At least one.
+        terms: At least one.
     """
 
-    def __init__(self, uses: Sequence[Moved]) -> None:
-        super().__init__(uses)
-        self._parts = tuple(uses)
+    def __init__(self, terms: Sequence[Moved]) -> None:
+        super().__init__(terms)
+        self._parts = tuple(terms)
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
         taken = torch.zeros_like(fisher)
-        for use in self._parts:
-            taken += use.pull(taken.new_ones(use.use.shape))
+        for term in self._parts:
+            taken += term.pull(taken.new_ones(term.term.shape))
         if bool((taken > 1).any()):
             super().add_to(fisher, power)
             return
-        for use in self._parts:
-            use.add_to(fisher, power)
+        for term in self._parts:
+            term.add_to(fisher, power)
 
 
-def seen_from(parameter: Tensor, use: Use, found: Encounter) -> Use:
-    """Express a use of something made of a parameter as a use of the parameter.
+def as_parameter_gradients(
+    parameter: Tensor, term: PerSampleGradients, found: NodeInput
+) -> PerSampleGradients:
+    """Express gradients of something made of a parameter as gradients of the parameter.
 
     Args:
         parameter: The parameter.
-        use: The use.
-        found: Where it was used.
+        term: The gradients at the node.
+        found: The node.
 
     Returns:
-        The use of the parameter, as plain as possible.
+        The gradients of the parameter, as plain as possible.
     """
-    links = found.paths[0]
-    rest = [link for link in links if kind_of(link.node) not in CASTS]
+    path = found.paths[0]
+    rest = [step for step in path if kind_of(step.node) not in CASTS]
     if len(found.paths) > 1:
-        return Derived(use, found.edge, parameter)
-    while rest and isinstance(use, Product) and kind_of(rest[-1].node) in _TRANSPOSITIONS:
-        use = use.transposed
+        return Derived(term, found.edge, parameter)
+    while rest and isinstance(term, Product) and kind_of(rest[-1].node) in _TRANSPOSITIONS:
+        term = term.transposed
         rest.pop()
     if not rest:
-        return use
-    reshaped = all(kind_of(link.node) in _RESHAPES for link in rest[1:])
-    if reshaped and kind_of(rest[0].node) == "Embedding" and isinstance(use, (Channels, Gradients)):
+        return term
+    reshaped = all(kind_of(step.node) in _RESHAPES for step in rest[1:])
+    if reshaped and kind_of(rest[0].node) == "Embedding" and isinstance(term, (Channels, Gradients)):
         # Every sample looks up the same rows: positions, say.
         indices = rest[0].node._saved_indices.reshape(1, -1)
-        grads = use.gradients(0, use.n).reshape(use.n, indices.shape[1], parameter.shape[1])
+        grads = term.gradients(0, term.n).reshape(term.n, indices.shape[1], parameter.shape[1])
         padding_idx = padding_of(rest[0].node)
-        return Lookup(indices.expand(use.n, -1), grads, rows=parameter.shape[0], padding_idx=padding_idx)
-    if all(link.moves for link in rest):
-        return Moved(use, rest, parameter)
-    return Derived(use, found.edge, parameter)
+        return Lookup(indices.expand(term.n, -1), grads, rows=parameter.shape[0], padding_idx=padding_idx)
+    if all(step.moves for step in rest):
+        return Moved(term, rest, parameter)
+    return Derived(term, found.edge, parameter)
 
 
-def is_for_later(use: Use) -> bool:
-    """Say whether a use can be worked out only when the backward pass is over.
+def is_for_later(term: PerSampleGradients) -> bool:
+    """Say whether gradients can be worked out only when the backward pass is over.
 
     Args:
-        use: The use.
+        term: The gradients.
 
     Returns:
         True if autograd has to run for it.
     """
-    if isinstance(use, Sum):
-        return any(is_for_later(part) for part in use.uses)
-    return isinstance(use, (Moved, Derived))
+    if isinstance(term, Sum):
+        return any(is_for_later(part) for part in term.terms)
+    return isinstance(term, (Moved, Derived))
 
 
-def merged(uses: Sequence[Use]) -> Use:
-    """Merge all uses of a tensor in a pass into one, without making gradients where that is possible.
+def merged(terms: Sequence[PerSampleGradients]) -> PerSampleGradients:
+    """Add up the gradients of a tensor in a pass, without making them where that is possible.
 
     Args:
-        uses: At least one; a sample's gradients add up over them.
+        terms: At least one; a sample's gradients add up over them.
 
     Returns:
         Their sum.
     """
-    first = uses[0]
-    if len(uses) == 1:
+    first = terms[0]
+    if len(terms) == 1:
         return first
-    of_one_kind = all(type(use) is type(first) for use in uses)
+    of_one_kind = all(type(term) is type(first) for term in terms)
     if of_one_kind and isinstance(first, Product):
-        products = [use for use in uses if isinstance(use, Product)]
+        products = [term for term in terms if isinstance(term, Product)]
         return Product(
-            torch.cat([use.inputs for use in products], 1), torch.cat([use.grads for use in products], 1)
+            torch.cat([term.inputs for term in products], 1), torch.cat([term.grads for term in products], 1)
         )
     if of_one_kind and isinstance(first, Lookup):
-        lookups = [use for use in uses if isinstance(use, Lookup)]
-        if len({use.padding_idx for use in lookups}) == 1:
+        lookups = [term for term in terms if isinstance(term, Lookup)]
+        if len({term.padding_idx for term in lookups}) == 1:
             return Lookup(
-                torch.cat([use.indices for use in lookups], 1),
-                torch.cat([use.grads for use in lookups], 1),
+                torch.cat([term.indices for term in lookups], 1),
+                torch.cat([term.grads for term in lookups], 1),
                 rows=first.shape[0],
                 padding_idx=first.padding_idx,
             )
     if of_one_kind and isinstance(first, Convolution):
-        convolutions = [use.with_images() for use in uses if isinstance(use, Convolution)]
-        if len({use.geometry for use in convolutions}) == 1:
+        convolutions = [term.with_images() for term in terms if isinstance(term, Convolution)]
+        if len({term.geometry for term in convolutions}) == 1:
             # A smaller image is padded with zeros, and so are its output's gradients: they add nothing.
-            inputs = _stacked([use.inputs for use in convolutions])
-            return convolutions[0].like(inputs, _stacked([use.grads for use in convolutions]))
-    if all(isinstance(use, (Channels, Gradients)) for use in uses):
-        return Gradients(Sum(uses).gradients(0, first.n))
-    if all(isinstance(use, (Product, Lookup)) for use in uses):
-        product = merged([use for use in uses if isinstance(use, Product)])
-        lookup = merged([use for use in uses if isinstance(use, Lookup)])
+            inputs = _stacked([term.inputs for term in convolutions])
+            return convolutions[0].like(inputs, _stacked([term.grads for term in convolutions]))
+    if all(isinstance(term, (Channels, Gradients)) for term in terms):
+        return Gradients(Sum(terms).gradients(0, first.n))
+    if all(isinstance(term, (Product, Lookup)) for term in terms):
+        product = merged([term for term in terms if isinstance(term, Product)])
+        lookup = merged([term for term in terms if isinstance(term, Lookup)])
         if isinstance(product, Product) and isinstance(lookup, Lookup):
             return Tied(product, lookup)
     if of_one_kind and isinstance(first, Derived):
-        derived = [use for use in uses if isinstance(use, Derived)]
-        if len({use.edge for use in derived}) == 1:
-            return Derived(merged([use.use for use in derived]), first.edge, first.parameter)
+        derived = [term for term in terms if isinstance(term, Derived)]
+        if len({term.edge for term in derived}) == 1:
+            return Derived(merged([term.term for term in derived]), first.edge, first.parameter)
     if of_one_kind and isinstance(first, Moved):
-        moved = [use for use in uses if isinstance(use, Moved)]
-        if len({use.links for use in moved}) == 1:
-            return Moved(merged([use.use for use in moved]), first.links, first.parameter)
+        moved = [term for term in terms if isinstance(term, Moved)]
+        if len({term.path for term in moved}) == 1:
+            return Moved(merged([term.term for term in moved]), first.path, first.parameter)
         return Parts(moved)
-    return Sum(uses)
+    return Sum(terms)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from unlearn_ext.fisher.engine.samples import Objective, add_gradient, describe
-from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, take_samples, tensors_in
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples, add_gradient, describe
+from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, tensors_in
 
 # Scalars in the gradients of one chunk, and the fewest samples that are worth a chunk. Measured on two CPU
 # cores: vmap wins, up to sevenfold, while a chunk's gradients stay in the cache, and loses where only a few
@@ -24,15 +25,15 @@ class Fallback:
     vmap is trusted once its gradients of two samples agree with plain autograd's.
 
     Args:
-        objective: The model and its loss.
+        loss: The model and its loss.
         chosen: Parameter name to parameter.
         power: 1 or 2.
     """
 
-    def __init__(self, objective: Objective, chosen: Mapping[str, Tensor], power: int) -> None:
-        self._objective, self._chosen, self._power = objective, chosen, power
+    def __init__(self, loss: PerSampleLoss, chosen: Mapping[str, Tensor], power: int) -> None:
+        self._loss, self._chosen, self._power = loss, chosen, power
         scalars = sum(parameter.numel() for parameter in chosen.values())
-        device = device_of(objective.model).type
+        device = device_of(loss.model).type
         budget, fewest = VMAP_SCALARS.get(device, VMAP_SCALARS["cpu"])
         self._chunk = budget // max(1, scalars)
         self._loop_because = (
@@ -47,42 +48,42 @@ class Fallback:
             return "vmap"
         return f"single-sample loop: {self._loop_because or 'batches of one sample'}"
 
-    def accumulate(self, batch: Batch, n: int, fisher: Mapping[str, Tensor]) -> Tensor:
+    def accumulate(self, samples: Samples, fisher: Mapping[str, Tensor]) -> Tensor:
         """Add one batch.
 
         Args:
-            batch: A batch on the model's device.
-            n: Its number of samples, >= 1.
+            samples: A batch on the model's device.
             fisher: Parameter name to accumulator, written in place.
 
         Returns:
             The samples' losses on their own, ``[n]``.
         """
         values: list[Tensor] = []
-        start = 0
+        start, n = 0, samples.n
+        if not samples.is_leading and not self._loop_because:
+            self._loop_because = "the samples do not lie along a leading dimension"
         while start < n:
             stop = min(n, start + max(1, self._chunk))
             if stop - start > 1 and not self._loop_because:
-                chunk_values = self._add_chunk(batch, n, start, stop, fisher)
+                chunk_values = self._add_chunk(samples, start, stop, fisher)
                 if chunk_values is None:
                     continue
                 values.append(chunk_values)
             else:
                 stop = start + 1
-                value = self._objective.losses(take_samples(batch, start, stop), 1, is_whole=n == 1)
+                value = self._loss.losses(samples.take([start]), 1, is_whole=n == 1)
                 add_gradient(value.sum(), self._chosen, fisher, self._power)
                 values.append(value.detach())
             start = stop
         return torch.cat(values)
 
     def _add_chunk(
-        self, batch: Batch, n: int, start: int, stop: int, fisher: Mapping[str, Tensor]
+        self, samples: Samples, start: int, stop: int, fisher: Mapping[str, Tensor]
     ) -> Tensor | None:
         """Add the samples ``start`` to ``stop - 1``, or note why vmap cannot and add nothing.
 
         Args:
-            batch: The whole batch.
-            n: Its number of samples.
+            samples: The whole batch.
             start: First sample of the chunk.
             stop: One past its last sample.
             fisher: Parameter name to accumulator.
@@ -91,11 +92,13 @@ class Fallback:
             The samples' losses, or None if nothing was added.
         """
         try:
-            grads, values = vmap_gradients(self._objective, self._chosen, batch, n, slice(start, stop))
+            grads, values = vmap_gradients(
+                self._loss, self._chosen, samples.batch, samples.n, slice(start, stop)
+            )
         except Exception as error:  # whatever the reason, the loop needs no vmap
             self._loop_because = f"vmap raised {describe(error)}"
             return None
-        if not self._used_vmap and not self._is_trustworthy(grads, batch, start):
+        if not self._used_vmap and not self._is_trustworthy(grads, samples, start):
             self._loop_because = "vmap disagrees with plain autograd"
             return None
         self._used_vmap = True
@@ -105,11 +108,10 @@ class Fallback:
             total.add_((powers.square() if self._power == 2 else powers.abs()).sum(0))
         return values
 
-    def _is_trustworthy(self, grads: Mapping[str, Tensor], batch: Batch, start: int) -> bool:
+    def _is_trustworthy(self, grads: Mapping[str, Tensor], samples: Samples, start: int) -> bool:
         largest = max((float(grad[:2].abs().max()) for grad in grads.values() if grad.numel()), default=0.0)
         for offset in range(2):
-            sample = take_samples(batch, start + offset, start + offset + 1)
-            loss = self._objective.losses(sample, 1).sum()
+            loss = self._loss.losses(samples.take([start + offset]), 1).sum()
             expected = torch.autograd.grad(loss, list(self._chosen.values()), materialize_grads=True)
             for grad, plain in zip(grads.values(), expected, strict=True):
                 # Gradients that vanish in exact arithmetic are rounding; they are held against the largest.
@@ -119,12 +121,12 @@ class Fallback:
 
 
 def vmap_gradients(
-    objective: Objective, chosen: Mapping[str, Tensor], batch: Batch, n: int, samples: slice
+    loss: PerSampleLoss, chosen: Mapping[str, Tensor], batch: Batch, n: int, samples: slice
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute the gradients of some samples side by side.
 
     Args:
-        objective: The model and its loss.
+        loss: The model and its loss.
         chosen: Parameter name to parameter.
         batch: A batch on the model's device.
         n: Its number of samples.
@@ -133,7 +135,7 @@ def vmap_gradients(
     Returns:
         Parameter name to gradients ``[samples, *shape]``, and the losses.
     """
-    module = _Module(objective)
+    module = _Module(loss)
 
     def loss_of_one(parameters: Mapping[str, Tensor], *entries: Tensor) -> Tensor:
         rest = iter(entries)
@@ -146,7 +148,7 @@ def vmap_gradients(
 
     entries = [tensor[samples] for tensor in tensors_in(batch) if is_per_sample(tensor, n)]
     parameters = {name: parameter.detach() for name, parameter in chosen.items()}
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _kept_in_place(loss.model):
         # Operators without a batching rule of their own are looped over inside vmap: slower, not wrong.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         grads, values = vmap(grad_and_value(loss_of_one), in_dims=(None,) + (0,) * len(entries))(
@@ -155,16 +157,32 @@ def vmap_gradients(
     return grads, values
 
 
+@contextmanager
+def _kept_in_place(model: nn.Module) -> Iterator[None]:
+    # Under vmap, ``module.to(...)`` writes into tensors that belong to vmap, and the process dies of it.
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("the forward pass converts or moves a module's parameters")
+
+    modules = [module for module in model.modules() if "_apply" not in vars(module)]
+    for module in modules:
+        object.__setattr__(module, "_apply", refuse)
+    try:
+        yield
+    finally:
+        for module in modules:
+            object.__delattr__(module, "_apply")
+
+
 class _Module(nn.Module):
     """Model and loss as one module, so that ``functional_call`` swaps parameters under the user's loss."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, loss: PerSampleLoss) -> None:
         super().__init__()
-        self.model = objective.model
-        self.objective = objective
+        self.model = loss.model
+        self.loss = loss
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.objective.loss_fn(self.model, batch)
+        return self.loss.loss_fn(self.model, batch)
 
 
 def _agree(a: Tensor, b: Tensor, scale: float) -> bool:

@@ -1,4 +1,4 @@
-"""The autograd graph of a pass, read from a parameter upwards: who uses it, and through which other nodes.
+"""The autograd graph of a pass, read from a parameter upwards: which nodes take it, through which others.
 
 Autograd's graph is the one account of what became of a parameter that cannot be incomplete: a module's hook
 sees what the module saw, not what its weight did elsewhere.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 Node: TypeAlias = Any  # a torch.autograd.graph.Node; what it has saved depends on its kind
-IsMet: TypeAlias = Callable[[Node, int, tuple[int, ...]], bool]
+CombinesWithData: TypeAlias = Callable[[Node, int, tuple[int, ...]], bool]
 
 # What only moves, drops or pads the entries of a tensor; every gradient it hands back is 0 or one of those it
 # was given, in one place. So powers of gradients can go through the node's own backward.
@@ -49,8 +49,8 @@ def kind_of(node: Node) -> str:
 
 
 @dataclass(frozen=True)
-class Link:
-    """A node between a parameter and its use.
+class PathNode:
+    """A node between a parameter and the one where it is combined with data.
 
     Attributes:
         node: The node.
@@ -87,7 +87,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Encounter:
+class NodeInput:
     """A node that takes a parameter, or something made of parameters, together with data.
 
     Attributes:
@@ -100,7 +100,7 @@ class Encounter:
     node: Node
     index: int
     shape: tuple[int, ...]
-    paths: list[tuple[Link, ...]]
+    paths: list[tuple[PathNode, ...]]
 
     @property
     def edge(self) -> GradientEdge:
@@ -125,7 +125,7 @@ def is_identity(node: Node, index: int, shape: tuple[int, ...]) -> bool:
     return (kind == "Add" and (index == 0 or node._saved_alpha == 1)) or (kind == "Sub" and index == 0)
 
 
-class UnmetError(Exception):
+class UntraceableError(Exception):
     """What becomes of a parameter is no simple function of it, and nothing that is broadcast either."""
 
 
@@ -139,60 +139,94 @@ class Graph:
     def __init__(self, root: Node) -> None:
         # Node -> (consumer, which input of it, which output of the node)
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = {root: []}
+        # Which kinds of nodes take what from which others.
+        self.edges: set[tuple[str, int, str]] = set()
         self._leaves: dict[int, Node] = {}
         stack = [root]
         while stack:
             node = stack.pop()
+            kind = kind_of(node)
             for index, (source, output) in enumerate(node.next_functions):
                 if source is None:
                     continue
                 known = self.consumers.get(source)
+                source_kind = kind_of(source)
+                self.edges.add((kind, index, source_kind))
                 if known is None:
                     known = self.consumers[source] = []
-                    if kind_of(source) == "AccumulateGrad":
+                    if source_kind == "AccumulateGrad":
                         self._leaves[id(source.variable)] = source
                     else:
                         stack.append(source)
                 known.append((node, index, output))
 
-    def encounters(self, parameter: Tensor, is_met: IsMet) -> list[Encounter]:
-        """Follow a parameter to where it meets data.
+    def has_leaf(self, parameter: Tensor) -> bool:
+        """Say whether the losses depend on a parameter.
+
+        Args:
+            parameter: A leaf.
+
+        Returns:
+            True if some node takes it.
+        """
+        return id(parameter) in self._leaves
+
+    def below(self, edges: Iterable[tuple[Node, int]]) -> set[Node]:
+        """Collect the nodes below some inputs of nodes.
+
+        Args:
+            edges: Pairs of a node and the number of one of its inputs.
+
+        Returns:
+            The node that this input comes from, what that comes from, and so on.
+        """
+        found: set[Node] = set()
+        stack = [node.next_functions[index][0] for node, index in edges]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                stack.extend(source for source, _ in node.next_functions)
+        return found
+
+    def node_inputs(self, parameter: Tensor, combines_with_data: CombinesWithData) -> list[NodeInput]:
+        """Follow a parameter to the nodes that combine it with data.
 
         Args:
             parameter: A parameter that requires a gradient.
-            is_met: ``is_met(node, index, shape)`` says whether a node that takes a tensor of that shape as
-                input ``index`` is where to stop.
+            combines_with_data: ``combines_with_data(node, index, shape)`` says whether a node that takes a
+                tensor of that shape as input ``index`` combines it with data.
 
         Returns:
-            Every node that was stopped at; none if the losses do not depend on the parameter.
+            Every such node; none if the losses do not depend on the parameter.
 
         Raises:
-            UnmetError: If it gets to the losses without a stop, or takes too many steps.
+            UntraceableError: If it gets to the losses without one, or takes too many steps.
         """
-        found: dict[tuple[Node, int], Encounter] = {}
+        found: dict[tuple[Node, int], NodeInput] = {}
         steps = 0
-        waiting: list[tuple[Node, tuple[Link, ...], tuple[int, ...]]] = []
+        waiting: list[tuple[Node, tuple[PathNode, ...], tuple[int, ...]]] = []
         if id(parameter) in self._leaves:
             waiting.append((self._leaves[id(parameter)], (), tuple(parameter.shape)))
         while waiting:
-            node, links, shape = waiting.pop()
+            node, path, shape = waiting.pop()
             for consumer, index, output in self.consumers.get(node, ()):
                 steps += 1
-                if links:
-                    links = (*links[:-1], replace(links[-1], output=output))
+                if path:
+                    path = (*path[:-1], replace(path[-1], output=output))
                     shape = tuple(node._input_metadata[output].shape)
-                if is_met(consumer, index, shape):
+                if combines_with_data(consumer, index, shape):
                     known = found.get((consumer, index))
                     if known is None:
-                        found[consumer, index] = Encounter(consumer, index, shape, [links])
+                        found[consumer, index] = NodeInput(consumer, index, shape, [path])
                     else:
-                        known.paths.append(links)
+                        known.paths.append(path)
                     continue
                 is_root = not self.consumers[consumer]
-                if is_root or len(links) == _LONGEST_CHAIN or steps > _MOST_STEPS:
-                    raise UnmetError
+                if is_root or len(path) == _LONGEST_CHAIN or steps > _MOST_STEPS:
+                    raise UntraceableError
                 moves = kind_of(consumer) in MOVES or is_identity(consumer, index, shape)
-                waiting.append((consumer, (*links, Link(consumer, index, 0, moves)), ()))
+                waiting.append((consumer, (*path, PathNode(consumer, index, 0, moves)), ()))
         return list(found.values())
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
 
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Node
 from unlearn_ext.fisher.engine.layout import MismatchError
-from unlearn_ext.fisher.engine.uses import Use
 
-LayerRule: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, Use]]
+LayerRule: TypeAlias = Callable[[Any, tuple[Any, ...], Tensor], Mapping[str, PerSampleGradients]]
 _Rule = TypeVar("_Rule", bound=LayerRule)
 
 _rules: dict[type[nn.Module], LayerRule] = {}
@@ -35,8 +34,8 @@ def register_layer(layer: type[nn.Module], rule: _Rule | None = None) -> _Rule |
     Args:
         layer: The layer's class. Subclasses count as long as they keep its ``forward``.
         rule: ``rule(layer, inputs, grad_output)`` gets the layer, the arguments of one call (positional ones,
-            then those by keyword) and the gradient of its output, samples first. It returns the use of every
-            trainable parameter of the layer by its name there: ``Product`` for a matrix that multiplies
+            then those by keyword) and the gradient of its output, samples first. It returns the gradients of
+            every trainable parameter of the layer by its name there: ``Product`` for a matrix that multiplies
             vectors, ``Convolution``, ``Lookup`` for a table, ``Channels`` for what is added or multiplied,
             ``Gradients`` for anything else, from ``unlearn_ext.engine``. Used as a decorator if left out.
 
@@ -86,7 +85,7 @@ class RecordedCall:
     node: Node
     output: int
     _versions: list[int] = field(init=False)
-    _grad: Tensor | None = None
+    _made: tuple[Tensor, Mapping[str, PerSampleGradients]] | None = None
 
     def __post_init__(self) -> None:
         self._versions = self._current_versions()
@@ -94,7 +93,7 @@ class RecordedCall:
     def _current_versions(self) -> list[int]:
         return [value._version for value in self.inputs if isinstance(value, Tensor)]
 
-    def use_of(self, parameter: Tensor, grad: Tensor) -> Use:
+    def gradients_of(self, parameter: Tensor, grad: Tensor) -> PerSampleGradients:
         """Apply the rule.
 
         Args:
@@ -102,35 +101,32 @@ class RecordedCall:
             grad: Gradient of the output.
 
         Returns:
-            The call's use of the parameter.
+            The per-sample gradients of the parameter that the call implies.
 
         Raises:
             MismatchError: If the rule says nothing of it, or an input was changed in place meanwhile.
         """
         if self._current_versions() != self._versions:
             raise MismatchError(f"an input of {type(self.layer).__name__} was changed in place")
-        self._grad = grad
+        if self._made is None or self._made[0] is not grad:
+            inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in self.inputs)
+            self._made = grad, self.rule(self.layer, inputs, grad)
+        terms = self._made[1]
         for name, own in self.layer.named_parameters():
-            if own is parameter and name in self._uses:
-                return self._uses[name]
+            if own is parameter and name in terms:
+                return terms[name]
         raise MismatchError(f"the rule of {type(self.layer).__name__} leaves it out")
-
-    @cached_property
-    def _uses(self) -> Mapping[str, Use]:
-        inputs = tuple(v.detach() if isinstance(v, Tensor) else v for v in self.inputs)
-        assert self._grad is not None
-        return self.rule(self.layer, inputs, self._grad)
 
 
 class Recording:
     """What a forward pass has shown of the layers with rules.
 
     Attributes:
-        claims: (node, which of its inputs) for the edges of the graph that a call accounts for.
+        edges: (node, which of its inputs) for the edges of the graph that a call accounts for.
     """
 
     def __init__(self) -> None:
-        self.claims: dict[tuple[Node, int], RecordedCall] = {}
+        self.edges: dict[tuple[Node, int], RecordedCall] = {}
         self.is_open = True
 
     def add(self, layer: nn.Module, rule: LayerRule, inputs: tuple[Any, ...], output: object) -> None:
@@ -156,7 +152,7 @@ class Recording:
                     continue
                 if hasattr(source, "variable"):
                     if id(source.variable) in own:
-                        self.claims[node, index] = call
+                        self.edges[node, index] = call
                     continue
                 seen.add(source)
                 stack.append(source)
@@ -193,7 +189,7 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
     finally:
         for handle in handles:
             handle.remove()
-        recording.claims.clear()
+        recording.edges.clear()
 
 
 def rule_of(layer: type[nn.Module]) -> LayerRule | None:

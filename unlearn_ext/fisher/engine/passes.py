@@ -1,37 +1,204 @@
-"""One backward pass that reads off every sample's gradients and computes no parameter's own gradient."""
+"""Backward passes that read off every sample's gradients and compute no parameter's own gradient."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from unlearn_ext.fisher.engine import checkpoints
-from unlearn_ext.fisher.engine.combine import is_for_later, merged, seen_from
-from unlearn_ext.fisher.engine.graph import Encounter, Graph, Node, UnmetError, kind_of
-from unlearn_ext.fisher.engine.layers import RecordedCall, Recording
-from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
-from unlearn_ext.fisher.engine.rules import Call, Reach, is_met, read
-from unlearn_ext.fisher.engine.uses import Use
+from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
+from unlearn_ext.fisher.engine.graph import Graph, Node, NodeInput, UntraceableError, kind_of
+from unlearn_ext.fisher.engine.layers import RecordedCall, Recording, recorded
+from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
+from unlearn_ext.fisher.engine.rules import Call, Reach, combines_with_data, read
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss
+from unlearn_ext.tasks.batches import Batch
 
 Signature: TypeAlias = tuple[object, ...]
-Sink: TypeAlias = Callable[[str, Use, frozenset[Signature]], None]
+Accumulate: TypeAlias = Callable[[str, PerSampleGradients], None]
+Arrived: TypeAlias = Callable[[Sequence[Tensor | None]], None]
 
 
-class Hypothesis(NamedTuple):
-    """How a parameter is taken to be used."""
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A node out of which gradients of a parameter are read.
 
-    reach: Reach
-    axis: Axis
+    Attributes:
+        node: The node whose output gradients are needed.
+        output: Which of its outputs.
+        what: The input that the parameter is, or the call of a layer with a rule.
+        signature: What kind of place it is, whatever its size.
+    """
+
+    node: Node
+    output: int
+    what: NodeInput | RecordedCall
+    signature: Signature
+
+    def gradients(self, parameter: Tensor, grad: Tensor, layout: Layout) -> PerSampleGradients:
+        """Apply the rule.
+
+        Args:
+            parameter: The parameter.
+            grad: Gradient of the node's output.
+            layout: Where the samples are.
+
+        Returns:
+            The gradients of what the node takes, which may be made of the parameter.
+        """
+        if isinstance(self.what, RecordedCall):
+            return self.what.gradients_of(parameter, grad)
+        return read(Call(self.what.node, self.what.index, self.what.shape, grad, layout))
 
 
-HYPOTHESES = [Hypothesis(reach, axis) for reach in Reach for axis in Axis]
+class Trace:
+    """A forward pass that is ready for backward passes.
+
+    Args:
+        losses: ``[n]``, with their graph.
+        n: Number of samples.
+        recording: What the forward pass has shown of layers with rules of their own.
+    """
+
+    def __init__(self, losses: Tensor, n: int, recording: Recording) -> None:
+        self.losses, self.n = losses, n
+        self._recording = recording
+        self.graph = Graph(losses.grad_fn)
+        self._reads: dict[tuple[int, Reach], list[Read]] = {}
+
+    def reads(self, parameter: Tensor, reach: Reach) -> list[Read]:
+        """Find the nodes that take a parameter.
+
+        Args:
+            parameter: A leaf.
+            reach: How far to follow it.
+
+        Returns:
+            What to read; nothing if the losses do not depend on it.
+
+        Raises:
+            NoRuleError: If the graph does not show where it is combined with the data.
+        """
+        known = self._reads.get((id(parameter), reach))
+        if known is not None:
+            return known
+        calls_at = self._recording.edges
+
+        def takes_it(node: Node, index: int, shape: tuple[int, ...]) -> bool:
+            return (node, index) in calls_at or combines_with_data(node, index, shape, reach, self.n)
+
+        try:
+            inputs = self.graph.node_inputs(parameter, takes_it)
+        except UntraceableError:
+            raise NoRuleError("the graph does not show where it is combined with the data") from None
+        calls: dict[int, RecordedCall] = {}
+        found = []
+        for taken in inputs:
+            call = calls_at.get((taken.node, taken.index))
+            if call is None:
+                found.append(Read(taken.node, 0, taken, _signature(taken)))
+            else:
+                calls[id(call)] = call
+        found += [Read(call.node, call.output, call, (type(call.layer),)) for call in calls.values()]
+        self._reads[id(parameter), reach] = found
+        return found
+
+    def backward(
+        self,
+        arrivals: Sequence[tuple[Node, int, Arrived]],
+        weights: Tensor,
+        *,
+        watched: Sequence[tuple[Node, Arrived]] = (),
+        retain_graph: bool = False,
+    ) -> None:
+        """Run the pass as far down as needed.
+
+        Args:
+            arrivals: Nodes, the output of each that matters, and what gets the gradients of the outputs.
+            weights: ``[n]``, factors of the losses.
+            watched: Nodes whose gradients are of interest where the pass comes by anyway.
+            retain_graph: Another pass will follow.
+        """
+        waiting: dict[Node, list[Arrived]] = {}
+        outputs: dict[Node, set[int]] = {}
+        for node, output, arrived in arrivals:
+            waiting.setdefault(node, []).append(arrived)
+            outputs.setdefault(node, set()).add(output)
+        above = self.graph.above(waiting)
+        handles = []
+        try:
+            for node in above & waiting.keys():
+                handles.append(node.register_prehook(functools.partial(_call, waiting[node], again=True)))
+            for node, arrived in watched:
+                if node in above:
+                    handles.append(node.register_prehook(functools.partial(_call, [arrived], again=True)))
+            # Nodes that have none below them do not have to run: it is enough to ask for their gradients.
+            edges = [(node, output) for node in waiting if node not in above for output in outputs[node]]
+            if not edges:
+                return
+            with ExitStack() as stack:
+                for kind in {"cpu", self.losses.device.type}:
+                    if torch.is_autocast_enabled(kind):
+                        stack.enter_context(torch.autocast(kind, enabled=False))
+                grads = torch.autograd.grad(
+                    self.losses,
+                    [GradientEdge(node, output) for node, output in edges],
+                    weights,
+                    allow_unused=True,
+                    retain_graph=retain_graph,
+                )
+                by_output: dict[Node, dict[int, Tensor | None]] = {}
+                for (node, output), grad in zip(edges, grads, strict=True):
+                    by_output.setdefault(node, {})[output] = grad
+                del grads
+                for node in list(by_output):
+                    found = by_output.pop(node)
+                    every = [found.get(output) for output in range(max(found) + 1)]
+                    _call(waiting[node], every, again=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+            waiting.clear()  # nodes own the hooks that own this
+
+
+def _call(arrived: Iterable[Arrived], grads: Sequence[Tensor | None], *, again: bool) -> None:
+    with torch.no_grad(), checkpoints.reading(again=again):
+        for callback in arrived:
+            callback(grads)
+
+
+def _signature(taken: NodeInput) -> Signature:
+    paths = tuple(
+        tuple((kind_of(step.node), step.index, step.output) for step in path) for path in taken.paths
+    )
+    return kind_of(taken.node), taken.index, len(taken.node._input_metadata[0].shape), paths
+
+
+@contextmanager
+def traced(loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False) -> Iterator[Trace]:
+    """Run a forward pass.
+
+    Args:
+        loss: The model and its loss.
+        batch: A batch on the model's device.
+        n: Its number of samples.
+        is_whole: It is a batch as the user gave it.
+
+    Yields:
+        The pass, whose graph lives as long as the context.
+    """
+    with recorded(loss.model) as recording:
+        values = loss.losses(batch, n, is_whole=is_whole)
+        recording.is_open = False
+        yield Trace(values, n, recording)
 
 
 @dataclass
@@ -39,184 +206,101 @@ class _Target:
     # A parameter in the pass.
     name: str
     parameter: Tensor
-    hypothesis: Hypothesis
     missing: int = 0
-    uses: list[Use] = field(default_factory=list)
-    signatures: set[Signature] = field(default_factory=set)
-
-
-class _Stop(NamedTuple):
-    # A node whose gradient some parameters wait for.
-    node: Node
-    outputs: set[int]
-    waiting: list[tuple[_Target, Encounter | RecordedCall]]
+    terms: list[PerSampleGradients] = field(default_factory=list)
 
 
 class FisherPass:
-    """The backward pass of one batch.
+    """The backward pass of one batch, which reads every sample's gradients as it comes by.
 
-    Every node that takes a parameter gets a hook, which reads the use of the parameter as the pass comes by.
     The parameters' own gradients are not asked for, so autograd leaves them out.
 
     Args:
-        n: Number of samples.
+        trace: The forward pass.
         parameters: Parameter name to parameter.
-        hypotheses: Parameter name to how it is taken to be used.
-        sink: ``sink(name, use, signatures)`` gets every parameter's use as soon as it is complete; a
-            ``MismatchError`` refuses it. Signatures say where the use was found, not of which size it was.
-        recording: What the forward pass has shown of layers with rules of their own.
+        layouts: Parameter name to what is read, and in which layout.
+        accumulate: ``accumulate(name, gradients)`` gets every parameter's gradients as soon as they are
+            complete; a ``MismatchError`` refuses them.
     """
 
     def __init__(
         self,
-        n: int,
+        trace: Trace,
         parameters: Mapping[str, Tensor],
-        hypotheses: Mapping[str, Hypothesis],
-        sink: Sink,
-        recording: Recording,
+        layouts: Mapping[str, Mapping[Read, Layout]],
+        accumulate: Accumulate,
     ) -> None:
-        self._n = n
-        self._targets = [_Target(name, parameters[name], how) for name, how in hypotheses.items()]
-        self._sink = sink
-        self._recording = recording
+        self._trace, self._layouts, self._accumulate = trace, layouts, accumulate
+        self._targets = [_Target(name, parameters[name], len(layouts[name])) for name in layouts]
         self._failures: dict[str, Exception] = {}
-        # Parameter name to the nodes whose gradients it needs.
-        self.places: dict[str, set[object]] = {}
-        # Emptied at the end: nodes own the hooks that own this object.
-        self._stops: dict[Node, _Stop] = {}
-        self._later: list[tuple[_Target, Use]] = []
+        self._later: list[tuple[_Target, PerSampleGradients]] = []
 
-    def run(self, losses: Tensor, weights: Tensor | None = None) -> dict[str, Exception]:
-        """Run it.
-
-        Args:
-            losses: ``[n]``, with their graph, which is used up.
-            weights: ``[n]``, factors of the losses; 1 by default.
+    def run(self) -> dict[str, Exception]:
+        """Run it; the graph is used up.
 
         Returns:
-            Parameter name to why nothing was given to the sink, for those that failed. A parameter that the
-            losses do not depend on has no use and is no failure.
+            Parameter name to why nothing was given to ``accumulate``, for those that failed. A parameter that
+            the losses do not depend on is no failure.
         """
-        handles = []
+        arrivals: list[tuple[Node, int, Arrived]] = []
+        needs_graph = False
+        for target in self._targets:
+            for place, layout in self._layouts[target.name].items():
+                arrived = functools.partial(self._arrived, target, place, layout)
+                arrivals.append((place.node, place.output, arrived))
+                if isinstance(place.what, NodeInput):
+                    needs_graph |= any(not step.moves for path in place.what.paths for step in path)
+                    needs_graph |= len(place.what.paths) > 1
         try:
-            graph = Graph(losses.grad_fn)
-            for target in self._targets:
-                self._find_stops(graph, target)
-            above = graph.above(self._stops)
-            for node in above & self._stops.keys():
-                handles.append(node.register_prehook(functools.partial(self._arrived, self._stops[node])))
-            weights = torch.ones_like(losses) if weights is None else weights
-            self._backward(losses, weights, [stop for stop in self._stops.values() if stop.node not in above])
+            self._trace.backward(arrivals, torch.ones_like(self._trace.losses), retain_graph=needs_graph)
             with torch.no_grad():
-                for target, use in self._later:
-                    self._finish(target, use)
+                for target, term in self._later:
+                    self._finish(target, term)
             for target in self._targets:
                 if target.missing:
                     error = MismatchError("its gradient did not arrive")
                     self._failures.setdefault(target.name, error)
         finally:
-            for handle in handles:
-                handle.remove()
-            self._stops.clear()
             self._later.clear()
         return self._failures
 
-    def _find_stops(self, graph: Graph, target: _Target) -> None:
-        reach, claims = target.hypothesis.reach, self._recording.claims
-
-        def is_stop(node: Node, index: int, shape: tuple[int, ...]) -> bool:
-            return (node, index) in claims or is_met(node, index, shape, reach, self._n)
-
-        try:
-            encounters = graph.encounters(target.parameter, is_stop)
-        except UnmetError:
-            self._failures[target.name] = NoRuleError("the graph does not show where it meets the data")
+    def _arrived(self, target: _Target, place: Read, layout: Layout, grads: Sequence[Tensor | None]) -> None:
+        if target.name in self._failures:
             return
-        calls: dict[int, RecordedCall] = {}
-        for found in encounters:
-            call = claims.get((found.node, found.index))
-            if call is None:
-                self._wait(found.node, 0, target, found)
-            else:
-                calls[id(call)] = call
-        for call in calls.values():
-            self._wait(call.node, call.output, target, call)
-
-    def _wait(self, node: Node, output: int, target: _Target, what: Encounter | RecordedCall) -> None:
-        stop = self._stops.setdefault(node, _Stop(node, set(), []))
-        stop.outputs.add(output)
-        stop.waiting.append((target, what))
-        target.missing += 1
-        self.places.setdefault(target.name, set()).add(node)
-
-    def _backward(self, losses: Tensor, weights: Tensor, lowest: list[_Stop]) -> None:
-        # Nodes that have none below them do not have to run: it is enough to ask for their gradients.
-        edges = [(stop, output) for stop in lowest for output in sorted(stop.outputs)]
-        if not edges:
-            return
-        with ExitStack() as stack:
-            for kind in {"cpu", losses.device.type}:
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            grads = torch.autograd.grad(
-                losses,
-                [GradientEdge(stop.node, output) for stop, output in edges],
-                weights,
-                allow_unused=True,
-            )
-            by_output: dict[Node, dict[int, Tensor | None]] = {}
-            for (stop, output), grad in zip(edges, grads, strict=True):
-                by_output.setdefault(stop.node, {})[output] = grad
-            del grads
-            for stop in lowest:
-                found = by_output.pop(stop.node)
-                self._arrived(stop, [found.get(output) for output in range(max(found) + 1)], again=False)
-
-    def _arrived(self, stop: _Stop, grads: Sequence[Tensor | None], *, again: bool = True) -> None:
-        with torch.no_grad(), checkpoints.reading(again=again):
-            for target, what in stop.waiting:
-                if target.name not in self._failures:
-                    try:
-                        use = self._take(target, what, grads)
-                    except Exception as error:
-                        self._failures[target.name] = error.with_traceback(None)
-                        target.uses.clear()
-                        continue
-                    if use is not None and is_for_later(use):
-                        self._later.append((target, use))
-                    elif use is not None:
-                        self._finish(target, use)
-
-    def _finish(self, target: _Target, use: Use) -> None:
         try:
-            self._sink(target.name, use, frozenset(target.signatures))
+            complete = self._take(target, place, layout, grads[place.output])
+        except Exception as error:
+            self._failures[target.name] = error.with_traceback(None)
+            target.terms.clear()
+            return
+        if complete is not None and is_for_later(complete):
+            self._later.append((target, complete))
+        elif complete is not None:
+            self._finish(target, complete)
+
+    def _finish(self, target: _Target, term: PerSampleGradients) -> None:
+        try:
+            self._accumulate(target.name, term)
         except MismatchError as error:
             self._failures[target.name] = error.with_traceback(None)
 
     def _take(
-        self, target: _Target, what: Encounter | RecordedCall, grads: Sequence[Tensor | None]
-    ) -> Use | None:
-        grad = grads[what.output] if isinstance(what, RecordedCall) else grads[0]
+        self, target: _Target, place: Read, layout: Layout, grad: Tensor | None
+    ) -> PerSampleGradients | None:
         if grad is not None:  # else it is zero
-            if isinstance(what, RecordedCall):
-                use = what.use_of(target.parameter, grad)
-                target.signatures.add((type(what.layer),))
+            term = place.gradients(target.parameter, grad, layout)
+            if not layout.may_be_nonzero:
+                if not term.is_zero():
+                    raise UnprovenError("no sample that was checked had a gradient")
             else:
-                layout = Layout(self._n, target.hypothesis.axis)
-                use = read(Call(what.node, what.index, what.shape, grad, layout))
-                use = seen_from(target.parameter, use, what)
-                paths = tuple(
-                    tuple((kind_of(link.node), link.index, link.output) for link in path)
-                    for path in what.paths
-                )
-                where = (kind_of(what.node), what.index, grad.ndim, layout.is_spread)
-                target.signatures.add((*where, paths))
-            if use.n != self._n or use.shape != tuple(target.parameter.shape):
-                raise MismatchError(f"a use of shape {[use.n, *use.shape]} was read")
-            target.uses.append(use)
+                if isinstance(place.what, NodeInput):
+                    term = as_parameter_gradients(target.parameter, term, place.what)
+                if term.n != self._trace.n or term.shape != tuple(target.parameter.shape):
+                    raise MismatchError(f"a gradient of shape {[term.n, *term.shape]} was read")
+                target.terms.append(term)
         target.missing -= 1
-        if target.missing or not target.uses:
+        if target.missing or not target.terms:
             return None
-        complete = merged(target.uses)
-        target.uses.clear()
+        complete = merged(target.terms)
+        target.terms.clear()
         return complete

@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.check import Check, Outcome
+from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
-from unlearn_ext.fisher.engine.layers import Recording, recorded
-from unlearn_ext.fisher.engine.layout import MismatchError
-from unlearn_ext.fisher.engine.passes import FisherPass, Hypothesis, Signature
-from unlearn_ext.fisher.engine.samples import (
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients
+from unlearn_ext.fisher.engine.layers import RecordedCall
+from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
+from unlearn_ext.fisher.engine.passes import FisherPass, Read, Trace, traced
+from unlearn_ext.fisher.engine.proof import LayoutProof
+from unlearn_ext.fisher.engine.sample_losses import (
     NotPerSampleError,
-    Objective,
+    PerSampleLoss,
+    Samples,
+    Select,
     describe,
     in_channels_last,
-    pick,
 )
-from unlearn_ext.fisher.engine.surroundings import prepared
+from unlearn_ext.fisher.engine.selections import below, selections
 from unlearn_ext.fisher.engine.totals import Totals
-from unlearn_ext.fisher.engine.uses import Use
-from unlearn_ext.fisher.engine.verdicts import Register, Verdict
+from unlearn_ext.fisher.engine.trust import Trust, TrustCache
+from unlearn_ext.fisher.engine.verification import Alone, Tolerance, Verification, tolerance_of
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.losses import LossFn
 
+# Share of the passes' time that later comparisons with plain autograd may take.
+CERTIFICATES = 0.01
+# Batches that may refute the layout of a parameter before it falls back for good.
+_REFUTATIONS = 4
+# Samples of which a change of the memory format is checked.
+_FORMATTED = 8
 
-class _UnknownPlaceError(MismatchError):
-    pass
+_MIXED = "samples influence each other"
+
+
+@dataclass
+class _Plan:
+    # How a batch is computed.
+    layouts: dict[str, dict[Read, Layout]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    # Parameters with a rule of the user's that has not shown yet that it is right.
+    unseen: set[str] = field(default_factory=set)
+
+    @property
+    def is_blind(self) -> bool:
+        """Some gradient vanishes altogether, so that losses may not depend on what comes before it."""
+        return any(not layout.may_be_nonzero for of in self.layouts.values() for layout in of.values())
 
 
 class PerSample:
     """Adds up every sample's |gradient|^power, inside ``borrowed(model)``.
 
-    One backward pass gives the whole batch's where plain autograd has agreed with it; the rest is computed
-    sample by sample.
+    One backward pass gives the whole batch's, wherever the layout of the samples is proven and plain autograd
+    has agreed (README.md beside this file says when); the rest is computed sample by sample.
 
     Args:
         model: The model.
@@ -44,6 +70,11 @@ class PerSample:
         chosen: Parameter name to parameter.
         fisher: Parameter name to accumulator, written in place; complete after ``finish``.
         power: 1 or 2.
+        select: ``select(batch, samples) -> batch`` for batches whose samples do not lie along a leading
+            dimension; by default they do.
+
+    Raises:
+        NotImplementedError: If parameters are sharded, or not there.
     """
 
     def __init__(
@@ -53,12 +84,17 @@ class PerSample:
         chosen: Mapping[str, Tensor],
         fisher: Mapping[str, Tensor],
         power: int,
+        select: Select | None = None,
     ) -> None:
+        check_parameters(chosen)
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._objective = Objective(model, loss_fn)
-        self._register = Register(model, loss_fn, chosen)
+        self._select = select
+        self._loss = PerSampleLoss(model, loss_fn)
+        self._trust_cache = TrustCache(model, loss_fn, chosen)
+        self._verification = Verification(self._loss, chosen)
         self._fallbacks: dict[tuple[str, ...], Fallback] = {}
         self._has_warned = False
+        self._has_run = self._is_used = False
         self._totals = Totals(fisher, power)
         self._how: dict[str, str] = {}
 
@@ -75,133 +111,295 @@ class PerSample:
             n: Its number of samples, >= 1.
 
         Returns:
-            The samples' losses, ``[n]``, detached.
+            The samples' losses, ``[n]``, detached. If one is not finite, nothing was added.
         """
         with prepared(self._model):
-            verdict = self._register.verdict_on(batch, n)
-            if not verdict.mixed & {0, n}:
-                outcome, alone = self._check(batch, n, verdict)
-                if outcome is Outcome.NOT_FINITE and alone is not None:
-                    return alone
-                if outcome is Outcome.APART:
-                    losses = self._add(batch, n, verdict, alone)
-                    if losses is not None:
-                        return losses
-            return self._add_on_their_own(batch, n)
+            samples = Samples(batch, n, self._select)
+            trust = self._trust_cache.lookup(batch, n)
+            losses = None if trust.is_mixed else self._add(samples, trust)
+            return self._add_on_their_own(samples) if losses is None else losses
 
     def finish(self) -> None:
-        """Complete the accumulators after the last batch."""
+        """Complete the accumulators after the last batch.
+
+        Raises:
+            ValueError: If no parameter was used by the losses of any batch.
+        """
         with torch.no_grad():
             self._totals.finish()
+        if self._has_run and not self._is_used:
+            raise ValueError(
+                "fisher_diagonal: the losses must depend on the chosen parameters, got losses that depend on "
+                "none of them as they are (a wrapper such as FSDP may put others in their place: pass the "
+                "model before it is wrapped)"
+            )
 
-    def _check(self, batch: Batch, n: int, verdict: Verdict) -> tuple[Outcome, Tensor | None]:
-        known = verdict.hypotheses | verdict.reasons
-        names = [name for name in self._chosen if name not in known]
-        if n > 1 and not verdict.was_pair:
-            names = list(self._chosen)
-        if not names:
-            return Outcome.APART, None
-        try:
-            outcome, alone = Check(self._objective, self._chosen).run(batch, n, names, verdict)
-        except NotPerSampleError:
-            self._objective.losses(batch, n, is_whole=True)  # fails as well, and with the user's numbers
-            raise
-        if outcome is Outcome.MIXED:
-            verdict.mixed.add(0)
-        return outcome, alone
-
-    def _add(self, batch: Batch, n: int, verdict: Verdict, alone: Tensor | None) -> Tensor | None:
+    def _add(self, samples: Samples, trust: Trust) -> Tensor | None:
         """Add one batch of samples that do not influence each other.
 
         Args:
-            batch: The batch.
-            n: Its number of samples.
-            verdict: What is known about it.
-            alone: The losses of its first samples on their own, if known.
+            samples: The batch.
+            trust: What is known about its like.
 
         Returns:
             The losses, or None if the samples do influence each other, and nothing was added.
         """
-        hypotheses = verdict.hypotheses
-        losses: Tensor | None = None
-        failures: dict[str, Exception] = {}
-        if hypotheses or n not in verdict.sizes:
-            with recorded(self._model) as recording:
-                inputs = in_channels_last(batch, n) if verdict.channels_last else batch
-                whole = self._objective.losses(inputs, n, is_whole=True)
-                recording.is_open = False
-                losses = whole.detach()
-                if n not in verdict.sizes:
-                    if not self._are_apart(batch, n, losses, alone):
-                        verdict.mixed.add(n)
-                        return None
-                    verdict.sizes.add(n)
-                failures = self._backward(whole, n, hypotheses, verdict, recording)
-            del whole
-        again = [name for name, error in failures.items() if isinstance(error, _UnknownPlaceError)]
-        if again and verdict.checks_left:
-            failures = self._add_again(batch, n, verdict, failures, again)
-        reasons = {name: describe(error) for name, error in failures.items()}
-        reasons |= {name: why for name, why in verdict.reasons.items() if name in self._chosen}
+        n, start = samples.n, time.perf_counter()
+        if trust.channels_last is None:
+            trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
+        with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
+            losses = trace.losses.detach()
+            if not bool(torch.isfinite(losses).all()):
+                return losses
+            self._has_run |= trace.losses.requires_grad
+            self._is_used |= any(trace.graph.has_leaf(parameter) for parameter in self._chosen.values())
+            is_new = not trace.graph.edges <= trust.edges
+            was_known = bool(trust.edges)
+            if is_new:
+                trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
+                trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
+            if self._chosen.keys() - trust.reasons.keys():
+                plan = self._plan(trace, trust)
+            else:
+                plan = _Plan(reasons={name: trust.reasons[name] for name in self._chosen})
+            tolerance, spent = trust.tolerance, time.perf_counter()
+            alone = self._alone(samples, losses, trust, is_new=is_new, is_blind=plan.is_blind)
+            if not self._verification.is_apart(samples, losses, alone, tolerance):
+                trust.is_mixed = not was_known or trust.refutations[_MIXED] >= _REFUTATIONS
+                trust.refutations[_MIXED] += 1
+                return None
+            compared = [found for found in alone if found.projections or n == 1]
+            if compared:
+                trust.price, trust.seconds = time.perf_counter() - spent, 0.0
+                start += trust.price
+            failures = self._run(trace, trust, plan, compared, tolerance, is_new=is_new)
+        again = [name for name, error in failures.items() if isinstance(error, UnprovenError)]
+        if again:
+            failures = {name: error for name, error in failures.items() if name not in again}
+            failures |= self._add_again(samples, trust, again, compared, tolerance)
+        trust.edges |= trace.graph.edges
+        trust.sizes.add(n)
+        for name, error in failures.items():
+            plan.reasons[name] = describe(error)
+            self._refute(trust, name, plan.reasons[name], for_good=is_new)
         for name in self._chosen:
-            if name not in reasons:
+            if name not in plan.reasons:
                 self._how.setdefault(name, "fused")
-        if reasons:
-            values = self._fall_back(batch, n, reasons)
-            losses = values if losses is None else losses
-        assert losses is not None
+        if plan.reasons:
+            self._fall_back(samples, plan.reasons)
+        if not is_new:
+            trust.seconds += time.perf_counter() - start
         return losses
 
-    def _are_apart(self, batch: Batch, n: int, losses: Tensor, alone: Tensor | None) -> bool:
-        if alone is None:
-            firsts = range(min(n, 2))
-            values = [self._objective.losses(pick(batch, n, [sample]), 1).detach() for sample in firsts]
-            alone = torch.cat(values)
-        return self._objective.agree(alone, losses)
+    def _formatted(self, samples: Samples, trust: Trust) -> Batch:
+        return in_channels_last(samples.batch, samples.n) if trust.channels_last else samples.batch
 
-    def _backward(
-        self, losses: Tensor, n: int, how: Mapping[str, Hypothesis], verdict: Verdict, recording: Recording
+    def _alone(
+        self, samples: Samples, losses: Tensor, trust: Trust, *, is_new: bool, is_blind: bool
+    ) -> list[Alone]:
+        """Run some samples on their own.
+
+        Args:
+            samples: The batch.
+            losses: Its losses.
+            trust: What is known about its like.
+            is_new: Nothing is known about graphs like this one.
+            is_blind: The losses may not depend on some of what the model computes.
+
+        Returns:
+            What was found.
+
+        Raises:
+            NotPerSampleError: If the loss is not one value per sample.
+        """
+        n = samples.n
+        is_due = trust.seconds * CERTIFICATES >= trust.price
+        chosen: list[int] = []
+        if trust.may_couple and is_blind:
+            chosen = list(range(n))
+        elif is_new or not trust.certificates:
+            # The largest losses have gradients to show; two batches, since all samples of one may be alike.
+            trust.certificates += not is_new
+            chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
+        elif n not in trust.sizes or is_due:
+            chosen = [trust.certificates * 40503 % n]
+            trust.certificates += 1
+        found = []
+        try:
+            found = [self._verification.alone(samples, sample) for sample in chosen]
+            if is_blind and len(chosen) > 1:
+                formatted = Samples(self._formatted(samples, trust), n, self._select)
+                found.append(self._verification.among_copies(formatted, chosen[0]))
+            if trust.may_couple:
+                for sample in range(n):
+                    if sample not in chosen:
+                        value = self._loss.losses(samples.take([sample]), 1)
+                        found.append(Alone(sample, value.detach()))
+        except NotPerSampleError:
+            self._loss.losses(samples.batch, n, is_whole=True)  # fails as well, and with the user's numbers
+            raise
+        return found
+
+    def _plan(self, trace: Trace, trust: Trust, only: Iterable[str] | None = None) -> _Plan:
+        """Find out where the samples are in what every parameter's gradients are read from.
+
+        Args:
+            trace: The forward pass.
+            trust: What is known about its like.
+            only: Parameters to be proven on this very batch; by default, those that need it.
+
+        Returns:
+            The layouts, and why there is none.
+        """
+        plan = _Plan()
+        every = list(selections(trace.graph))
+        moving = [found for found in every if not trust.keeps_samples(found, trace.n)]
+        moved = below(trace.graph, moving)
+        pending = []
+        for name in self._chosen if only is None else only:
+            known = None
+            if name in trust.reasons:
+                plan.reasons[name] = trust.reasons[name]
+                continue
+            if only is None and name in trust.reaches:
+                try:
+                    reads = trace.reads(self._chosen[name], trust.reaches[name])
+                    known = trust.layouts(name, reads, trace.n, moved)
+                except NoRuleError:
+                    known = None
+            if known is None:
+                pending.append(name)
+            else:
+                plan.layouts[name] = known
+        if pending and trace.losses.requires_grad:
+            proof = LayoutProof(trace, self._chosen, moving)
+            for name, proven in proof.run(pending).items():
+                if proven.error is None:
+                    trust.learn(name, proven)
+                    plan.layouts[name] = proven.layouts
+                else:
+                    plan.reasons[name] = describe(proven.error)
+                    self._refute(trust, name, plan.reasons[name], for_good=not moved)
+            trust.learn_axes(proof.axes_kept)
+        for name, layouts in plan.layouts.items():
+            if name not in trust.evident and any(isinstance(read.what, RecordedCall) for read in layouts):
+                plan.unseen.add(name)
+        return plan
+
+    def _refute(self, trust: Trust, name: str, why: str, *, for_good: bool) -> None:
+        trust.refutations[name] += 1
+        if for_good or trust.refutations[name] >= _REFUTATIONS:
+            trust.reasons[name] = why
+        trust.reaches.pop(name, None)
+        trust.places.pop(name, None)
+        trust.edges.clear()  # so that the next batch is compared with plain autograd
+
+    def _run(
+        self,
+        trace: Trace,
+        trust: Trust,
+        plan: _Plan,
+        alone: Sequence[Alone],
+        tolerance: Tolerance,
+        *,
+        is_new: bool,
     ) -> dict[str, Exception]:
-        def sink(name: str, use: Use, signatures: frozenset[Signature]) -> None:
-            if name in verdict.unproven:
-                if use.is_zero():
+        def accumulate(name: str, term: PerSampleGradients) -> None:
+            if self._verification.check(name, term, alone, tolerance):
+                trust.evident.add(name)
+            elif name in plan.unseen and name not in trust.evident:
+                if term.is_zero():
                     return
-                raise _UnknownPlaceError("no sample that was checked had a gradient")
-            if not verdict.knows(name, signatures):
-                raise _UnknownPlaceError("it is not used as it was when it was checked")
-            self._totals.add(name, use)
+                raise MismatchError("no sample that was checked had a gradient")
+            if is_new:
+                self._add_first(name, term)
+            else:
+                self._totals.add(name, term)
 
-        if not how or not losses.requires_grad:
+        if not trace.losses.requires_grad:
             return {}
-        return FisherPass(n, self._chosen, how, sink, recording).run(losses)
+        failures = FisherPass(trace, self._chosen, plan.layouts, accumulate).run()
+        for name, layouts in plan.layouts.items():
+            if not layouts and any(
+                self._verification.has_gradient(name, found, tolerance) for found in alone
+            ):
+                failures[name] = NoRuleError("the graph does not show where it is used")
+        return failures
 
     def _add_again(
-        self, batch: Batch, n: int, verdict: Verdict, failures: dict[str, Exception], names: Iterable[str]
+        self,
+        samples: Samples,
+        trust: Trust,
+        names: Sequence[str],
+        alone: Sequence[Alone],
+        tolerance: Tolerance,
     ) -> dict[str, Exception]:
-        # Nothing was added for these: check how they are used now, and run the batch for them once more.
-        verdict.checks_left -= 1
-        Check(self._objective, self._chosen).run(batch, n, names, verdict)
-        proven = verdict.trusted.keys() - verdict.reasons.keys()
-        how = {name: verdict.trusted[name] for name in names if name in proven}
-        with recorded(self._model) as recording:
-            inputs = in_channels_last(batch, n) if verdict.channels_last else batch
-            losses = self._objective.losses(inputs, n)
-            recording.is_open = False
-            still = self._backward(losses, n, how, verdict, recording)
-        return {name: error for name, error in failures.items() if name not in how} | still
+        # Nothing was added for these: prove how they are used now, and run the batch for them once more.
+        with traced(self._loss, self._formatted(samples, trust), samples.n) as trace:
+            plan = self._plan(trace, trust, names)
+            failures = self._run(trace, trust, plan, alone, tolerance, is_new=True)
+        return {name: MismatchError(why) for name, why in plan.reasons.items()} | failures
 
-    def _fall_back(self, batch: Batch, n: int, reasons: Mapping[str, str]) -> Tensor:
+    def _add_first(self, name: str, term: PerSampleGradients) -> None:
+        # An op that fails may have written half of what it had to add.
+        self._totals.flush(name)
+        total = self._fisher[name]
+        before = total.clone() if name in self._how else None
+        try:
+            self._totals.add(name, term)
+        except Exception as error:  # say, a dtype that no op takes
+            total.zero_() if before is None else total.copy_(before)
+            raise MismatchError(describe(error)) from error
+
+    def _may_be_formatted(self, samples: Samples) -> bool:
+        # On CPUs, channels-last order makes convolutions faster, and their patches contiguous.
+        kinds = (nn.Conv2d, nn.ConvTranspose2d)
+        return (
+            samples.is_leading
+            and samples.n > 1
+            and self._loss.device.type == "cpu"
+            and any(isinstance(module, kinds) for module in self._model.modules())
+        )
+
+    def _is_alike_formatted(self, samples: Samples, trust: Trust) -> bool:
+        """See whether a batch has the same gradients in channels-last order.
+
+        Args:
+            samples: The batch.
+            trust: Gets what is proven on the way.
+
+        Returns:
+            False also if the model cannot be run like that, or there is nothing to compare.
+        """
+        kept = _Kept(self._verification, range(min(samples.n, _FORMATTED)))
+        given = samples.batch
+        for batch, take in ((given, kept.add), (in_channels_last(given, samples.n), kept.compare)):
+            try:
+                with traced(self._loss, batch, samples.n) as trace:
+                    tolerance = tolerance_of(self._loss, trace.losses, trace.graph)
+                    if not trace.losses.requires_grad or not bool(torch.isfinite(trace.losses).all()):
+                        return False
+                    plan = self._plan(trace, trust)
+                    failures = FisherPass(trace, self._chosen, plan.layouts, take).run()
+            except Exception:  # views that only the usual order allows
+                return False
+            if failures:
+                return False
+        return kept.difference <= tolerance.gradient / 10
+
+    def _fall_back(self, samples: Samples, reasons: Mapping[str, str]) -> Tensor:
         names = tuple(name for name in self._chosen if name in reasons)
         fallback = self._fallbacks.get(names)
         if fallback is None:
             chosen = {name: self._chosen[name] for name in names}
-            fallback = self._fallbacks[names] = Fallback(self._objective, chosen, self._power)
-        values = fallback.accumulate(batch, n, self._fisher)
+            fallback = self._fallbacks[names] = Fallback(self._loss, chosen, self._power)
+        values = fallback.accumulate(samples, self._fisher)
         for name in names:
             self._how[name] = f"fallback: {reasons[name]}; {fallback.how}"
         return values
 
-    def _add_on_their_own(self, batch: Batch, n: int) -> Tensor:
+    def _add_on_their_own(self, samples: Samples) -> Tensor:
+        self._has_run = self._is_used = True
         if not self._has_warned:
             warnings.warn(
                 "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "
@@ -210,4 +408,50 @@ class PerSample:
                 stacklevel=4,
             )
             self._has_warned = True
-        return self._fall_back(batch, n, dict.fromkeys(self._chosen, Outcome.MIXED.value))
+        return self._fall_back(samples, dict.fromkeys(self._chosen, _MIXED))
+
+
+class _Kept:
+    """Projections of gradients in one order of memory, to be compared with those in another."""
+
+    def __init__(self, verification: Verification, samples: Sequence[int]) -> None:
+        self._verification, self._samples = verification, samples
+        self._kept: dict[str, Tensor] = {}
+        self._largest = 0.0
+        self.difference = 0.0
+
+    def add(self, name: str, term: PerSampleGradients) -> None:
+        self._kept[name] = term.project(self._verification.onto(name), self._samples).double()
+        self._largest = max(self._largest, float(self._kept[name].norm()))
+
+    def compare(self, name: str, term: PerSampleGradients) -> None:
+        own = self._kept.get(name)
+        other = term.project(self._verification.onto(name), self._samples).double()
+        own = torch.zeros_like(other) if own is None else own
+        size = max(float(own.norm()), 1e-3 * self._largest)
+        difference = float((other - own).norm()) / size if size else float(other.any())
+        self.difference = max(self.difference, difference)
+
+
+def check_parameters(chosen: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that the engine cannot read gradients of.
+
+    Args:
+        chosen: Parameter name to parameter.
+
+    Raises:
+        NotImplementedError: If one is sharded, or on the meta device.
+    """
+    # Where nobody has imported it, nothing is sharded.
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    for name, parameter in chosen.items():
+        if sharded is not None and isinstance(parameter, sharded):
+            raise NotImplementedError(
+                f"fisher_diagonal: {name} must be a plain tensor, got a DTensor (FSDP2 or tensor "
+                "parallelism); compute the importances before the model is sharded"
+            )
+        if parameter.device.type == "meta":
+            raise NotImplementedError(
+                f"fisher_diagonal: {name} must be in memory, got a tensor on the meta device (offloaded, or "
+                "not loaded yet); load the whole model onto one device"
+            )

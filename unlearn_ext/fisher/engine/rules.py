@@ -1,13 +1,14 @@
-"""Rules: the kinds of autograd nodes out of whose inputs and output gradients a parameter's use is read.
+"""Rules: the kinds of autograd nodes whose inputs and output gradients imply a parameter's gradients.
 
-A rule ``rule(call) -> Use`` reads what the node has saved for its own backward. It knows nothing of modules:
-``F.linear(x, embedding.weight)``, a packed attention projection and an ``nn.Linear`` are all an ``Addmm``.
+A rule ``rule(call) -> PerSampleGradients`` reads what the node has saved for its own backward. It knows
+nothing of modules: ``F.linear(x, embedding.weight)``, a packed attention projection and an ``nn.Linear``
+are all an ``Addmm``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -15,9 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearn_ext.fisher.engine.gradients import (
+    Channels,
+    Convolution,
+    Lookup,
+    PerSampleGradients,
+    Product,
+    Stacked,
+)
 from unlearn_ext.fisher.engine.graph import CASTS, MOVES, Node, is_identity, kind_of
-from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError
-from unlearn_ext.fisher.engine.uses import Channels, Convolution, Lookup, Product, Stacked, Use
+from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Call:
     grad: Tensor
     layout: Layout
 
-    def broadcast(self, grad: Tensor, other: Tensor | None = None) -> Use:
+    def broadcast(self, grad: Tensor, other: Tensor | None = None) -> PerSampleGradients:
         """Describe a tensor that is broadcast to the output, and added to or multiplied by what is there.
 
         Args:
@@ -46,18 +54,18 @@ class Call:
             other: The other factor, if a product.
 
         Returns:
-            The use of the tensor.
+            The gradients of the tensor.
         """
         if other is not None:
             other = self.layout.broadcast(other.expand(grad.shape), self.shape)
         return Channels(self.layout.broadcast(grad, self.shape), other, self.shape)
 
 
-Rule: TypeAlias = Callable[[Call], Use]
+Rule: TypeAlias = Callable[[Call], PerSampleGradients]
 
 
 class Reach(IntEnum):
-    """How far to follow a parameter before it counts as having met the data.
+    """How far to follow a parameter before a node counts as combining it with data.
 
     NEAR: to the first node that computes something with it.
     DERIVED: through whatever has no rule, and through lookups: weights that are functions of parameters
@@ -70,8 +78,8 @@ class Reach(IntEnum):
     BROADCAST = 2
 
 
-def is_met(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int) -> bool:
-    """Say whether a node is where something of a parameter meets the data.
+def combines_with_data(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int) -> bool:
+    """Say whether a node combines something of a parameter with data.
 
     Args:
         node: A node that takes a parameter, or something made of parameters only.
@@ -98,17 +106,17 @@ def is_met(node: Node, index: int, shape: tuple[int, ...], reach: Reach, n: int)
         return len(out) > len(shape) or (bool(shape) and shape[0] == 1 and out[0] % n == 0)
     if reach is Reach.NEAR:
         return True
-    return reach is Reach.DERIVED and _is_weight(kind, index) and kind != "Embedding"
+    return reach is Reach.DERIVED and _is_weight(kind, index) and kind not in ("Embedding", "EmbeddingBag")
 
 
-def read(call: Call) -> Use:
+def read(call: Call) -> PerSampleGradients:
     """Apply the rule for a node.
 
     Args:
         call: The node and its gradient.
 
     Returns:
-        The use of the tensor in question.
+        The per-sample gradients of the tensor in question.
 
     Raises:
         MismatchError: If the samples are not where they are looked for.
@@ -125,7 +133,7 @@ def _is_weight(kind: str, index: int) -> bool:
     return kind in RULES and (index > 0 or kind not in _APPLIED)
 
 
-def _addmm(call: Call) -> Use:
+def _addmm(call: Call) -> PerSampleGradients:
     node, grad = call.node, call.grad
     if call.index == 0:
         return call.broadcast(grad if node._saved_beta == 1 else grad * node._saved_beta)
@@ -133,13 +141,36 @@ def _addmm(call: Call) -> Use:
     return _product(call, grad, node._saved_mat1 if call.index == 2 else node._saved_mat2)
 
 
-def _mm(call: Call) -> Use:
+def _mm(call: Call) -> PerSampleGradients:
     return _product(call, call.grad, call.node._saved_self if call.index else call.node._saved_mat2)
 
 
-def _bmm(call: Call) -> Use:
+def _bmm(call: Call) -> PerSampleGradients:
     other = call.node._saved_self if call.index else call.node._saved_mat2
-    return Stacked([_product(call, *pair) for pair in zip(call.grad, other, strict=True)])
+    rows = call.grad.shape[1 if call.index else 2]
+    parts = [
+        _product(replace(call, layout=call.layout.part(rows * b, rows * (b + 1))), grad, data)
+        for b, (grad, data) in enumerate(zip(call.grad, other, strict=True))
+    ]
+    return Stacked(parts)
+
+
+def _grouped_mm(call: Call) -> PerSampleGradients:
+    node = call.node
+    data, ends = node._saved_self, node._saved_offs
+    if call.index != 1 or ends is None or data.ndim != 2 or len(call.shape) != 3:
+        raise NoRuleError("no rule for a grouped product of this form")
+    parts, start = [], 0
+    for end in ends.tolist():
+        layout = call.layout.part(start, end)
+        grad, inputs = call.grad[start:end], data[start:end]
+        if start == end and layout.axis is not Axis.ROWS:
+            grad, inputs = (tensor.new_zeros(layout.n, 1, tensor.shape[1]) for tensor in (grad, inputs))
+            parts.append(Product(grad, inputs))
+        else:
+            parts.append(Product(layout.rows(grad), layout.rows(inputs)))
+        start = end
+    return Stacked(parts)
 
 
 def _product(call: Call, grad: Tensor, other: Tensor) -> Product:
@@ -149,38 +180,44 @@ def _product(call: Call, grad: Tensor, other: Tensor) -> Product:
     return Product(rows(grad), rows(other)) if on_right else Product(rows(other.mT), rows(grad.mT))
 
 
-def _mv(call: Call) -> Use:
+def _mv(call: Call) -> PerSampleGradients:
     if call.index == 0:
         raise NoRuleError("no rule for a matrix times a vector of data")
     data = call.node._saved_self
     return Channels(call.layout.rows(call.grad.unsqueeze(-1).expand_as(data)), call.layout.rows(data))
 
 
-def _convolution(call: Call) -> Use:
+def _convolution(call: Call) -> PerSampleGradients:
     node, images = call.node, call.layout.images
     if call.index == 2:
         return Channels(call.layout.rows(call.grad.movedim(1, -1)))
     grad, inputs = call.grad, node._saved_input
-    padding = [(p, p) for p in node._saved_padding]
+    dims = len(call.shape) - 2
+    stride, dilation, before = (
+        # One number stands for all dimensions (padding="valid").
+        tuple(values) * dims if len(values) == 1 else tuple(values)
+        for values in (node._saved_stride, node._saved_dilation, node._saved_padding)
+    )
+    padding = [(p, p) for p in before]
     if node._saved_transposed:
         # The layer is the backward of a convolution: seen from its output, the roles are swapped.
-        after = [p - more for p, more in zip(node._saved_padding, node._saved_output_padding, strict=True)]
+        after = [p - more for p, more in zip(before, node._saved_output_padding, strict=True)]
         for dim, size in enumerate(after, 2):
             grad = grad.narrow(dim, 0, grad.shape[dim] + min(size, 0))
-        padding = [(p, max(size, 0)) for p, size in zip(node._saved_padding, after, strict=True)]
+        padding = [(p, max(size, 0)) for p, size in zip(before, after, strict=True)]
         inputs, grad = grad, inputs
     return Convolution(
         images(inputs),
         images(grad),
         kernel=call.shape[2:],
-        stride=node._saved_stride,
+        stride=stride,
         padding=padding,
-        dilation=node._saved_dilation,
+        dilation=dilation,
         groups=node._saved_groups,
     )
 
 
-def _embedding(call: Call) -> Use:
+def _embedding(call: Call) -> PerSampleGradients:
     node, rows = call.node, call.layout.rows
     if node._saved_scale_grad_by_freq:
         raise MismatchError("scale_grad_by_freq counts over the batch")
@@ -190,6 +227,27 @@ def _embedding(call: Call) -> Use:
         rows(call.grad),
         rows=call.shape[0],
         padding_idx=padding_of(node),
+    )
+
+
+def _embedding_bag(call: Call) -> PerSampleGradients:
+    node, rows, grad = call.node, call.layout.rows, call.grad
+    if node._saved_mode not in (0, 1):
+        raise NoRuleError("no rule for the maximum over a bag")
+    if node._saved_scale_grad_by_freq:
+        raise MismatchError("scale_grad_by_freq counts over the batch")
+    indices, padding_idx = node._saved_indices.flatten(), padding_of(node)
+    places = torch.arange(len(indices), device=indices.device)
+    bags = torch.searchsorted(node._saved_offsets.long(), places, right=True) - 1
+    bags = bags.clamp(0, len(grad) - 1)
+    if node._saved_mode == 1:
+        counts = torch.bincount(bags[indices != padding_idx], minlength=len(grad)).clamp(min=1)
+        grad = grad / counts.unsqueeze(-1).to(grad.dtype)
+    grads, weights = grad[bags], node._saved_per_sample_weights
+    if weights is not None:
+        grads = grads * weights.reshape(-1, 1)
+    return Lookup(
+        rows(indices.unsqueeze(-1)).squeeze(-1), rows(grads), rows=call.shape[0], padding_idx=padding_idx
     )
 
 
@@ -206,19 +264,19 @@ def padding_of(node: Node) -> int:
     return found if found < 2**63 else -1  # kept as an unsigned number
 
 
-def _layer_norm(call: Call) -> Use:
+def _layer_norm(call: Call) -> PerSampleGradients:
     node = call.node
     inputs, dims = node._saved_input, len(node._saved_normalized_shape)
     return _affine(call, lambda: _shifted(inputs, node._saved_result1, node._saved_result2), dims)
 
 
-def _rms_norm(call: Call) -> Use:
+def _rms_norm(call: Call) -> PerSampleGradients:
     node = call.node
     dims = len(node._saved_normalized_shape)
     return _affine(call, lambda: node._saved_input * node._saved_result1, dims)
 
 
-def _affine(call: Call, normalized: Callable[[], Tensor], dims: int) -> Use:
+def _affine(call: Call, normalized: Callable[[], Tensor], dims: int) -> PerSampleGradients:
     def rows(tensor: Tensor) -> Tensor:
         return call.layout.rows(tensor.flatten(-dims))
 
@@ -227,7 +285,7 @@ def _affine(call: Call, normalized: Callable[[], Tensor], dims: int) -> Use:
     return Channels(rows(call.grad), rows(normalized().to(call.grad.dtype)), call.shape)
 
 
-def _group_norm(call: Call) -> Use:
+def _group_norm(call: Call) -> PerSampleGradients:
     node = call.node
 
     def normalized() -> Tensor:
@@ -239,7 +297,7 @@ def _group_norm(call: Call) -> Use:
     return _channels_second(call, normalized)
 
 
-def _batch_norm(call: Call) -> Use:
+def _batch_norm(call: Call) -> PerSampleGradients:
     node = call.node
     mean, var = node._saved_running_mean, node._saved_running_var
     if node._saved_training or mean is None:
@@ -252,7 +310,7 @@ def _batch_norm(call: Call) -> Use:
     return _channels_second(call, normalized)
 
 
-def _channels_second(call: Call, normalized: Callable[[], Tensor]) -> Use:
+def _channels_second(call: Call, normalized: Callable[[], Tensor]) -> PerSampleGradients:
     def rows(tensor: Tensor) -> Tensor:
         return call.layout.rows(tensor.movedim(1, -1))
 
@@ -266,34 +324,34 @@ def _shifted(inputs: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return torch.addcmul(-mean * rstd, inputs, rstd)
 
 
-def _add(call: Call) -> Use:
+def _add(call: Call) -> PerSampleGradients:
     return call.broadcast(call.grad * call.node._saved_alpha if call.index else call.grad)
 
 
-def _sub(call: Call) -> Use:
+def _sub(call: Call) -> PerSampleGradients:
     return call.broadcast(-call.grad * call.node._saved_alpha if call.index else call.grad)
 
 
-def _rsub(call: Call) -> Use:
+def _rsub(call: Call) -> PerSampleGradients:
     return call.broadcast(-call.grad * call.node._saved_alpha)
 
 
-def _mul(call: Call) -> Use:
+def _mul(call: Call) -> PerSampleGradients:
     other = call.node._saved_self if call.index else call.node._saved_other
     return call.broadcast(call.grad, other.to(call.grad.dtype))
 
 
-def _div(call: Call) -> Use:
+def _div(call: Call) -> PerSampleGradients:
     other = call.node._saved_other
     factor = other.reciprocal() if call.index == 0 else -call.node._saved_self / other.square()
     return call.broadcast(call.grad, factor.to(call.grad.dtype))
 
 
-def _expand(call: Call) -> Use:
+def _expand(call: Call) -> PerSampleGradients:
     return call.broadcast(call.grad)
 
 
-def _repeat(call: Call) -> Use:
+def _repeat(call: Call) -> PerSampleGradients:
     repeats: Sequence[int] = call.node._saved_repeats
     sizes = [1] * (len(repeats) - len(call.shape)) + list(call.shape)
     # Every axis as (repeats, entries); the samples are among the repeats of the first axis.
@@ -303,12 +361,12 @@ def _repeat(call: Call) -> Use:
     return Channels(grad, shape=call.shape)
 
 
-def _where(call: Call) -> Use:
+def _where(call: Call) -> PerSampleGradients:
     condition = call.node._saved_condition
     return call.broadcast(call.grad * (condition if call.index == 0 else ~condition))
 
 
-def _prelu(call: Call) -> Use:
+def _prelu(call: Call) -> PerSampleGradients:
     return call.broadcast(call.grad, call.node._saved_self.clamp(max=0))
 
 
@@ -336,7 +394,9 @@ RULES: dict[str, Rule] = {
     "Convolution": _convolution,
     "CudnnBatchNorm": _batch_norm,
     "Embedding": _embedding,
+    "EmbeddingBag": _embedding_bag,
     "FusedRmsNorm": _rms_norm,
+    "GroupedMm": _grouped_mm,
     "MiopenBatchNorm": _batch_norm,
     "Mm": _mm,
     "Mv": _mv,

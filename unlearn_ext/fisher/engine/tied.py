@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from unlearn_ext.fisher.engine.uses import CHUNK, Lookup, Product, Use, wide
+from unlearn_ext.fisher.engine.gradients import CHUNK, Lookup, PerSampleGradients, Product, wide
 
 
-class Tied(Use):
+class Tied(PerSampleGradients):
     """A table ``[V, D]`` that is looked up and is the weight of a linear layer.
 
     With P_n the gradient of sample n through the layer and E_n that through its lookups, an op adds
@@ -15,8 +16,8 @@ class Tied(Use):
     |P_n|^power``.
 
     Args:
-        product: The use as a weight.
-        lookup: The use as a table.
+        product: The gradients as a weight.
+        lookup: The gradients as a table.
     """
 
     def __init__(self, product: Product, lookup: Lookup) -> None:
@@ -25,6 +26,9 @@ class Tied(Use):
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102 - as in the base class
         return self.product.gradients(start, stop) + self.lookup.gradients(start, stop)
+
+    def digest(self) -> Tensor:  # noqa: D102
+        return torch.cat([self.product.digest(), self.lookup.digest()], 1)
 
     def is_zero(self) -> bool:  # noqa: D102
         return self.product.is_zero() and self.lookup.is_zero()

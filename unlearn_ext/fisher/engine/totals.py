@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from unlearn_ext.fisher.engine.uses import Product, Use
+from unlearn_ext.fisher.engine.gradients import PerSampleGradients, Product
 
 # Rows of vectors that are worth a pass over a matrix of totals: beyond, it is arithmetic that costs.
 _ROWS = 512
 
 
 class Totals:
-    """Adds uses to accumulators.
+    """Adds per-sample gradients to accumulators.
 
     A few vectors per batch, the case of linear layers without positions, would cost a pass over the whole
     matrix of totals for every batch. They are kept, as copies, until there are enough for one pass, or half
@@ -29,26 +29,35 @@ class Totals:
         self._fisher, self._power = fisher, power
         self._kept: dict[str, list[Product]] = {}
 
-    def add(self, name: str, use: Use) -> None:
-        """Add a batch's use of one parameter.
+    def add(self, name: str, term: PerSampleGradients) -> None:
+        """Add a batch's gradients of one parameter.
 
         Args:
             name: The parameter.
-            use: The use.
+            term: The gradients.
         """
-        if not isinstance(use, Product):
-            use.add_to(self._fisher[name], self._power)
+        if not isinstance(term, Product):
+            term.add_to(self._fisher[name], self._power)
             return
         kept = self._kept.get(name, [])
-        if kept and not kept[0].is_like(use):
+        if kept and not kept[0].is_like(term):
             self._flush(name)
             kept = []
-        rows = (use.n + sum(product.n for product in kept)) * use.inputs.shape[1]
-        if rows < _ROWS and 2 * rows * sum(use.shape) <= use.shape[0] * use.shape[1]:
-            copies = Product(use.inputs.clone(), use.grads.clone())  # the user may reuse the batch's memory
+        rows = (term.n + sum(product.n for product in kept)) * term.inputs.shape[1]
+        if rows < _ROWS and 2 * rows * sum(term.shape) <= term.shape[0] * term.shape[1]:
+            copies = Product(term.inputs.clone(), term.grads.clone())  # the user may reuse the batch's memory
             self._kept.setdefault(name, []).append(copies)
         else:
-            self._flush(name, use)
+            self._flush(name, term)
+
+    def flush(self, name: str) -> None:
+        """Add what is kept of one parameter.
+
+        Args:
+            name: The parameter.
+        """
+        if name in self._kept:
+            self._flush(name)
 
     def finish(self) -> None:
         """Add what is kept."""

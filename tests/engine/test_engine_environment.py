@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.models import GPT
+from bench.models import GPTLMHeadModel
 from unlearn_ext import fisher_diagonal, importance, ops
 from unlearn_ext.fisher.engine import Channels, Gradients, Product, layers
 
@@ -201,7 +201,7 @@ class Operators(TorchDispatchMode):
 
 
 def watched(model, batch, **settings):
-    fisher_diagonal(model, [batch], **settings)  # the check
+    fisher_diagonal(model, [batch, batch], **settings)  # which are verified
     with Operators() as operators:
         fisher_diagonal(model, [batch], **settings)
     return operators
@@ -217,7 +217,7 @@ def test_neither_weight_gradients_nor_gradients_per_sample_are_made():
     assert operators.names.count("addmm") == 3
     assert operators.names.count("fisher_linear_") == operators.names.count("fisher_bias_") == 3
     # Tied tables and shared layers: twenty samples' gradients of the table would be 20 times its size.
-    model = GPT(width=16, depth=1, heads=2, length=8, vocabulary=500)
+    model = GPTLMHeadModel(width=16, depth=1, heads=2, length=8, vocabulary=500)
     text = torch.randint(500, (20, 9))
     assert watched(model, (text[:, :-1], text[:, 1:])).largest <= 20 * 8 * 500  # the logits
 
@@ -232,7 +232,7 @@ def test_convolutions_compute_no_weight_gradient():
                 seen.append(tuple(args[-1]))
             return function(*args, **(kwargs or {}))
 
-    fisher_diagonal(model, [batch])
+    fisher_diagonal(model, [batch, batch])
     with Masks():
         fisher_diagonal(model, [batch])
     assert seen == [(True, False, False)] * 3
@@ -430,8 +430,8 @@ def test_a_registered_layer_is_fused(rules, kind, size):
 def test_a_registered_layer_used_twice_and_elsewhere(rules):
     @importance.register_layer(Foreign)
     def rule(layer, inputs, grad_output):
-        uses = foreign_rule(layer, inputs, grad_output)
-        return {**uses, "scale": Gradients(uses["scale"].gradients(0, len(grad_output)))}
+        terms = foreign_rule(layer, inputs, grad_output)
+        return {**terms, "scale": Gradients(terms["scale"].gradients(0, len(grad_output)))}
 
     class Twice(nn.Module):
         def __init__(self):
@@ -458,7 +458,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base(rules):
     [
         (lambda layer, inputs, grad: {"weight": Product(inputs[0], grad)}, "disagrees with plain autograd"),
         (lambda layer, inputs, grad: {}, "the rule of Foreign leaves it out"),
-        (lambda layer, inputs, grad: {"weight": Product(grad, inputs[0])}, "a use of shape"),
+        (lambda layer, inputs, grad: {"weight": Product(grad, inputs[0])}, "a gradient of shape"),
         (lambda layer, inputs, grad: layer.nothing, "AttributeError: 'Foreign' object has no attribute"),
     ],
 )

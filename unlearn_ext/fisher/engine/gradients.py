@@ -1,7 +1,7 @@
-"""Uses: what a layer's inputs and output gradients say about every sample's gradient of one tensor.
+"""Per-sample gradients of one tensor, as a layer's inputs and output gradients imply them.
 
-A *use* stands for the gradients that n samples have with respect to a tensor, through one place where a model
-uses it, without storing them. It adds their powers to an accumulator with one op, and for the few
+An object stands for the gradients that n samples have with respect to a tensor, through one node of
+autograd's graph, without storing them. It adds their powers to an accumulator with one op, and for the few
 combinations that no op covers it makes the gradients of some samples at a time.
 """
 
@@ -22,7 +22,7 @@ from unlearn_ext import ops
 CHUNK = 2**24
 
 
-class Use(ABC):
+class PerSampleGradients(ABC):
     """The gradients of n samples with respect to one tensor.
 
     Attributes:
@@ -58,6 +58,28 @@ class Use(ABC):
             _add_channels(fisher, grads.reshape(len(grads), 1, -1), None, power)
 
     @abstractmethod
+    def digest(self) -> Tensor:
+        """Mix what a node's output gradients say of every sample and position into one number each.
+
+        It is linear in the output gradients, and no two positions are mixed.
+
+        Returns:
+            ``[n, positions]``, at least float32.
+        """
+
+    def project(self, onto: Projection, samples: Sequence[int]) -> Tensor:
+        """Project the gradients of some samples onto a few directions.
+
+        Args:
+            onto: The directions.
+            samples: Which samples.
+
+        Returns:
+            ``[samples, directions]``.
+        """
+        return torch.cat([onto.of(self.gradients(sample, sample + 1)) for sample in samples])
+
+    @abstractmethod
     def is_zero(self) -> bool:
         """Say whether all gradients vanish, because every term of them has a factor that does.
 
@@ -66,7 +88,41 @@ class Use(ABC):
         """
 
 
-class Product(Use):
+class Projection:
+    """A few random directions in a tensor's space, each an outer product of two vectors.
+
+    Args:
+        shape: The tensor's shape.
+        seed: The same seed gives the same directions.
+        device: Where they are needed.
+        dtype: float32 or float64.
+    """
+
+    DIRECTIONS = 4
+
+    def __init__(self, shape: Sequence[int], seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        first = shape[0] if shape else 1
+        rest = math.prod(shape[1:])
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(size, self.DIRECTIONS, generator=generator) for size in (first, rest)]
+        self.left, self.right = (vectors.to(device, dtype) for vectors in drawn)
+        if rest == 1:
+            self.right = torch.ones_like(self.right)
+
+    def of(self, grads: Tensor) -> Tensor:
+        """Project gradients.
+
+        Args:
+            grads: ``[samples, *shape]``.
+
+        Returns:
+            ``[samples, directions]``.
+        """
+        matrices = grads.reshape(len(grads), len(self.left), len(self.right)).to(self.left.dtype)
+        return ((matrices @ self.right) * self.left).sum(1)
+
+
+class Product(PerSampleGradients):
     """A matrix that multiplies vectors: the weight ``[O, I]`` of a linear layer.
 
     Args:
@@ -80,14 +136,14 @@ class Product(Use):
 
     @property
     def transposed(self) -> Product:
-        """The same use, seen from the transposed matrix."""
+        """The same gradients, seen from the transposed matrix."""
         return Product(self.grads, self.inputs)
 
     def is_like(self, other: Product) -> bool:
-        """Say whether another batch's use can be joined to this one along the samples.
+        """Say whether another batch's gradients can be joined to these along the samples.
 
         Args:
-            other: A use of the same matrix.
+            other: Gradients of the same matrix.
 
         Returns:
             True if positions and dtypes are the same.
@@ -104,33 +160,46 @@ class Product(Use):
         inputs, grads = _matched(fisher, self.inputs, self.grads)
         ops.fisher_linear_(fisher, inputs, grads, power=power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        # Seen from the transposed matrix, it is the other factor that comes from the pass.
+        return _mixed(self.inputs) * _mixed(self.grads)
+
+    def project(self, onto: Projection, samples: Sequence[int]) -> Tensor:  # noqa: D102
+        chosen = list(samples)
+        inputs, grads = (tensor[chosen].to(onto.left.dtype) for tensor in (self.inputs, self.grads))
+        return ((grads @ onto.left) * (inputs @ onto.right)).sum(1)
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool((self.inputs.any(-1) & self.grads.any(-1)).any())
 
 
-class Stacked(Use):
+class Stacked(PerSampleGradients):
     """Matrices that multiply vectors of their own: ``[B, O, I]``, say one per attention head.
 
     Args:
-        uses: The use of each.
+        terms: The gradients of each.
     """
 
-    def __init__(self, uses: Sequence[Product]) -> None:
-        self.uses = uses
-        super().__init__(uses[0].n, (len(uses), *uses[0].shape))
+    def __init__(self, terms: Sequence[Product]) -> None:
+        self.terms = terms
+        super().__init__(terms[0].n, (len(terms), *terms[0].shape))
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        return torch.stack([use.gradients(start, stop) for use in self.uses], 1)
+        return torch.stack([term.gradients(start, stop) for term in self.terms], 1)
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
-        for use, total in zip(self.uses, fisher, strict=True):
-            use.add_to(total, power)
+        for term, total in zip(self.terms, fisher, strict=True):
+            term.add_to(total, power)
+
+    def digest(self) -> Tensor:  # noqa: D102
+        digests = [term.digest() for term in self.terms]
+        return torch.cat(digests, 1 if len({term.n for term in self.terms}) == 1 else 0)
 
     def is_zero(self) -> bool:  # noqa: D102
-        return all(use.is_zero() for use in self.uses)
+        return all(term.is_zero() for term in self.terms)
 
 
-class Convolution(Use):
+class Convolution(PerSampleGradients):
     """The weight ``[O, C / groups, *kernel]`` of a convolution.
 
     Args:
@@ -163,14 +232,14 @@ class Convolution(Use):
 
     @property
     def geometry(self) -> tuple[object, ...]:
-        """What uses must have in common to be merged."""
+        """What nodes must have in common to be merged."""
         return (self.shape, self.stride, self.padding, self.dilation, self.groups, self.inputs.dtype)
 
     def with_images(self) -> Convolution:
         """Show a sample's only image as one of several.
 
         Returns:
-            The same use.
+            The same gradients.
         """
         if self.has_images:
             return self
@@ -184,7 +253,7 @@ class Convolution(Use):
             grad_outputs: As the class.
 
         Returns:
-            Their use.
+            Their gradients.
         """
         return Convolution(
             inputs,
@@ -228,11 +297,16 @@ class Convolution(Use):
             power=power,
         )
 
+    def digest(self) -> Tensor:  # noqa: D102
+        # A transposed convolution has swapped the two.
+        inputs, grads = (tensor.flatten(1).unsqueeze(1) for tensor in (self.inputs, self.grads))
+        return _mixed(inputs) * _mixed(grads)
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool(self.inputs.any() & self.grads.any())
 
 
-class Lookup(Use):
+class Lookup(PerSampleGradients):
     """A table ``[rows, D]`` of which rows are looked up: an embedding.
 
     Args:
@@ -260,11 +334,14 @@ class Lookup(Use):
         (grads,) = _matched(fisher, self.grads)
         ops.fisher_embedding_(fisher, self.indices, grads, padding_idx=self.padding_idx, power=power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads)
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool((self.grads.any(-1) & (self.indices != self.padding_idx)).any())
 
 
-class Channels(Use):
+class Channels(PerSampleGradients):
     """Values that are added to every position or multiply it: biases, scales, position embeddings.
 
     Args:
@@ -289,12 +366,15 @@ class Channels(Use):
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
         _add_channels(fisher, self.grads, self.normalized, power)
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads)
+
     def is_zero(self) -> bool:  # noqa: D102
         zero_or_not = self.grads if self.normalized is None else self.grads.bool() & self.normalized.bool()
         return not bool(zero_or_not.any())
 
 
-class Gradients(Use):
+class Gradients(PerSampleGradients):
     """Gradients that somebody has made.
 
     Args:
@@ -308,6 +388,9 @@ class Gradients(Use):
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return wide(self.grads[start:stop])[0]
 
+    def digest(self) -> Tensor:  # noqa: D102
+        return _mixed(self.grads.flatten(1).unsqueeze(1))
+
     def is_zero(self) -> bool:  # noqa: D102
         return not bool(self.grads.any())
 
@@ -315,6 +398,14 @@ class Gradients(Use):
 def _positions(tensor: Tensor) -> Tensor:
     # [n, *, C] as [n, positions, C]
     return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
+
+
+def _mixed(grads: Tensor) -> Tensor:
+    # Weights that no model's own structure is likely to meet; the same ones at every position.
+    (grads,) = wide(grads)
+    numbers = torch.arange(1, grads.shape[-1] + 1, device=grads.device, dtype=torch.float64)
+    weights = (torch.sin(numbers * 12.9898) * 43758.5453).frac() + 0.1
+    return grads @ weights.to(grads.dtype)
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from unlearn_ext.fisher.engine.layout import MismatchError
 from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors
 from unlearn_ext.tasks.losses import LossFn
 
+Select: TypeAlias = Callable[[Batch, Sequence[int]], Batch]
+
 
 class NotPerSampleError(ValueError):
     """A loss is not one value per sample."""
 
 
-class Objective:
+class PerSampleLoss:
     """A model and its loss, which is one value per sample.
 
     Args:
@@ -29,6 +32,11 @@ class Objective:
         self.model, self.loss_fn = model, loss_fn
         self._is_first = True
         self.device = device_of(model)
+        if self.device.type == "meta":
+            raise NotImplementedError(
+                "fisher_diagonal: the model must hold its parameters, got some on the meta device (offloaded "
+                "or not loaded yet); load the whole model onto one device"
+            )
         halves = (torch.float16, torch.bfloat16)
         self.is_half = torch.is_autocast_enabled(self.device.type) or any(
             parameter.dtype in halves for parameter in model.parameters()
@@ -61,21 +69,46 @@ class Objective:
             self._is_first = False
         return values
 
-    def agree(self, a: Tensor, b: Tensor) -> bool:
-        """Say whether losses of the same samples, computed in two ways, are the same but for rounding.
+
+class Samples:
+    """A batch, and its samples one by one.
+
+    Args:
+        batch: A batch on the model's device.
+        n: Its number of samples.
+        select: ``select(batch, samples) -> batch``; by default, samples lie along the leading dimension.
+    """
+
+    def __init__(self, batch: Batch, n: int, select: Select | None = None) -> None:
+        self.batch, self.n = batch, n
+        self._select = select
+
+    @property
+    def is_leading(self) -> bool:
+        """The samples lie along a leading dimension."""
+        return self._select is None
+
+    def take(self, samples: Sequence[int]) -> Batch:
+        """Return the batch of some samples.
 
         Args:
-            a: Losses.
-            b: The same losses, and perhaps more.
+            samples: Which ones; one may come several times.
 
         Returns:
-            False for what is wrong altogether; True where one is not finite.
+            A batch of the same form; tensors that the samples share stay whole.
         """
-        # Rounding in the logits counts fully in the losses of samples that are fitted well.
-        floor = 3e-2 if self.is_half else 1e-4 if self.device.type == "cpu" else 1e-3
-        relative = 0.1 if self.is_half else 1e-2
-        allowed = (relative * b.abs().amax()).clamp(min=floor)
-        return bool(((a - b[: a.shape[0]]).abs() <= allowed).all() | ~torch.isfinite(b).all())
+        chosen = list(samples)
+        if self._select is not None:
+            return self._select(self.batch, chosen)
+        if len(chosen) == 1:  # a view
+            first = chosen[0]
+            return map_tensors(
+                lambda tensor: tensor[first : first + 1] if is_per_sample(tensor, self.n) else tensor,
+                self.batch,
+            )
+        return map_tensors(
+            lambda tensor: tensor[chosen] if is_per_sample(tensor, self.n) else tensor, self.batch
+        )
 
 
 def add_gradient(
@@ -101,21 +134,6 @@ def add_gradient(
     ops.fisher_accumulate_(
         [total for total, _ in pairs], [grad for _, grad in pairs], power=power, weight=weight
     )
-
-
-def pick(batch: Batch, n: int, samples: Iterable[int]) -> Batch:
-    """Return the batch of some samples.
-
-    Args:
-        batch: A batch in either form.
-        n: Its number of samples.
-        samples: Which ones; one may come several times.
-
-    Returns:
-        A batch of the same form; tensors that the samples share stay whole.
-    """
-    chosen = list(samples)
-    return map_tensors(lambda tensor: tensor[chosen] if is_per_sample(tensor, n) else tensor, batch)
 
 
 def in_channels_last(batch: Batch, n: int) -> Batch:
