@@ -50,8 +50,8 @@ Stop: TypeAlias = Literal["auto", "gap"] | None
 # as of the retain set. Whole classes exceed that; random samples of the full set stay near 1.
 _APART = 1.3
 
-# How many times smaller the steps of the last attempt are.
-_SMALLER = 8.0
+# How many times smaller the steps of the last attempt are; and more layers than this are many.
+_SMALLER, _DEEP = 8.0, 5
 
 # What a class takes, and more passes over a small set than over a large one.
 _STEPS, _MOST_EPOCHS = 500, 100
@@ -98,8 +98,8 @@ def pgu(
     with the epoch that reaches it; if retain data are given and more than ``budget`` of their accuracy is
     lost, the weights go back towards what they were until either holds. Where nothing in between holds both,
     the run is made again with the weights that the second half of the forward pass uses, then with smaller
-    steps. If that does not do either, the model is left as it was, ``result.reached`` is False and a warning
-    says so.
+    steps; with more than five layers these weights are tried first. If nothing does, the model is left as it
+    was, ``result.reached`` is False and a warning says so.
 
     The defaults are for a class, or other data of a kind of its own, which the free directions hold more of
     than of the retain set. Random samples of the full set use the same directions as the others, and a
@@ -264,7 +264,10 @@ def pgu(
                     after_epoch=after_epoch,
                     progress=progress,
                 )
-                if reach is None or not reach.conclude():
+                if reach is None:
+                    break
+                reach.conclude()
+                if reach.reached or (reach.is_short and parts is free):
                     break
         if gap is not None:
             gap.conclude()
@@ -369,8 +372,9 @@ def forgetting_loss(
 def _attempts(
     model: nn.Module, forget: Batches, free: list[FreeWeight], task: Task
 ) -> list[tuple[list[FreeWeight], float]]:
-    # Which weights to change, and how many times smaller the steps are: first all, then, where that reaches
-    # the goal at too high a cost, those that are used in the second half, which tell classes apart.
+    # Which weights to change, and how many times smaller the steps are. Those that are used in the second
+    # half tell classes apart; what changes before them is carried on by every layer behind, so that in a deep
+    # network they come first, and all of them only where these are not enough.
     device = device_of(model)
     first = next((batch for batch in read_batches(forget, device) if task.count(batch)), None)
     if first is None or len(free) < 2:
@@ -378,7 +382,8 @@ def _attempts(
     with torch.enable_grad():
         order = order_of_use(model, {part.name: part.weight for part in free}, first, task.loss)
     late = [part for part in free if part.name in order[len(order) // 2 :]]
-    return [(free, 1.0), (late, 1.0), (late, _SMALLER)]
+    attempts = [(free, 1.0), (late, 1.0), (late, _SMALLER)]
+    return attempts if len(free) <= _DEEP else [attempts[1], attempts[0], attempts[2]]
 
 
 def _judge(task: Task | None, shift: bool | None) -> Task:
