@@ -103,7 +103,7 @@ def msg(
         "task": repr(task),
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
     }
-    with unlearning(model, "msg", settings, generator=generator) as run:
+    with unlearning(model, "msg", settings, generator=generator, data=(forget, retain)) as run:
         with run.phase("draw"):
             chosen = _draw(model, layers, forget, retain, task, share)
         run.record("draw", drawn=sum(int(marks.sum()) for marks in chosen.values()))

@@ -132,7 +132,7 @@ def newton(
     }
     sets = {"forget": forget, "validation": validation, "retain": retain}
     watched = {name: data for name, data in sets.items() if data is not None}
-    with unlearning(model, "newton", settings, generator=generator) as run:
+    with unlearning(model, "newton", settings, generator=generator, data=watched.values()) as run:
         if factors is None:
             with run.phase("factors"):
                 given, found = False, kfac_factors(model, watched["retain"], task=task, progress=progress)

@@ -219,7 +219,7 @@ def pgu(
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return forgetting_loss(model, batch, offset, entropy_weight, task=task, shift=shift)
 
-    with unlearning(model, "pgu", hyperparameters, generator=generator) as run:
+    with unlearning(model, "pgu", hyperparameters, generator=generator, data=(forget, retain)) as run:
         with run.phase("subspace"):
             if gram_forget is None:
                 gram_forget = activation_gram(model, forget, modules=gram, progress=progress)

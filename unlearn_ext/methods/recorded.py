@@ -46,7 +46,9 @@ def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, 
             given = signature.bind_partial(*args, **settings).arguments
         except TypeError:  # which the method itself says better
             return method(*args, **settings)
-        record = Record(given.get("model"), given.get("forget"), given.get("retain"), given.get("task"))
+        # Where the classes are named, a method promises not to read the forget set.
+        forget = None if given.get("forget_classes") is not None else given.get("forget")
+        record = Record(given.get("model"), forget, given.get("retain"), given.get("task"))
         return record.added_to(method(*args, **settings))
 
     return measured
