@@ -503,7 +503,8 @@ def test_without_retain_data_the_goal_alone_is_watched(told_apart):
 )
 def test_what_is_not_reached_within_the_budget_is_put_back(told_apart, settings, why, monkeypatch):
     monkeypatch.setattr(pgu_rules, "_HALVINGS", 1)  # the whole change, or none of it
-    monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "_ATTEMPTS", 1)
+    one_attempt = lambda model, forget, free, task: [(free, 1.0)]  # noqa: E731
+    monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "_attempts", one_attempt)
     original, forget, retain = told_apart
     model = copy.deepcopy(original)
     before = bits(model)
@@ -544,6 +545,27 @@ def test_a_change_that_costs_too_much_is_taken_back_in_part(told_apart, monkeypa
     assert f"with {shares[-1]:.3g} of the change" in result.history[-1]["reason"]
     assert accuracy(model, forget) <= 0.01
     assert accuracy(model, retain) >= accuracy(original, retain) - 0.01
+
+
+def test_a_deep_network_is_changed_behind_its_middle_where_that_is_enough():
+    torch.manual_seed(0)
+    y = torch.arange(240) % 3
+    x = torch.randn(3, 12)[y] + 0.5 * torch.randn(240, 12)
+    layers = [part for _ in range(6) for part in (nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), *layers, nn.Linear(24, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    forget, retain = ([(x[part], y[part])] for part in (y == 0, y != 0))
+    before = bits(model)
+    result = pgu(model.eval(), forget, retain, lr=2.0, lr_end=2.0)
+    assert result.reached
+    weights = [name for name, p in model.named_parameters() if name in before and p.ndim == 2]
+    changed = [name for name in weights if result.changed_per_parameter[name]]
+    assert changed
+    assert set(changed) <= set(weights[len(weights) // 2 :])
 
 
 def test_random_samples_are_left_to_the_open_loop_unless_a_goal_is_given(told_apart):

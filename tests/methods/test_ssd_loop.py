@@ -343,32 +343,37 @@ def test_an_interrupted_search_leaves_the_model_as_it_was(data, model, monkeypat
 
 
 def test_importances_that_must_not_be_mixed_are_refused(data, model):
-    class Named(Importance):
-        """As stored with the name of its loss."""
-
-        loss = "unlearn_ext.losses.cross_entropy"
-
     forget, retain = class_of(data, 1)
     stored = fisher_diagonal(model, [*forget, *retain])
-    named = Named(
-        stored,
-        n_samples=stored.n_samples,
-        estimator="per_sample",
-        power=2,
-        batch_size=64,
-        n_batches=22,
-        coverage={},
-    )
-    plan = plan_ssd(model, forget, importance=named)
+    plan = plan_ssd(model, forget, importance=stored)
     direct = fisher_diagonal(model, forget)
     for name, value in plan.importance_forget.items():
         torch.testing.assert_close(value, direct[name])
     assert plan.apply().hyperparameters["loss_fn"] == "unlearn_ext.losses.cross_entropy"
+    plan.revert()
     with pytest.raises(ValueError, match=r"must be that of importance.*cross_entropy, got .*log_odds"):
-        plan_ssd(model, forget, importance=named, loss_fn=losses.log_odds)
-    named.__class__.loss = "mine.own"
+        plan_ssd(model, forget, importance=stored, loss_fn=losses.log_odds)
+    stored.loss = "mine.own"
     with pytest.raises(ValueError, match=r"loss_fn must be given: importance holds importances of mine.own"):
-        plan_ssd(model, forget, importance=named)
+        plan_ssd(model, forget, importance=stored)
+
+
+def test_importances_of_the_retain_set_are_not_taken_for_those_of_the_full_set(data, model):
+    forget, retain = class_of(data, 1)
+    alone = fisher_diagonal(model, retain, loss_fn=losses.log_odds)
+    before = bits(model)
+    with pytest.raises(ValueError, match="plan_ssd: importances of the full set must cover the forget set"):
+        ssd(model, forget, importance=alone)
+    assert same_bits(before, bits(model))
+
+
+def test_importances_of_other_weights_are_warned_about(data, model):
+    forget, retain = class_of(data, 1)
+    stored = fisher_diagonal(model, [*forget, *retain], loss_fn=losses.log_odds)
+    with torch.no_grad():
+        model[11].bias[0] += 0.1
+    with pytest.warns(UserWarning, match="measured with different weights"):
+        plan_ssd(model, forget, importance=stored)
 
 
 @pytest.mark.parametrize(

@@ -154,5 +154,5 @@ def test_the_record_names_set_and_figure_and_the_text_tells_them():
     seen = watch()
     before = figures({name: seen.before(name) for name in ("forget", "retain")})
     assert set(before) == {"forget_accuracy", "forget_loss", "retain_accuracy", "retain_loss"}
-    result = UnlearnResult("m", {}, {}, 0.5, {}, (), False, before, before)
+    result = UnlearnResult("m", {}, {}, 0.5, {}, (), reached=False, before=before, after=before)
     assert "forget accuracy 75.0% -> 75.0%; retain accuracy 75.0% -> 75.0%; goal not reached" in str(result)

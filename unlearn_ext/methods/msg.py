@@ -32,6 +32,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 
 
 @recorded
+@recorded
 def msg(
     model: nn.Module,
     forget: Batches,

@@ -27,15 +27,16 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
-from unlearn_ext.methods.pgu_weights import free_weights, layers_of, optimizer_of
+from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.methods.until import UnlearningFailed, Until, Watch, check_goal, figures
+from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.subspace.basis import Criterion
 from unlearn_ext.subspace.gram import ActivationGram, activation_gram
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.classification import Classification
 from unlearn_ext.tasks.infer import infer
@@ -49,8 +50,8 @@ Stop: TypeAlias = Literal["auto", "gap"] | None
 # as of the retain set. Whole classes exceed that; random samples of the full set stay near 1.
 _APART = 1.3
 
-# Where a run that reaches its goal costs too much, it is made again with steps so many times smaller.
-_ATTEMPTS, _SMALLER = 3, 8.0
+# How many times smaller the steps of the last attempt are; and more layers than this are many.
+_SMALLER, _DEEP = 8.0, 5
 
 # What a class takes, and more passes over a small set than over a large one.
 _STEPS, _MOST_EPOCHS = 500, 100
@@ -95,9 +96,10 @@ def pgu(
     all that the layer answers to the retain set, and needs no sample of it. Where it exceeds the share
     ``leak`` of tr(W M_r W^T) after an epoch, D is scaled back to that. With a goal (``until``) the run ends
     with the epoch that reaches it; if retain data are given and more than ``budget`` of their accuracy is
-    lost, the weights go back towards what they were until either holds; where nothing in between holds both,
-    the run is made again with steps 8 and 64 times smaller. If that does not do either, the model is left as
-    it was, ``result.reached`` is False and a warning says so.
+    lost, the weights go back towards what they were until either holds. Where nothing in between holds both,
+    the run is made again with the weights that the second half of the forward pass uses, then with smaller
+    steps; with more than five layers these weights are tried first. If nothing does, the model is left as it
+    was, ``result.reached`` is False and a warning says so.
 
     The defaults are for a class, or other data of a kind of its own, which the free directions hold more of
     than of the retain set. Random samples of the full set use the same directions as the others, and a
@@ -243,18 +245,18 @@ def pgu(
             return (gap is not None and gap(epoch)) or (reach is not None and reach(epoch))
 
         if not (gap is not None and gap.holds) and not (reach is not None and reach.reached):
-            changing = {part.weight for part in free}
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter in changing)
             train_with_fixed_statistics(model)
-            for attempt in range(1 if reach is None else _ATTEMPTS):
-                first, last = (rate / _SMALLER**attempt for rate in (lr, lr_end))
+            for parts, smaller in [(free, 1.0)] if reach is None else _attempts(model, forget, free, judge):
+                changing = {part.weight for part in parts}
+                for parameter in model.parameters():
+                    parameter.requires_grad_(parameter in changing)
+                first, last = lr / smaller, lr_end / smaller
                 train(
                     run,
                     "forget",
                     forget,
                     loss,
-                    optimizer_of(free, first, momentum),
+                    optimizer_of(parts, first, momentum),
                     epochs=epochs,
                     schedule=lambda epoch, first=first, last=last: (  # type: ignore[misc]
                         first * (last / first) ** (epoch / max(1, epochs - 1))
@@ -262,7 +264,10 @@ def pgu(
                     after_epoch=after_epoch,
                     progress=progress,
                 )
-                if reach is None or not reach.conclude():
+                if reach is None:
+                    break
+                reach.conclude()
+                if reach.reached or (reach.is_short and parts is free):
                     break
         if gap is not None:
             gap.conclude()
@@ -362,6 +367,23 @@ def forgetting_loss(
     negative_entropy = mean_over_positions((log_p.exp() * log_p).sum(-1), counted)
     known = -(offset - torch.expm1(F.logsigmoid(judge.log_odds(outputs, batch)))).log()
     return known + entropy_weight * negative_entropy
+
+
+def _attempts(
+    model: nn.Module, forget: Batches, free: list[FreeWeight], task: Task
+) -> list[tuple[list[FreeWeight], float]]:
+    # Which weights to change, and how many times smaller the steps are. Those that are used in the second
+    # half tell classes apart; what changes before them is carried on by every layer behind, so that in a deep
+    # network they come first, and all of them only where these are not enough.
+    device = device_of(model)
+    first = next((batch for batch in read_batches(forget, device) if task.count(batch)), None)
+    if first is None or len(free) < 2:
+        return [(free, 1.0), (free, _SMALLER)]
+    with torch.enable_grad():
+        order = order_of_use(model, {part.name: part.weight for part in free}, first, task.loss)
+    late = [part for part in free if part.name in order[len(order) // 2 :]]
+    attempts = [(free, 1.0), (late, 1.0), (late, _SMALLER)]
+    return attempts if len(free) <= _DEEP else [attempts[1], attempts[0], attempts[2]]
 
 
 def _judge(task: Task | None, shift: bool | None) -> Task:

@@ -132,6 +132,12 @@ class GoalRule:
         run: The run; told what was measured.
         weights: What changes.
         watch: Measures and judges.
+
+    Attributes:
+        after: What was measured last of each set.
+        reached: Whether the goal is reached, within the budget once concluded.
+        is_short: Whether the goal was not reached at any cost.
+        reason: Why the run ended.
     """
 
     def __init__(self, run: Run, weights: list[tuple[str, nn.Parameter]], watch: Watch) -> None:
@@ -141,6 +147,7 @@ class GoalRule:
             name: watch.before(name) for name in (("forget", "retain") if watch.has_retain else ("forget",))
         }
         self.reached = watch.reached(self._forget)
+        self.is_short = False
         self.reason = f"the goal is met already ({watch.goal})" if self.reached else ""
 
     def __call__(self, epoch: int) -> bool:
@@ -157,13 +164,9 @@ class GoalRule:
         self.reached = self._watch.reached(self._forget)
         return self.reached
 
-    def conclude(self) -> bool:
-        """Keep what reaches the goal within the budget, or put the weights back; say which.
-
-        Returns:
-            Whether the goal was reached at too high a cost, so that smaller steps may do.
-        """
-        too_dear = False
+    def conclude(self) -> None:
+        """Keep what reaches the goal within the budget, or put the weights back; say which."""
+        self.is_short = not self.reached
         watch = self._watch
         if not self.reached:
             self._put_back()
@@ -173,11 +176,10 @@ class GoalRule:
             self.after["forget"] = self._forget
             self.reason = "the goal was reached; nothing watched the rest: there are no retain data"
         else:
-            too_dear = not self._within_budget()
+            self._within_budget()
         self._run.record("stop", reason=self.reason)
-        return too_dear
 
-    def _within_budget(self) -> bool:
+    def _within_budget(self) -> None:
         # The change leaks less the shorter it is: look for a part of it that still reaches the goal.
         watch, target = self._watch, {name: p.detach().clone() for name, p in self._weights}
         forget, share, step = self._forget, 1.0, 0.5
@@ -206,12 +208,11 @@ class GoalRule:
                 f"the goal was reached at a cost of {100 * min(costs):.2f} points of retain accuracy or "
                 f"more, beyond the budget of {100 * watch.budget:g}"
             )
-            return False
+            return
         self.after = best[1]
         lost = 100 * watch.lost(best[1]["retain"])
         part = "" if best[0] == 1 else f"with {best[0]:.3g} of the change, "
         self.reason = f"the goal was reached, {part}{lost:.2f} points of retain accuracy lost"
-        return True
 
     @torch.no_grad()
     def _set(self, target: dict[str, Tensor], share: float) -> None:
