@@ -163,6 +163,7 @@ class Dead(nn.Module):
         return self.head(x + (self.dead(x) - 100).relu()) + self.shift(x)  # softmax takes the shift away
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_parameters_without_a_gradient_are_proven_like_others(monkeypatch):
     torch.manual_seed(0)
     model = Dead()
