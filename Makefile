@@ -74,8 +74,9 @@ $(BUILT): $(SOURCES) $(READY)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && echo "$(BUILD_KEY)" >$@
 
+# In a process per core where pytest-xdist is; ARGS='-n 0' in one.
 test: build
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q $$($(PY) -c "import importlib.util as u; print('-n auto --dist worksteal' * bool(u.find_spec('xdist')))") $(ARGS)
 
 demo: build
 	$(PY) -m unlearn_ext demo $(ARGS)

@@ -120,7 +120,7 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-class GPT(nn.Module):
+class GPTLMHeadModel(nn.Module):
     """A decoder whose output head shares the weight of its token embedding."""
 
     def __init__(
@@ -167,5 +167,5 @@ MODELS = {
     "cnn": Model(cnn, lambda n: _images(n, (3, 32, 32))),
     "resnet18": Model(resnet18, lambda n: _images(n, (3, 32, 32))),
     "vit": Model(ViT, lambda n, size=32: _images(n, (3, size, size))),
-    "gpt": Model(GPT, _texts),
+    "gpt": Model(GPTLMHeadModel, _texts),
 }

@@ -38,7 +38,8 @@ def main(
     train_set, test_set = demo.load_digits()
     model, _ = demo.train(train_set, epochs=epochs, seed=0)
     stored = folder / "importances.safetensors"
-    ux.fisher_diagonal(model, DataLoader(train_set, 64)).save(stored)
+    # Those of the log-odds serve the closed loop of SSD best.
+    ux.fisher_diagonal(model, DataLoader(train_set, 64), loss_fn=ux.losses.log_odds).save(stored)
 
     history = []
     labels = train_set.tensors[1]
@@ -47,8 +48,10 @@ def main(
         data = DataLoader(forget, 64)
         before = report.weights_digest(model)
         full = ux.Importance.load(stored)
-        part = ux.fisher_diagonal(model, data)
-        result = ux.ssd(model, part, importance=full)
+        full.weights_digest = None  # of the weights before the first request, which is meant here
+        plan = ux.plan_ssd(model, data, importance=full)
+        part = plan.importance_forget
+        result = plan.apply()
 
         # The importances without the forgotten part, for the next request. They were measured on the weights
         # from before; measure anew now and then, where there is data to do it with.

@@ -1,4 +1,6 @@
+import os
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,6 +22,29 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs minutes or many gigabytes; left out unless asked for")
     if config.getoption("--slow") and config.option.markexpr == "not slow":
         config.option.markexpr = ""
+
+
+def _physical_cores():
+    """Cores this process may use; the hardware threads of one core count once."""
+    cpus = os.sched_getaffinity(0)
+    try:
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(siblings.format(cpu)).read_text() for cpu in cpus})
+    except OSError:
+        return len(cpus)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """How many processes `-n auto`, which `make test` passes, stands for; 0 is this one alone."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # pytest-xdist's own rule reads it
+    # Starting workers takes longer than most files. Slow tests need the memory for themselves, CUDA tests
+    # the GPU.
+    few = len(config.args) < 3 and all(Path(name.partition("::")[0]).is_file() for name in config.args)
+    chosen = config.option.markexpr.replace("not slow", "").replace("not cuda", "")
+    alone = few or config.getoption("--slow") or "slow" in chosen or "cuda" in chosen or not _why_no_cuda()
+    return 0 if alone else min(_physical_cores(), 16)
 
 
 def _why_no_cuda():

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import torch
 
 import unlearn_ext
 from unlearn_ext import METHODS, cli, demo, ops
+from unlearn_ext._internal.checkpoints import load_weights
 
 
 def test_info_tells_version_build_and_operators(capsys):
@@ -125,6 +127,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from unlearn_ext.data import split
+from unlearn_ext.tasks import Regression
 
 torch.set_num_threads(1)
 value = 3
@@ -158,6 +161,30 @@ def train(model, data):
         optimizer.step()
 
 
+def make_regression():
+    generator = torch.Generator().manual_seed(0)
+    sets = []
+    for n in (4, 12, 8):
+        x = torch.randn(n, 3, generator=generator)
+        sets.append([(x, x)])
+    return sets
+
+
+class Own(Regression):
+    pass
+
+
+own_task = Own(tolerance=1.0)
+
+
+def never(model, data):
+    raise AssertionError("trained")
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
 def broken():
     raise IndexError("list index\\nout of range")
 """
@@ -182,7 +209,7 @@ def arguments(**changes):
     flat = [
         part
         for name, value in {**given, **changes}.items()
-        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+        for part in (f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value]))
     ]
     return ["compare", *flat]
 
@@ -219,6 +246,181 @@ def test_compare_with_a_reference_and_other_forms(mine, capsys):
     capsys.readouterr()
 
 
+def wrapped(weights, form):
+    prefixed = {f"_orig_mod.module.{name}": value for name, value in weights.items()}
+    return {
+        "model": {"model": weights, "optimizer": {"lr": 0.1}},
+        "model_state_dict": {"epoch": 3, "model_state_dict": weights},
+        "state_dict": {"state_dict": prefixed},
+        "nested": {"model": {"state_dict": weights}},
+        "prefixed": prefixed,
+        "fsdp": {f"_fsdp_wrapped_module.{name}": value for name, value in weights.items()},
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["model", "model_state_dict", "state_dict", "nested", "prefixed", "fsdp"])
+def test_checkpoints_as_training_scripts_leave_them(tmp_path, form):
+    weights = {"weight": torch.rand(3, 3), "bias": torch.rand(3)}
+    torch.save(wrapped(weights, form), tmp_path / "model.pt")
+    model = torch.nn.Linear(3, 3)
+    load_weights(model, tmp_path / "model.pt")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_model_with_a_part_called_module_is_loaded_by_its_own_names(tmp_path):
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.bias = torch.nn.Linear(1, 1), torch.nn.Parameter(torch.zeros(1))
+
+    model = Outer()
+    torch.save(model.state_dict(), tmp_path / "model.pt")  # module.bias and bias have one plain name
+    other = Outer()
+    load_weights(other, tmp_path / "model.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ([1], "must hold a state_dict, got list"),
+        (
+            {"epoch": 3, "net": {}},
+            "under one of state_dict, .*, model, got the keys epoch, net",
+        ),
+        (
+            {"model": {"weight": torch.ones(1)}, "state_dict": {}},
+            "got several: state_dict, model",
+        ),
+        ({"weight": torch.ones(3, 3), "scale": torch.ones(1)}, "it misses bias; has besides scale"),
+        (
+            {"weight": torch.ones(2, 3), "bias": torch.ones(3)},
+            r"has weight of shape \[2, 3\] instead of \[3, 3\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_and_the_model_stays(tmp_path, stored, message):
+    torch.save(stored, tmp_path / "model.pt")
+    model = torch.nn.Linear(3, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, tmp_path / "model.pt")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_losses_are_named(mine, monkeypatch):
+    seen = []
+
+    def method(model, forget, retain, *, loss_fn=None):
+        seen.append(loss_fn)
+
+    monkeypatch.setitem(METHODS, "ssd", method)
+    text = ["ssd:loss_fn=log_odds", "ssd:loss_fn='mine:loss'", "ssd"]
+    assert cli.main(arguments(methods=text)) == 0
+    import mine as users
+
+    assert seen == [unlearn_ext.losses.log_odds, users.loss, None]
+
+
+@pytest.fixture
+def one_method(monkeypatch):
+    """Every method's name stands for one that moves a bias and takes any task."""
+
+    def moved(model, forget, retain, *, task=None, score=None):
+        with torch.no_grad():
+            model.bias.add_(0.1)
+
+    for name in METHODS:
+        monkeypatch.setitem(METHODS, name, moved)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("Regression:tolerance=0.5", "Regression(tolerance=0.5)"),
+        ("mine:own_task", "Own(tolerance=1.0)"),
+        ("mine:Own", "Own()"),
+    ],
+)
+def test_the_task_is_named(mine, one_method, text, shown):
+    assert cli.main(arguments(data="mine:make_regression", task=text)) == 0
+    parsed = json.loads((mine / "result" / "comparison.json").read_text(encoding="utf-8"))
+    assert parsed["facts"]["task"] == shown
+    (original,) = [entry for entry in parsed["table"] if entry["label"] == "original"]
+    retain = original["measures"]["retain"]
+    if shown == "Own()":
+        assert "without a tolerance" in retain["why"]
+    else:
+        import mine as users
+
+        model = torch.nn.Linear(3, 3)
+        model.load_state_dict(torch.load("model.pt", weights_only=True))
+        x = users.make_regression()[1][0][0]
+        error = (model(x) - x).abs().amax(1)
+        assert retain["value"] == pytest.approx(float((error <= float(shown[-4:-1])).float().mean()))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Segmentaton", "did you mean Segmentation"),
+        ("Regression:tolerence=1", "--task: Regression: .*tolerence"),
+        ("Regression:loss", "--task must be NAME or NAME:key=value"),
+        ("mine:value", "mine:value must be a task, or return one, got int"),
+        ("mine:make_model", "must be a task, or return one, got Linear"),
+    ],
+)
+def test_a_wrong_task_is_a_line(mine, capsys, text, message):
+    assert cli.main(arguments(task=text)) == 1
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert len(printed.splitlines()) == 1
+
+
+def test_data_that_need_a_task_are_refused_before_anything_runs(mine, capsys):
+    given = arguments(data="mine:make_regression", train="mine:never")
+    assert cli.main(given) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("compare: forget: ")
+    assert "task=ux.tasks.Regression()" in printed
+    assert printed.endswith(" (here: --task Regression)\n")
+
+
+def test_settings_of_the_task_to_pass_are_shown_as_an_option_takes_them():
+    text = "Classification: got 255; pass task=ux.tasks.Segmentation(ignore_index=255)"
+    assert cli._task_hint(text) == " (here: --task Segmentation:ignore_index=255)"
+    assert cli._task("Segmentation:ignore_index=255").ignore_index == 255
+    assert cli._task_hint("alpha must be positive") == ""
+
+
+def test_the_folder_is_made_before_anything_runs(mine, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "compare", lambda *_, **__: pytest.fail("ran"))
+    (mine / "file").touch()
+    assert cli.main(arguments(out="file/result")) == 1
+    assert capsys.readouterr().err.startswith("compare: [Errno")
+
+
+def test_the_table_is_shown_also_where_nothing_can_be_written(mine, capsys, monkeypatch):
+    def full_disk(path, text):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli, "write_text", full_disk)
+    assert cli.main(arguments()) == 1
+    printed = capsys.readouterr()
+    assert "| original " in printed.out
+    assert printed.err.endswith("compare: no space left on device\n")
+
+
+def test_a_text_stands_for_the_code_in_the_cache(mine, capsys):
+    assert cli.main(arguments(cache_key="1")) == 0
+    (mine / "mine.py").write_text(MINE + "\n# edited\n", encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(arguments(cache_key="1")) == 0
+    assert "from the cache" in capsys.readouterr().err
+    assert cli.main(arguments(cache_key="2", train="mine:train")) == 0
+    assert "from the cache" not in capsys.readouterr().err
+
+
 def test_compare_in_a_process_of_its_own(mine):
     done = subprocess.run(
         [sys.executable, "-m", "unlearn_ext", *arguments()], capture_output=True, text=True, check=False
@@ -241,6 +443,11 @@ def test_compare_in_a_process_of_its_own(mine):
         ({"methods": ["magic"]}, "methods must be among ssd"),
         ({"methods": ["ssd:alpha"]}, "--methods must be NAME or NAME:key=value,key=value, got 'ssd:alpha'"),
         ({"methods": ["ssd:alpha=open('x')"]}, "--methods must be NAME"),
+        (
+            {"methods": ["ssd:alpa=3"], "train": "mine:never"},
+            "ssd has no setting 'alpa'; did you mean",
+        ),
+        ({"methods": ["ssd:loss_fn=odds"]}, "loss_fn must be one of cross_entropy, log_odds"),
     ],
 )
 def test_mistakes_in_compare_are_a_line(mine, capsys, changes, message):
@@ -265,6 +472,13 @@ def test_a_checkpoint_cannot_run_code(mine, capsys):
 def test_a_comparison_without_results_fails(mine, capsys):
     assert cli.main(arguments(methods=["ssd:alpha=-1"])) == 1
     assert "alpha must be" in capsys.readouterr().out
+
+
+def test_tracebacks_of_failed_methods_are_shown_on_request(mine, capsys):
+    assert cli.main([*arguments(methods=["ssd:alpha=-1"]), "--traceback"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "ValueError: " in printed
 
 
 def test_settings_of_methods_are_python_values():

@@ -1,7 +1,12 @@
 import copy
 import functools
+import importlib
 import json
+import logging
 import math
+import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -12,10 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import unlearn_ext as ux
 from unlearn_ext import metrics, report
 from unlearn_ext._internal import seeding
-from unlearn_ext.evaluation import cache as fingerprints
+from unlearn_ext.evaluation import keys as fingerprints
 from unlearn_ext.evaluation import study
 from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.metrics import registry
 from unlearn_ext.evaluation.rows import LOSS_EDGES
+from unlearn_ext.evaluation.settings import check_settings
 from unlearn_ext.methods import METHODS
 
 pytest.importorskip("sklearn")
@@ -62,7 +69,7 @@ few = functools.partial(metrics.mia, bootstrap=20)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(study, "mia", few)
+    monkeypatch.setattr(registry, "mia", few)
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +323,8 @@ class Interrupting:
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
 def test_an_interrupted_comparison_continues_to_the_same_table(trained, sets, tmp_path, monkeypatch, stop_at):
     settings = {"methods": ["counted", "ssd", loader_reader], "seeds": [0, 1], "make_model": make_model}
+    # The functions below close over what they count, which must not decide which rows are the same.
+    kept = {"cache": tmp_path, "cache_key": "first"}
     bell = Interrupting(-1)
     calls = []
 
@@ -329,21 +338,19 @@ def test_an_interrupted_comparison_continues_to_the_same_table(trained, sets, tm
         calls.append("train")
         train(model, data)
 
-    # The name stands for the method; the code that counts is looked up through a module-level function.
     monkeypatch.setitem(METHODS, "counted", counted)
     whole = run(trained, sets, **{**settings, "train": train, "methods": ["counted", "ssd", loader_reader]})
     bell.left, done = stop_at, len(calls)
-    monkeypatch.setattr(fingerprints, "_function_key", lambda function: function.__qualname__)
     with pytest.raises(KeyboardInterrupt):
-        run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+        run(trained, sets, train=counted_training, **kept, **settings)
     before = len(calls)
     assert before - done == stop_at - 1
     bell.left = -1
-    continued = run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+    continued = run(trained, sets, train=counted_training, **kept, **settings)
     assert len(calls) - done == 4  # two trainings and two runs, none of them twice
     assert without_times(continued) == without_times(whole)
     # Whatever comes from the cache is the same to the last digit, times included.
-    again = run(trained, sets, train=counted_training, cache=tmp_path, **settings)
+    again = run(trained, sets, train=counted_training, **kept, **settings)
     assert len(calls) - done == 4
     assert again.to_dict() == continued.to_dict()
 
@@ -492,12 +499,17 @@ def test_language_models_are_compared_too():
         def forward(self, input_ids):
             return self.head(self.embed(input_ids))
 
-    table = compare(Language(), batches(2), batches(4), batches(3), methods=["ssd"], reference=Language())
+    sets = batches(2), batches(4), batches(3)
+    with pytest.raises(ValueError, match=r"compare: forget: task must say .*ux.tasks.CausalLM\(\)"):
+        compare(Language(), *sets, methods=[noisy], reference=Language(), controls=False)
+    task = ux.tasks.CausalLM()
+    table = compare(Language(), *sets, methods=[noisy], reference=Language(), controls=False, task=task)
+    assert table.facts["task"] == "CausalLM(ignore_index=-100)"
     assert table.facts["forget_classes"] is None
     assert table.facts["samples"] == {"forget": 8, "retain": 16, "test": 12}
-    for measure in table.measures("ssd").values():
+    for measure in table.measures("noisy").values():
         assert measure.why is None
-    (row,) = [row for row in table.rows if row.label == "ssd"]
+    (row,) = [row for row in table.rows if row.label == "noisy"]
     assert sum(row.loss_counts["forget"]) == 8
 
 
@@ -547,3 +559,307 @@ def test_seeded_puts_everything_back():
     assert orders[0] == orders[1]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(loader.generator.get_state(), own)
+
+
+# ---- what the cache takes for the same
+
+MODULE = """
+import dataclasses
+import helper
+
+RATE = 0.5
+
+
+@dataclasses.dataclass
+class Recipe:
+    steps: int = 3
+
+
+recipe = Recipe()
+
+
+def inner():
+    return RATE + helper.SHARE
+
+
+def method(model, forget, retain):
+    inner()
+    return recipe.steps
+
+
+class Bound:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def method(self, model, forget, retain):
+        return self.scale
+"""
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Return a function that writes and imports the user's module afresh."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load(text=MODULE, share=0.25):
+        (tmp_path / "users.py").write_text(text)
+        (tmp_path / "helper.py").write_text(f"SHARE = {share}\n")
+        for name in ("users", "helper"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("users")
+
+    yield load
+    for name in ("users", "helper"):
+        sys.modules.pop(name, None)
+
+
+def test_keys_know_the_globals_that_a_function_uses(imported):
+    first = fingerprints.key(f=imported().method)
+    assert fingerprints.key(f=imported().method) == first
+    # Edited on disk: the module's own source, and that of a module of the user's that it uses.
+    assert fingerprints.key(f=imported(MODULE.replace("RATE = 0.5", "RATE = 0.7")).method) != first
+    assert fingerprints.key(f=imported(share=0.3).method) != first
+    # Changed in the running process, where the sources stay.
+    for owner, name in (("users", "RATE"), ("recipe", "steps"), ("helper", "SHARE")):
+        module = imported()
+        changed = {"users": module, "recipe": module.recipe, "helper": module.helper}[owner]
+        setattr(changed, name, 7)
+        assert fingerprints.key(f=module.method) != first
+
+
+def test_keys_know_the_source_of_the_defining_module(imported):
+    hidden = "RATE = {}\n\ndef method(model, forget, retain):\n    return globals()['RATE']\n"
+    keys = [fingerprints.key(f=imported(hidden.format(rate)).method) for rate in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_keys_know_the_object_of_a_bound_method(imported):
+    module = imported()
+    first = fingerprints.key(f=module.Bound(1).method)
+    assert fingerprints.key(f=module.Bound(1).method) == first
+    assert fingerprints.key(f=module.Bound(2).method) != first
+    with pytest.raises(fingerprints.NoKeyError, match="Bound uses 'scale': a generator"):
+        fingerprints.key(f=module.Bound(x for x in ()).method)
+
+
+def test_keys_know_the_code_of_a_models_class(imported):
+    net = "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n        return {} * x\n"
+    keys = []
+    for factor in (1, 1, 2):
+        torch.manual_seed(0)
+        keys.append(fingerprints.key(m=imported(net.format(factor)).Net(2, 2)))
+    assert keys[0] == keys[1] != keys[2]
+    assert fingerprints.key(m=nn.Dropout(0.1)) != fingerprints.key(m=nn.Dropout(0.2))
+
+
+def test_a_text_of_the_callers_stands_for_code():
+    stream = (x for x in ())
+
+    def unknowable(model, forget, retain):
+        return stream
+
+    with pytest.raises(fingerprints.NoKeyError, match="closes over 'stream': a generator"):
+        fingerprints.key(f=unknowable)
+    first = fingerprints.key(code="1", f=unknowable)
+    assert fingerprints.key(code="1", f=unknowable) == first
+    assert fingerprints.key(code="2", f=unknowable) != first
+
+
+def test_a_stale_reference_is_not_served(trained, sets, tmp_path, imported):
+    recipe = """
+import torch
+from torch import nn
+LR = 0.0
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+def train(model, data):
+    with torch.no_grad():
+        model.weight.add_(LR)
+"""
+    found = []
+    for text in (recipe, recipe, recipe.replace("LR = 0.0", "LR = 0.5")):
+        module = imported(text)
+        given = {"make_model": module.make_model, "train": module.train, "cache": tmp_path / "cache"}
+        table = run(module.make_model(), sets, metrics=["js"], controls=False, **given)
+        found.append(table.measures("ssd")["js"].value)
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_row_that_cannot_be_kept_is_told_once_and_before_it_runs(trained, sets, tmp_path):
+    stream, events = (x for x in ()), []
+
+    def unknowable(model, forget, retain):
+        events.append(stream)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"'stream': a generator.*cache_key="):
+            run(trained, sets, methods=[unknowable], seeds=[0, 1], metrics=["retain"], cache=tmp_path)
+    assert events == []
+    with pytest.warns(UserWarning, match="not kept in the cache") as told:
+        run(trained, sets, methods=[unknowable, "ssd"], seeds=[0, 1], metrics=["retain"], cache=tmp_path)
+    assert len(told) == 1
+    assert "ssd" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            given = {"methods": [unknowable], "metrics": ["retain"], "cache": tmp_path, "cache_key": "a"}
+            run(trained, sets, **given)
+    assert len(events) == 3  # two seeds, then one run and one from the cache
+
+
+def test_the_folder_of_the_cache_is_made_before_anything_runs(trained, sets, tmp_path):
+    (tmp_path / "file").touch()
+
+    def never(model, forget, retain):
+        raise AssertionError
+
+    with pytest.raises(OSError, match="file"):
+        run(trained, sets, methods=[never], cache=tmp_path / "file" / "cache")
+    run(trained, sets, metrics=["retain"], make_model=None, train=None, cache=tmp_path / "new" / "cache")
+    assert (tmp_path / "new" / "cache").is_dir()
+
+
+def test_a_full_disk_costs_no_results(trained, sets, tmp_path, monkeypatch, caplog):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    table = run(trained, sets, metrics=["retain"], cache=tmp_path)
+    assert all(row.why is None for row in table.rows)
+    assert "is not kept: no space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the registry
+
+
+def test_a_registered_metric_is_a_column_everywhere(trained, sets, monkeypatch):
+    entry = registry.Metric(
+        "norm",
+        "norm of the weights",
+        "number",
+        "Euclidean.",
+        lambda subject: float(sum(p.detach().square().sum() for p in subject.model.parameters()).sqrt()),
+        chosen="asked",
+    )
+    monkeypatch.setitem(registry.REGISTRY, "norm", entry)
+    table = run(trained, sets, methods={"doubled": _double}, metrics=["retain", "norm"])
+    assert table.columns == ("retain", "norm", "changed", "seconds")
+    expected = torch.cat([p.detach().flatten() for p in trained.parameters()]).norm()
+    assert table.measures("original")["norm"].value == pytest.approx(float(expected))
+    assert "norm of the weights" in table.to_markdown()
+    assert "<dt>norm of the weights</dt>" in table.to_html()
+
+
+def test_relearning_is_measured_where_it_is_asked_for():
+    labels = torch.arange(30) % 3
+    inputs = 3 * torch.eye(4)[labels]
+    torch.manual_seed(0)
+    original, reference = nn.Linear(4, 3), nn.Linear(4, 3)
+    with torch.no_grad():
+        original.weight.copy_(torch.eye(3, 4))
+        reference.weight.copy_(-0.1 * torch.eye(3, 4))
+    forget, retain = ([(inputs[chosen], labels[chosen])] for chosen in (labels == 2, labels < 2))
+
+    def pushed(model, forget, retain):
+        with torch.no_grad():
+            model.weight[2].mul_(-0.05)
+
+    asked = ["relearn_steps", "anamnesis_index"]
+    table = compare(original, forget, retain, forget, methods=[pushed], metrics=asked, reference=reference)
+    found = table.measures("pushed")
+    unlearned = copy.deepcopy(original)
+    pushed(unlearned, forget, retain)
+    assert found["relearn_steps"].value == metrics.relearn_steps(unlearned, forget, 0.95) > 0
+    both = [*retain, *forget]
+    assert found["anamnesis_index"].value == pytest.approx(
+        metrics.anamnesis_index(unlearned, original, reference, both, forget)
+    )
+    assert table.measures("original")["relearn_steps"].value == 0
+    assert table.measures("retrained")["anamnesis_index"].value == 1
+
+
+@pytest.mark.parametrize("name", list(registry.REGISTRY))
+def test_every_metric_says_what_it_is(name):
+    entry = registry.REGISTRY[name]
+    assert entry.name == name
+    assert entry.title
+    assert entry.meaning.endswith(".")
+    assert entry.unit in ("percent", "points", "seconds", "number")
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (("ssd", {"alpa": 3}), "ssd has no setting 'alpa'; did you mean 'alpha'"),
+        (("pgu", {"epoch": 3}), "pgu has no setting 'epoch'; did you mean 'epochs'"),
+        (("unsir", {"noise_step": 3}), "unsir has no setting 'noise_step'; did you mean 'noise_steps'"),
+        (("ssd", {"model": 3}), "ssd has no setting 'model'"),
+        ((noisy, {"scalle": 3}), "noisy has no setting 'scalle'; did you mean 'scale'"),
+    ],
+)
+def test_settings_that_a_method_does_not_have_are_told_before_anything_is_trained(
+    trained, sets, entry, message
+):
+    def never(model, data):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=message):
+        run(trained, sets, methods=[entry], train=never)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_known_settings_are_let_through(name):
+    def anything(model, forget, retain, **settings):
+        return settings
+
+    recipe = ("make_model", "train") if name == "retrain" else ()
+    check_settings("compare", name, METHODS[name], {}, recipe)
+    check_settings("compare", "anything", anything, {"x": 1})
+    with pytest.raises(ValueError, match=f"{name} has no setting 'no_such_setting'"):
+        check_settings("compare", name, METHODS[name], {"no_such_setting": 1}, recipe)
+
+
+def test_progress_goes_where_logging_is_set_up_to_go(trained, sets, caplog, capsys):
+    with caplog.at_level(logging.INFO, logger="unlearn_ext"):
+        run(trained, sets, metrics=["retain"], controls=False, progress=True)
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert caplog.records[0].message.startswith("1/2 retrained, seed 0: ")
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger("unlearn_ext").handlers == []
+
+
+def test_tracebacks_of_failures_are_logged(trained, sets, caplog):
+    def broken(model, forget, retain):
+        raise RuntimeError("out of memory")
+
+    with caplog.at_level(logging.DEBUG, logger="unlearn_ext"):
+        run(trained, sets, methods=[broken], metrics=["retain"], controls=False)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.message == "broken, seed 0 failed"
+    assert record.exc_info[1].args == ("out of memory",)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_of_the_package_have_keys(name):
+    assert fingerprints.key(f=METHODS[name]) == fingerprints.key(f=METHODS[name])
+
+
+def test_a_goal_that_was_not_reached_is_told(trained, sets):
+    def cautious(model, forget, retain):
+        return ux.UnlearnResult("cautious", {}, {}, 0.0, {}, (), reached=False)
+
+    table = run(trained, sets, methods=[cautious], metrics=["retain"])
+    assert table.measures("cautious")["changed"].note == "goal not reached"
+    assert table.measures("original")["changed"].note is None
+    assert "goal not reached" in table.to_markdown()
+    assert "goal not reached" in table.to_html()

@@ -93,10 +93,9 @@ def test_batches_are_moved_whatever_their_form():
     assert mapping["x"].device == meta
 
 
-def test_progress_shows_a_bar_on_a_terminal_only(monkeypatch, capsys):
-    list(data.read_batches([BATCH], torch.device("cpu"), description="reading", progress=True))
+def test_progress_shows_a_bar_wherever_it_is_asked_for(capsys):
+    list(data.read_batches([BATCH], torch.device("cpu"), description="reading"))
     assert "reading" not in capsys.readouterr().err
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     list(data.read_batches([BATCH], torch.device("cpu"), description="reading", progress=True))
     assert "reading" in capsys.readouterr().err
 
@@ -297,6 +296,58 @@ def test_split_says_what_is_wrong(arguments, error, message):
 def test_samples_without_one_label_cannot_be_split_by_class(dataset):
     with pytest.raises(ValueError, match="to be told apart by class"):
         data.split(dataset, classes=1)
+
+
+ROWS = [{"user": "anna", "text": "a"}, {"user": "bo", "text": "b"}, {"user": "anna", "text": "c"}]
+
+
+class Columns(Dataset):
+    """Samples without the column, which the data set keeps beside them."""
+
+    user = torch.tensor([4, 5, 4])
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.zeros(2), index
+
+
+@pytest.mark.parametrize(
+    "dataset, column, classes",
+    [
+        (ROWS, "user", "anna"),
+        (ROWS, "user", ["anna"]),
+        ([tuple(row.values()) for row in ROWS], 0, "anna"),
+        (Columns(), "user", 4),
+        (Subset(Columns(), [2, 1, 0]), "user", [4]),
+    ],
+)
+def test_split_by_a_column(dataset, column, classes):
+    forget, retain = data.split(dataset, column=column, classes=classes)
+    assert list(forget.indices) == [0, 2]
+    assert list(retain.indices) == [1]
+
+
+def test_split_by_a_function_of_the_sample():
+    forget, _ = data.split(ROWS, where=lambda row: row["text"] > "b")
+    assert list(forget) == [ROWS[2]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"column": "user"}, "exactly one of"),
+        ({"column": "user", "ids": [0]}, "classes must name the values"),
+        ({"column": "name", "classes": "anna"}, "must name an entry of every sample, got 'name'"),
+        ({"column": "user", "classes": "eve"}, "got 'eve'; there are 'anna', 'bo'"),
+        ({"where": lambda row: False}, "the forget set must not be empty"),
+        ({"where": bool, "ids": [1]}, "exactly one of"),
+    ],
+)
+def test_split_by_a_column_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.split(ROWS, **arguments)
 
 
 def test_split_needs_a_map_style_data_set():

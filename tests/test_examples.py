@@ -79,3 +79,27 @@ def test_sequences_of_a_user():
     assert figures["the user, before"] >= 0.9
     assert figures["the user, after"] <= 0.3
     assert figures["the others, after"] >= figures["the others, before"] - 0.05
+
+
+# The accuracy that may be left where the batch to be forgotten is not all forgotten: of four labels one, of
+# the words about half.
+LEFT = {"multi_label": 0.8, "token_classification": 0.6}
+
+
+@pytest.mark.parametrize("name", example("layouts").LAYOUTS)
+def test_ten_layouts_of_data(name, capsys):
+    if name == "causal_lm":
+        pytest.importorskip("transformers")
+    example("layouts").main([name])
+    line = capsys.readouterr().out.splitlines()[-1]
+    pattern = (
+        r"(\w+): (\d+) samples to forget, \w+; accuracy on them (\S+) -> (\S+), on the others (\S+) -> (\S+)"
+    )
+    printed, samples, *shares = re.fullmatch(pattern, line).groups()
+    assert printed == name
+    assert int(samples) > 0
+    forgotten_before, forgotten, kept_before, kept = map(float, shares)
+    assert forgotten_before >= 0.9  # it had been learnt
+    assert kept_before >= 0.9
+    assert forgotten <= LEFT.get(name, 0.3)
+    assert kept >= kept_before - 0.08

@@ -22,6 +22,10 @@ class Fixed(nn.Module):
         return self.scores
 
 
+class FixedForCausalLM(Fixed):
+    """The same, of a class that says what it predicts."""
+
+
 def test_classification_is_torchs_cross_entropy(generator):
     logits, labels = torch.randn(5, 3, generator=generator), torch.tensor([0, 2, 1, 1, -100])
     values = losses.cross_entropy(Fixed(logits), (None, labels))
@@ -42,7 +46,7 @@ def test_class_probabilities(generator):
 def test_a_causal_language_model_is_shifted_and_averaged_over_its_own_tokens(generator):
     logits = torch.randn(3, 4, 5, generator=generator)
     labels = torch.tensor([[1, 2, 3, 4], [0, -100, -100, 2], [-100] * 4])
-    values = losses.cross_entropy(Fixed(logits), {"input_ids": labels, "labels": labels})
+    values = losses.cross_entropy(FixedForCausalLM(logits), {"input_ids": labels, "labels": labels})
     whole = F.cross_entropy(logits[0, :-1], labels[0, 1:])
     padded = F.cross_entropy(logits[1, 2:3], labels[1, 3:])
     torch.testing.assert_close(values.detach(), torch.stack([whole, padded, torch.zeros(())]))
@@ -71,7 +75,7 @@ def test_dense_prediction_has_its_classes_in_dimension_one(generator):
 
 def test_a_sequence_of_one_token_has_nothing_to_predict():
     values = losses.cross_entropy(
-        Fixed(torch.randn(2, 1, 3)), {"labels": torch.zeros(2, 1, dtype=torch.long)}
+        FixedForCausalLM(torch.randn(2, 1, 3)), {"labels": torch.zeros(2, 1, dtype=torch.long)}
     )
     assert values.tolist() == [0, 0]
 
@@ -99,10 +103,10 @@ def test_logit_norm_sums_squares_per_sample_without_labels():
 
 
 def test_accuracy_counts_positions_and_leaves_ignored_ones_out():
-    logits = F.one_hot(torch.tensor([[1, 2, 0], [0, 0, 0]]), 3).float()
+    logits = F.one_hot(torch.tensor([[1, 2, 0], [0, 0, 0]]), 4).float()
     labels = torch.tensor([[2, 1, 2], [0, -100, 1]])
     # shifted: position 0 predicts label 1 and so on; right, right / ignored, wrong
-    assert metrics.accuracy(Fixed(logits), [{"labels": labels}]) == pytest.approx(2 / 3)
+    assert metrics.accuracy(FixedForCausalLM(logits), [{"labels": labels}]) == pytest.approx(2 / 3)
     assert metrics.accuracy(Fixed(logits), [(None, labels)]) == pytest.approx(1 / 5)
 
 

@@ -13,6 +13,7 @@ from unlearn_ext.evaluation.metrics.attacks import mia
 from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence, zrf
 from unlearn_ext.evaluation.metrics.relearning import anamnesis_index, relearn_steps
+from unlearn_ext.tasks import Classification
 
 
 def fixed(*probabilities):
@@ -190,6 +191,88 @@ def test_anamnesis_index_is_a_ratio_of_steps():
         anamnesis_index(linear(-0.2), original, linear(1.0), data, data)
 
 
+class Normalised(nn.Module):
+    """A linear model behind BatchNorm, with an integer parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(1), nn.Linear(1, 2)
+        self.table = nn.Parameter(torch.arange(3), requires_grad=False)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def test_relearning_with_a_last_batch_of_one_and_integer_parameters():
+    x, y = line(9)[0]
+    data = [(x[:8], y[:8]), (x[8:], y[8:])]
+    torch.manual_seed(0)
+    model = Normalised()
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    # By hand: as torch trains it, but for the batch of one, which is normalised by the running statistics.
+    hand = Normalised()
+    hand.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in hand.parameters() if p.requires_grad], lr=1.0)
+    steps = 0
+    while accuracy(hand, data) < 1:
+        batch = data[steps % 2]
+        hand.train()
+        hand.norm.train(len(batch[0]) > 1)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(hand(batch[0]), batch[1]).backward()
+        optimizer.step()
+        steps += 1
+
+    def floating(copy):
+        return torch.optim.SGD([p for p in copy.parameters() if p.is_floating_point()], lr=1.0)
+
+    assert relearn_steps(model, data, 1.0, optimizer=floating) == steps > 1
+    assert relearn_steps(model, data, 1.0) > 1  # with the optimizer of its own
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_relearning_refuses_what_it_cannot_train():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(2), requires_grad=False)
+
+        def forward(self, x):
+            return x.expand(-1, 2) * self.table
+
+    with pytest.raises(ValueError, match="must have a floating-point parameter"):
+        relearn_steps(Table(), line(), 1.0)
+    with pytest.raises(FloatingPointError, match="the loss must be finite, got nan in step 1"):
+        relearn_steps(
+            linear(-1.0), line(), 1.0, loss_fn=lambda model, batch: model(batch[0])[:, 0] * math.nan
+        )
+
+
+def test_the_seed_of_relearning_decides_the_order_of_loaders():
+    x, y = line(12)[0]
+    own = torch.Generator().manual_seed(3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3, shuffle=True, generator=own)
+    seen = []
+
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear(-5.0)
+
+        def forward(self, x):
+            seen.append(x.flatten().tolist())
+            return self.inner(x)
+
+    state, orders = own.get_state(), []
+    for seed in (0, 0, 1):
+        seen.clear()
+        relearn_steps(Watching(), loader, 1.0, most=8, every=8, seed=seed)
+        orders.append(list(seen))
+    assert orders[0] == orders[1] != orders[2]
+    assert torch.equal(own.get_state(), state)
+
+
 # ---- membership inference
 
 
@@ -291,6 +374,23 @@ def test_mia_says_what_is_wrong(sklearn):
         mia(nn.Identity(), TRAINED, labelled([0.5]), UNSEEN, "scrub")
 
 
+def test_the_sets_of_the_attack_are_named_and_the_older_form_keeps_its_meaning(sklearn):
+    forget = labelled([0.97, 0.6, 0.7])
+    named = mia(nn.Identity(), forget=forget, retain=TRAINED, test=UNSEEN, convention="salun", bootstrap=0)
+    older = mia(nn.Identity(), TRAINED, forget, UNSEEN, "salun", bootstrap=0)
+    mixed = mia(nn.Identity(), TRAINED, forget, test=UNSEEN, convention="salun", bootstrap=0)
+    assert (named.score, named.auc, named.tpr) == (older.score, older.auc, older.tpr)
+    assert (named.score, named.auc, named.tpr) == (mixed.score, mixed.auc, mixed.tpr)
+    other = mia(nn.Identity(), forget=TRAINED, retain=forget, test=UNSEEN, convention="salun", bootstrap=0)
+    assert other.auc != named.auc
+    with pytest.raises(ValueError, match="mia: test must be given"):
+        mia(nn.Identity(), forget=forget, retain=TRAINED)
+    with pytest.raises(TypeError, match="mia: retain must be given once"):
+        mia(nn.Identity(), TRAINED, forget, UNSEEN, retain=TRAINED)
+    with pytest.raises(TypeError, match="at most 4 arguments"):
+        mia(nn.Identity(), TRAINED, forget, UNSEEN, "ssd", None)
+
+
 def test_mia_without_scikit_learn(monkeypatch):
     import importlib
 
@@ -311,7 +411,7 @@ def test_sequences_count_as_one_sample(sklearn):
     labels = torch.randint(3, (6, 4))
     labels[0, 1:] = -100
     data = [(scores, labels)]
-    features = attacks._features(nn.Identity(), data, "forget", False)
+    features = attacks._features(nn.Identity(), data, "forget", Classification(), "loss")
     assert features.loss.shape == (6,)
     expected = nn.functional.cross_entropy(scores[0, :1].double(), labels[0, :1])
     assert features.loss[0] == pytest.approx(float(expected))

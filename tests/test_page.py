@@ -2,14 +2,17 @@
 
 import copy
 import re
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from unlearn_ext.evaluation import page
-from unlearn_ext.evaluation.compare import Comparison
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import NOTICE
-from unlearn_ext.evaluation.rows import LOSS_EDGES, Measure, Row
+from unlearn_ext.evaluation.metrics.measures import Measure
+from unlearn_ext.evaluation.rows import LOSS_EDGES, Row
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 COLUMNS = (
@@ -218,3 +221,65 @@ def test_seeds_show_their_spread(table):
 )
 def test_figures(measure, unit, shown):
     assert page.figure(measure, unit) == shown
+
+
+# ---- in notebooks and data frames
+
+
+def test_a_notebook_shows_the_table_alone(table):
+    html = table._repr_html_()
+    checker = checked(html)
+    assert {"table", "th", "td"} <= set(checker.tags)
+    # Nothing that could reach beyond it: no style sheet, no document of its own.
+    assert not {"style", "script", "link", "html", "body", "title"} & set(checker.tags)
+    assert checker.ids == []
+    text = words(html)
+    for part in ("97.5", "retain, %", "not run: RuntimeError", "before", "the aim", NOTICE):
+        assert part in text
+    assert "<script" not in html
+
+
+def test_the_repr_is_a_line(table):
+    assert repr(table) == (
+        'Comparison(5 models, 9 figures, 1 seed: original, retrained, ssd, <b>&"x_y, random mask)'
+    )
+
+
+def test_a_data_frame_holds_the_figures(table):
+    pandas = pytest.importorskip("pandas")
+    frame = table.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.index.name == "label"
+    assert list(frame.index) == list(table.labels)
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame.loc["ssd", "retain"] == 0.975
+    assert frame.loc['<b>&"x_y'].isna().all()
+    assert frame.attrs["why"]['<b>&"x_y', "js"] == "RuntimeError: <script>alert(1)</script>"
+    rows = [row("ssd", "method", [0.9 + 0.02 * seed, *[0.0] * 8], seed=seed) for seed in (0, 1)]
+    spread = Comparison(tuple(rows), COLUMNS, {**FACTS, "seeds": [0, 1]}).to_pandas()
+    assert spread.loc["ssd", "retain"] == pytest.approx(0.91)
+    assert spread.loc["ssd", "retain_spread"] == pytest.approx(0.02 / 2**0.5)
+
+
+def test_without_pandas_the_error_says_what_to_install(table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'unlearn_ext\[pandas\]'"):
+        table.to_pandas()
+
+
+def test_a_task_is_told_among_the_circumstances(table):
+    told = Comparison(table.rows, COLUMNS, {**FACTS, "task": "Segmentation(ignore_index=255)"}).to_html()
+    assert '<th scope="row">Task</th><td>Segmentation(ignore_index=255)</td>' in told
+
+
+def test_templates_and_style_are_package_data():
+    root = Path(page.__file__).parents[3]
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("no source tree")
+    declared = pytest.importorskip("tomllib").loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = declared["tool"]["setuptools"]["package-data"]["unlearn_ext.evaluation.page"]
+    folder = Path(page.__file__).parent
+    covered = {path for pattern in patterns for path in folder.glob(pattern)}
+    wanted = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert wanted == covered
+    assert {"page.css", "page.html"} <= {path.name for path in covered}

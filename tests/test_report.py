@@ -4,7 +4,9 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import re
+import stat
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from torch import nn
 
 import unlearn_ext
 from unlearn_ext import UnlearnResult, report, ssd
+from unlearn_ext._internal.files import replacing
+from unlearn_ext._internal.names import plain_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.tasks import losses
 
@@ -46,6 +50,11 @@ def test_json_holds_every_field():
         "changed": 0.125,
         "changed_per_parameter": {"weight": 0.25, "bias": 0.0},
         "history": [{"phase": "dampening", "selected": 3}],
+        "coverage": {},
+        "reached": None,
+        "before": {},
+        "after": {},
+        "passes": 0.0,
     }
 
 
@@ -268,11 +277,63 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     record, *_ = recorded()
     assert record.to_json(target) + "\n" == target.read_text(encoding="utf-8")
 
-    def failing(self, other):
+    def failing(draft, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(type(target), "replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="disk full"):
         report.write_text(target, "new")
     assert target.read_text(encoding="utf-8") == record.to_json() + "\n"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "x.txt", tmp_path / "link"
+    report.write_text(target, "old")
+    (tmp_path / "plain").touch()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    target.chmod(0o640)
+    link.symlink_to(target)
+    report.write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_draft(tmp_path):
+    target = tmp_path / "x.pt"
+    torch.save({"a": 1}, target)
+    before = target.read_bytes()
+
+    def write_half(path):
+        with replacing(path) as draft:
+            draft.write_bytes(before[:10])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half(target)
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "name, plain",
+    [
+        ("weight", "weight"),
+        ("_orig_mod.0.weight", "0.weight"),
+        ("module._orig_mod.block._fsdp_wrapped_module.0.bias", "block.0.bias"),
+        ("my_module.weight", "my_module.weight"),
+        ("block.module", "block.module"),  # a parameter that is called so
+    ],
+)
+def test_names_without_what_wrappers_put_in(name, plain):
+    assert plain_name(name) == plain
+
+
+def test_names_of_wrapped_models_are_those_of_the_model():
+    model = small_model()
+    names = [name for name, _ in model.named_parameters()]
+    for wrapped in (nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))):
+        found = [name for name, _ in wrapped.named_parameters()]
+        assert found != names
+        assert [plain_name(name) for name in found] == names

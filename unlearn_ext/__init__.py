@@ -3,15 +3,31 @@
 Importing the package loads its compiled operators, so that ``torch.ops.unlearn_ext`` is there from then on.
 """
 
-from unlearn_ext import comparison, data, importance, losses, methods, metrics, ops, optim, report, subspace
-from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext import (
+    comparison,
+    data,
+    importance,
+    losses,
+    methods,
+    metrics,
+    ops,
+    optim,
+    report,
+    subspace,
+    tasks,
+)
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.fisher.kfac import KroneckerFactors
+from unlearn_ext.fisher.kfac_pass import kfac_factors
 from unlearn_ext.masks.saliency import Scores, saliency
 from unlearn_ext.masks.selection import select_mask
 from unlearn_ext.methods import (
     METHODS,
     gradient_masking,
+    newton,
     pgu,
     plan_ssd,
     prune_neurons,
@@ -30,6 +46,7 @@ __all__ = [
     "ActivationGram",
     "Comparison",
     "Importance",
+    "KroneckerFactors",
     "Scores",
     "UnlearnResult",
     "__version__",
@@ -40,9 +57,11 @@ __all__ = [
     "fisher_diagonal",
     "gradient_masking",
     "importance",
+    "kfac_factors",
     "losses",
     "methods",
     "metrics",
+    "newton",
     "ops",
     "optim",
     "pgu",
@@ -54,6 +73,7 @@ __all__ = [
     "select_mask",
     "ssd",
     "subspace",
+    "tasks",
     "unlearn",
     "unsir",
 ]

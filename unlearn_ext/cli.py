@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
+import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,16 +18,22 @@ import torch
 from torch import nn
 
 import unlearn_ext
-from unlearn_ext import demo, ops
-from unlearn_ext.evaluation.compare import Comparison, compare
+from unlearn_ext import demo, ops, tasks
+from unlearn_ext._internal.checkpoints import load_weights
+from unlearn_ext._internal.files import write_text
+from unlearn_ext._internal.logs import shown
+from unlearn_ext.evaluation.compare import compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.methods import METHODS
 from unlearn_ext.tasks.batches import Batches
+from unlearn_ext.tasks.losses import LossFn
 
 _COMPARE = """
 Run unlearning methods on copies of a trained model and set them beside retraining. The user's code:
 
   --model MODULE:FACTORY   FACTORY() returns the model, untrained
   --data MODULE:FACTORY    FACTORY() returns (forget, retain, test): batches that can be read more than once
+  --task NAME              what the model is for, where model and data do not tell
   --train MODULE:FUNCTION  FUNCTION(model, data) trains a fresh model in place, as the checkpoint was trained
 
 Modules are looked for in the current folder first. Writes comparison.md, comparison.json and comparison.html.
@@ -66,9 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             expected = isinstance(error, (ImportError, OSError, RuntimeError, ValueError))
             kind = "" if expected else f"{type(error).__name__}: "
             text = " ".join(str(error).split()) or type(error).__name__
-            print(f"{options.command}: {kind}{text}", file=sys.stderr)
+            text = text.removeprefix(f"{options.command}: ")
+            print(f"{options.command}: {kind}{text}{_task_hint(text)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _task_hint(text: str) -> str:
+    # What Python code passes as an argument is an option here.
+    named = re.search(r"task=ux\.tasks\.(\w+)\((.*?)\)", text)
+    if named is None:
+        return ""
+    settings = f":{named[2].replace(' ', '')}" if named[2] else ""
+    return f" (here: --task {named[1]}{settings})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,9 +127,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="its trained weights: a state_dict saved by torch.save, or .safetensors",
+        help="its trained weights: a state_dict, or a mapping that holds one, of torch.save; or .safetensors",
     )
     compared.add_argument("--data", required=True, metavar="MODULE:FACTORY", help="makes the three sets")
+    compared.add_argument(
+        "--task",
+        metavar="NAME",
+        help="what the model is for, where model and data do not tell: one of "
+        f"{', '.join(_task_names())}, with settings as in Segmentation:ignore_index=0, or your MODULE:NAME",
+    )
     reference = compared.add_mutually_exclusive_group()
     reference.add_argument(
         "--train", metavar="MODULE:FUNCTION", help="retrains without the forget set, once per seed"
@@ -121,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_methods(compared, "ssd")
     compared.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run of each method per seed (0)"
+    )
+    compared.add_argument(
+        "--cache-key",
+        metavar="TEXT",
+        help="stands for your own code where runs of earlier calls are looked up, instead of its content",
     )
     compared.add_argument("--device", default="cpu", help="where to run (%(default)s)")
     _add_out(compared, "comparison", "folder for the results")
@@ -146,28 +176,35 @@ def _add_out(parser: argparse.ArgumentParser, default: str, what: str) -> None:
 
 def _run_comparison(options: argparse.Namespace) -> int:
     methods = [_method(text) for text in options.methods or ["ssd"]]
+    options.out.mkdir(parents=True, exist_ok=True)
     factory = _named(options.model, "model")
     model = _loaded(factory, options.checkpoint).to(options.device)
     sets = _sets(_named(options.data, "data")())
+    task = None if options.task is None else _task(options.task)
     reference = None
     if options.reference is not None:
         reference = _loaded(factory, options.reference).to(options.device)
     train = None if options.train is None else _named(options.train, "train")
-    comparison = compare(
-        model,
-        *sets,
-        methods=methods,
-        reference=reference,
-        seeds=options.seeds,
-        make_model=None if train is None else factory,
-        train=train,
-        cache=options.out / "cache",
-        progress=True,
-    )
-    (options.out / "comparison.md").write_text(comparison.to_markdown(), encoding="utf-8")
+    # With tracebacks: those of methods that failed, which cost no more than their own row, are logged.
+    with shown(logging.DEBUG if options.traceback else logging.INFO):
+        comparison = compare(
+            model,
+            *sets,
+            methods=methods,
+            reference=reference,
+            seeds=options.seeds,
+            make_model=None if train is None else factory,
+            train=train,
+            cache=options.out / "cache",
+            cache_key=options.cache_key,
+            task=task,
+            progress=True,
+        )
+    # Shown first: what cannot be written is not lost.
+    print(comparison.to_markdown())
+    write_text(options.out / "comparison.md", comparison.to_markdown())
     comparison.to_json(options.out / "comparison.json")
     comparison.to_html(options.out / "comparison.html")
-    print(comparison.to_markdown())
     print(f"written: {options.out}/comparison.md, comparison.json, comparison.html")
     return _exit_code(comparison)
 
@@ -179,6 +216,13 @@ def _exit_code(comparison: Comparison) -> int:
 
 def _method(text: str) -> tuple[str, Mapping[str, Any]]:
     name, _, rest = text.partition(":")
+    settings = _settings(rest, f"--methods must be NAME or NAME:key=value,key=value, got {text!r}")
+    if isinstance(settings.get("loss_fn"), str):
+        settings["loss_fn"] = _loss(settings["loss_fn"])
+    return name, settings
+
+
+def _settings(rest: str, complaint: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     # Parsed as the arguments of a call, so that values may hold commas and quotes.
     try:
@@ -191,11 +235,51 @@ def _method(text: str) -> tuple[str, Mapping[str, Any]]:
             value = keyword.value
             settings[keyword.arg] = value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"--methods must be NAME or NAME:key=value,key=value, got {text!r}") from error
-    return name, settings
+        raise ValueError(complaint) from error
+    return settings
 
 
-def _named(text: str, option: str) -> Any:  # noqa: ANN401 - the user's function
+def _task_names() -> list[str]:
+    return [name for name in tasks.__all__ if name != "Task" and isinstance(getattr(tasks, name), type)]
+
+
+def _task(text: str) -> tasks.Task:
+    name, _, rest = text.partition(":")
+    if name in _task_names():
+        settings = _settings(rest, f"--task must be NAME or NAME:key=value,key=value, got {text!r}")
+        try:
+            made: object = getattr(tasks, name)(**settings)
+        except TypeError as error:
+            raise ValueError(f"--task: {name}: {error}") from error
+    elif not rest:
+        nearest = difflib.get_close_matches(name, _task_names(), n=2, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        raise ValueError(
+            f"--task must be one of {', '.join(_task_names())}, or MODULE:NAME, got {text!r}{hint}"
+        )
+    else:
+        found = _named(text, "task", callable_only=False)
+        made = found if isinstance(found, tasks.Task) or not callable(found) else found()
+    if not isinstance(made, tasks.Task):
+        raise ValueError(f"--task: {text} must be a task, or return one, got {type(made).__name__}")
+    return made
+
+
+def _loss(name: str) -> LossFn:
+    if ":" in name:
+        found: LossFn = _named(name, "methods loss_fn")
+        return found
+    known = unlearn_ext.losses.__all__
+    if name not in known:
+        raise ValueError(
+            f"--methods: loss_fn must be one of {', '.join(known)} or 'MODULE:FUNCTION' in quotes, "
+            f"got {name!r}"
+        )
+    found = getattr(unlearn_ext.losses, name)
+    return found
+
+
+def _named(text: str, option: str, *, callable_only: bool = True) -> Any:  # noqa: ANN401 - the user's
     module_name, _, name = text.partition(":")
     if not module_name or not name:
         raise ValueError(f"--{option} must be MODULE:NAME, got {text!r}")
@@ -206,7 +290,7 @@ def _named(text: str, option: str) -> Any:  # noqa: ANN401 - the user's function
         if not hasattr(found, part):
             raise ValueError(f"--{option}: {module_name} must have {name}, and has not")
         found = getattr(found, part)
-    if not callable(found):
+    if callable_only and not callable(found):
         raise ValueError(f"--{option}: {text} must be a function, got {type(found).__name__}")
     return found
 
@@ -215,18 +299,7 @@ def _loaded(factory: Any, path: Path) -> nn.Module:  # noqa: ANN401 - the user's
     model = factory()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must return a torch.nn.Module, got {type(model).__name__}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights: Any = load_file(path)
-    else:
-        # Weights only: a checkpoint must not be able to run code.
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
-        weights = weights["state_dict"]
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} must hold a state_dict, got {type(weights).__name__}")
-    model.load_state_dict(weights)
+    load_weights(model, path)
     return model
 
 

@@ -23,15 +23,18 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext.evaluation import page
-from unlearn_ext.evaluation.compare import Comparison, Methods, compare
+from unlearn_ext.evaluation.compare import Methods, compare
+from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import Evidence, evidence
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.evaluation.metrics.attacks import mia
+from unlearn_ext.evaluation.metrics.registry import metric
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods import METHODS
 from unlearn_ext.methods.ssd import ssd
 from unlearn_ext.results import NOTICE
+from unlearn_ext.tasks.losses import log_odds
 from unlearn_ext.tasks.split import split
 
 Samples = Dataset[tuple[Tensor, ...]]
@@ -245,14 +248,14 @@ _SAMPLES_NOTE = (
     "alone cannot tell whether such samples have been forgotten."
 )
 _SHORT = {
-    "retain": ("retain", "percent"),
-    "forget": ("forget", "percent"),
-    "test": ("test", "percent"),
-    "test_retained": ("test, kept", "percent"),
-    "test_forgotten": ("test, forgotten", "percent"),
-    "gap": ("gap, points", "points"),
-    "changed": ("changed", "percent"),
-    "seconds": ("seconds", "seconds"),
+    "retain": "retain",
+    "forget": "forget",
+    "test": "test",
+    "test_retained": "test, kept",
+    "test_forgotten": "test, forgotten",
+    "gap": "gap, points",
+    "changed": "changed",
+    "seconds": "seconds",
 }
 
 
@@ -272,13 +275,13 @@ def table(title: str, comparison: Comparison, note: str) -> str:
     for row in comparison.rows:
         cells = []
         for name in names:
-            measure, unit = row.measures.get(name), _SHORT[name][1]
+            measure, unit = row.measures.get(name), metric(name).unit
             known = measure is not None and measure.value is not None
             cells.append(page.figure({"value": measure.value}, unit) if measure and known else "-")
         lines.append([row.label, *cells])
         if row.why is not None:
             failures.append(row.why if row.why.startswith(row.label) else f"{row.label}: {row.why}")
-    heads = ["network", *(_SHORT[name][0] for name in names)]
+    heads = ["network", *(_SHORT[name] for name in names)]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *lines, strict=True)]
     text = [
         "  ".join(
@@ -340,7 +343,7 @@ def _run(
     say(table(f"Forget class {FORGET_CLASS}", by_class, _CLASS_NOTE))
     if "ssd" in methods:
         # What an owner would store after training, so that the retain set need not be read again.
-        full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE))
+        full = fisher_diagonal(original, DataLoader(train_set, BATCH_SIZE), loss_fn=log_odds)
         say("\n".join(textwrap.wrap(each_class(train_set, test_set, original, full=full), 100)))
         _record(train_set, test_set, original, full, seed).to_json(out / "digits_class_ssd.json")
     by_samples = forget_samples(train_set, test_set, original, methods=methods, epochs=epochs, seed=seed)
@@ -372,7 +375,7 @@ def _record(
         metrics={
             "retain": accuracy(unlearned, sets[0]),
             "forget": accuracy(unlearned, sets[1]),
-            "mia": mia(unlearned, sets[0], sets[1], sets[2]),
+            "mia": mia(unlearned, forget=sets[1], retain=sets[0], test=sets[2]),
         },
     )
 

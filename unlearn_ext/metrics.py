@@ -12,6 +12,8 @@ from unlearn_ext.evaluation.metrics import (
     layer_distance,
     mia,
     relearn_steps,
+    rf_jsd,
+    tug_of_war,
     zrf,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "layer_distance",
     "mia",
     "relearn_steps",
+    "rf_jsd",
+    "tug_of_war",
     "zrf",
 ]

@@ -1,8 +1,8 @@
 """``ux.report``: records of what was done to a model and of what was measured."""
 
 from unlearn_ext._internal.digests import weights_digest
+from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.names import layer_name as layer_of
-from unlearn_ext._internal.texts import write_text
 from unlearn_ext.evaluation.evidence import (
     DERIVED,
     DERIVED_ALWAYS,

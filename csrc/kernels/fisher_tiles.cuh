@@ -260,9 +260,10 @@ struct PowerLoader {
 // ---- Tiles: the products of a sample so far, and the sums of their powers over the samples before it
 //
 // Registers hold both, which halves the tile that a plain product would have. A block of 128 x 128 halves does 64 flops
-// per byte it reads from the L2 cache: the 5.5 to 7 TB/s of an H100 feed 350 to 450 Tflop/s, where mma.sync could do
-// 600. Shared memory is nearly as busy: per 16 rows 24 KiB of fragments and 8 KiB of copies, 250 clocks, next to 210
-// clocks of multiplication. So every fragment is read once, early, and by whole instructions of 16 bytes per lane.
+// per byte it reads from the L2 cache: an estimate: the 5.5 to 7 TB/s of an H100 feed 350 to 450 Tflop/s, where
+// mma.sync could do 600. Shared memory is nearly as busy: per 16 rows 24 KiB of fragments and 8 KiB of copies, 250
+// clocks, next to 210 clocks of multiplication. So every fragment is read once, early, and by whole instructions of 16
+// bytes per lane.
 
 // By tensor cores, kRows x kCols fragments of 16 x 8 to a warp. T: BFloat16, Half, or float for tf32.
 template <class T, int kWarpsM, int kWarpsN, int kRows, int kCols, int kMinBlocks, bool kGathers>

@@ -21,8 +21,8 @@ struct Plan {
 // A warp's share of a group where groups are small, as those of depth-wise convolutions: all taps of a 3x3 kernel.
 constexpr int kNarrowWarps = 4, kNarrowColumns = 9, kNarrowOutputs = 4, kNarrowGroups = 8;
 
-// What an H100 does, for choosing between ways: multiprocessors, bytes of global memory per clock of each, and clocks
-// to start a kernel.
+// Estimates for an H100, from its data sheet and not measured, for choosing between ways: multiprocessors, bytes of
+// global memory per clock of each, and clocks to start a kernel.
 constexpr double kProcessors = 132, kBytesPerClock = 20, kLaunchClocks = 5000;
 
 // Runs of samples, whose partial sums are worth their traffic where there are fewer tiles than multiprocessors.
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 // A warp owns up to kOutputs x 9 elements of each of its groups: 8 neighbouring ones where channels lie side by
 // side, so that lanes share the 32 bytes a load brings, and one otherwise, with all lanes along the positions. The taps
 // of a position meet in the first-level cache. An input is found and loaded once per tap, about a dozen instructions
-// for kOutputs multiplications, and these are what limits: some 2 Tflop/s on an H100 for one output per group, 7 for
-// four, where all but a few per cent of a tile's multiplications would be with zeros.
+// for kOutputs multiplications, and these are what limits: an estimated 2 Tflop/s on an H100 for one output per group,
+// 7 for four, where all but a few per cent of a tile's multiplications would be with zeros.
 template <class T, int kOutputs>
 __global__ void __launch_bounds__(32 * kNarrowWarps, 2)
     narrow_kernel(const __grid_constant__ Task task, acc_t<T> weight, acc_t<T>* out) {

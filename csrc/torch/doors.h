@@ -102,9 +102,36 @@ auto python_argument() {
   }
 }
 
+// Whether a tensor is what kernels take it for: no subclass, wrapper of a transform, lazily negated or conjugated view,
+// and not on a device without memory. Any other goes through the dispatcher, which knows what to do with it.
+inline bool is_plain(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet special = c10::python_ks | c10::functorch_transforms_ks |
+                                          c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                                                               c10::DispatchKey::ZeroTensor, c10::DispatchKey::Fake});
+  return !t.defined() || (!t.key_set().has_any(special) && (t.is_cpu() || t.is_cuda()));
+}
+inline bool is_plain(const std::optional<at::Tensor>& t) { return !t || is_plain(*t); }
+inline bool is_plain(const std::vector<at::Tensor>& list) {
+  return std::all_of(list.begin(), list.end(), [](const at::Tensor& t) { return is_plain(t); });
+}
+template <class T>
+bool is_plain(const T&) {
+  return true;
+}
+
+template <class O, class R, class... P>
+R call_dispatcher(P... arguments) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow(("unlearn_ext::" + O::name()).c_str(), O::overload().c_str())
+                                 .template typed<R(P...)>();
+  return handle.call(arguments...);
+}
+
 template <class O, class R, class... P>
 void define_direct(pybind11::module& m, R (*)(P...)) {
-  auto call = [](typename Owned<P>::type... arguments) -> R { return O::function(arguments...); };
+  auto call = [](typename Owned<P>::type... arguments) -> R {
+    return (is_plain(arguments) && ...) ? O::function(arguments...) : call_dispatcher<O, R, P...>(arguments...);
+  };
   [&]<size_t... I>(std::index_sequence<I...>) {
     m.def(O::name().c_str(), torch::wrap_pybind_function_no_gil(call), python_argument<I, O>()...);
   }(std::make_index_sequence<count_arguments(O::schema)>{});

@@ -44,6 +44,7 @@ void require_layer_arguments(const LayerArguments& args) {
   TORCH_CHECK_VALUE(!args.fisher.is_neg(), op, ": fisher must hold its values, got a lazily negated view");
   TORCH_CHECK_VALUE(!overlaps_itself(args.fisher), op, ": fisher must not overlap itself, got strides ",
                     args.fisher.strides());
+  if (args.fisher.numel() != 0) args.fisher.mutable_data_ptr();  // as require_writable
   std::vector<Extent> extents;
   for (const auto& [name, t] : all) add_extent(extents, name, 0, *t, t == &args.fisher);
   require_no_aliases(op, extents);
@@ -119,7 +120,7 @@ void run_product(const LayerArguments& args, LayerProduct& layer) {
     run(args.op, args.fisher.device(), [&]<Backend B>(const Exec& exec) {
       const int64_t partials = fisher_weight_partials<B>(layer);
       at::Tensor partial;
-      if (partials > 1) partial = at::zeros({partials, args.fisher.numel()}, options);
+      if (partials > 1) partial = at::empty({partials, args.fisher.numel()}, options);
       return fisher_weight<B>(layer, fisher, partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
     });
   });

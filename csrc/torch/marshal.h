@@ -112,10 +112,25 @@ void for_each_address(const at::Tensor& t, const F& f) {
   }
 }
 
-// Whether two elements of one tensor share memory, exactly.
+// Whether strides alone rule out that two elements share memory: each axis steps over all that the finer ones reach.
+inline bool steps_over_itself(const at::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, steps
+  for (int64_t axis = 0; axis < t.dim(); ++axis)
+    if (t.size(axis) > 1) axes.emplace_back(t.stride(axis), t.size(axis) - 1);
+  std::sort(axes.begin(), axes.end());
+  int64_t reach = 0;
+  for (const auto& [stride, steps] : axes) {
+    if (stride <= reach) return false;
+    reach += stride * steps;
+  }
+  return true;
+}
+
+// Whether two elements of one tensor share memory, exactly. Only strides that interleave take a look at every address.
 inline bool overlaps_itself(const at::Tensor& t) {
   const at::MemOverlap quick = at::has_internal_overlap(t);
   if (quick != at::MemOverlap::TooHard) return quick == at::MemOverlap::Yes;
+  if (steps_over_itself(t)) return false;
   std::vector<uintptr_t> addresses;
   addresses.reserve(static_cast<size_t>(t.numel()));
   for_each_address(t, [&](uintptr_t address) {
@@ -172,10 +187,13 @@ inline void add_extent(std::vector<Extent>& extents, const char* name, int64_t i
   extents.push_back({begin, begin + static_cast<uintptr_t>(span) * t.element_size(), &t, name, index, written});
 }
 
+// Before any address is taken: a lazy clone (torch._lazy_clone) that is going to be written gets memory of its own
+// here.
 inline void require_writable(const char* op, const char* name, int64_t index, const at::Tensor& t) {
   TORCH_CHECK_VALUE(!t.is_neg(), op, ": ", name, "[", index, "] must hold its values, got a lazily negated view");
   TORCH_CHECK_VALUE(!overlaps_itself(t), op, ": ", name, "[", index, "] must not overlap itself, got strides ",
                     t.strides());
+  if (t.numel() != 0) t.mutable_data_ptr();
 }
 
 // The lists of one call as groups of slices, with copies in place of tensors whose layout does not match. finish()
@@ -191,7 +209,10 @@ class Paired {
                         " tensors like ", lists_[0].name, ", got ", list.tensors.size());
     std::vector<Extent> extents;
     extents.reserve(N * first.size());
-    for (size_t t = 0; t < first.size(); ++t) check(t, extents);
+    for (size_t t = 0; t < first.size(); ++t) check(t);
+    for (size_t t = 0; t < first.size(); ++t)
+      for (const List& list : lists_)
+        add_extent(extents, list.name, static_cast<int64_t>(t), list.tensors[t], list.written);
     require_no_aliases(op, extents);
     for (size_t t = 0; t < first.size(); ++t) add(t);
   }
@@ -206,13 +227,13 @@ class Paired {
   }
 
  private:
-  void check(size_t t, std::vector<Extent>& extents) {
+  void check(size_t t) {
     const at::Tensor& lead = lists_[0].tensors[t];
     const auto index = static_cast<int64_t>(t);
+    for (const List& list : lists_) require_usable(op_, list.name, index, list.tensors[t]);
     const at::ScalarType type = row_type(t);
     for (const List& list : lists_) {
       const at::Tensor& tensor = list.tensors[t];
-      require_usable(op_, list.name, index, tensor);
       const at::ScalarType got = tensor.scalar_type();
       switch (list.holds) {
         case Holds::parameters:
@@ -244,7 +265,6 @@ class Paired {
       TORCH_CHECK_VALUE(tensor.device() == lead.device(), op_, ": ", list.name, "[", index, "] must be on ",
                         lead.device(), " like ", lists_[0].name, "[", index, "], got ", tensor.device());
       if (list.written) require_writable(op_, list.name, index, tensor);
-      add_extent(extents, list.name, index, tensor, list.written);
     }
   }
 

@@ -1,11 +1,16 @@
 // The patches that a convolution sees of its input.
 #pragma once
 
+#include <c10/util/safe_numerics.h>
+
 #include "core/patches.h"
 #include "torch/arguments.h"
 
 namespace unlearn_ext {
 namespace {
+
+// Of one axis: sums and products of such numbers fit into 64 bits.
+constexpr int64_t kMostSteps = int64_t{1} << 31;
 
 // inputs: [N, C, spatial], detached and not lazily negated; the patches are those of the first group and point into it.
 // padding: one entry per spatial dimension, or two (before, after).
@@ -41,6 +46,12 @@ Patches patches_of(const char* op, const at::Tensor& inputs, at::IntArrayRef ker
     TORCH_CHECK_VALUE(stride[i] >= 1, op, ": stride must be positive, got ", stride);
     TORCH_CHECK_VALUE(dilation[i] >= 1, op, ": dilation must be positive, got ", dilation);
     TORCH_CHECK_VALUE(before >= 0 && after >= 0, op, ": padding must be non-negative, got ", padding);
+    const std::pair<const char*, int64_t> steps[] = {{"kernel_size", kernel_size[i]},
+                                                     {"stride", stride[i]},
+                                                     {"dilation", dilation[i]},
+                                                     {"padding", std::max(before, after)}};
+    for (const auto& [name, value] : steps)
+      TORCH_CHECK_VALUE(value < kMostSteps, op, ": ", name, " must be below ", kMostSteps, ", got ", value);
     patches.in[axis] = inputs.size(at + 2);
     patches.kernel[axis] = kernel_size[i];
     patches.stride[axis] = stride[i];
@@ -52,6 +63,13 @@ Patches patches_of(const char* op, const at::Tensor& inputs, at::IntArrayRef ker
                       " for kernel_size ", kernel_size, " and dilation ", dilation);
     patches.out[axis] = room / stride[i] + 1;
   }
+  int64_t scalars = patches.channels;
+  bool is_huge = c10::mul_overflows(scalars, patches.samples, &scalars);
+  for (int axis = 0; axis < kMaxSpatial; ++axis)
+    is_huge = is_huge || c10::mul_overflows(scalars, patches.kernel[axis], &scalars) ||
+              c10::mul_overflows(scalars, patches.out[axis], &scalars);
+  TORCH_CHECK_VALUE(!is_huge, op, ": the patches must have fewer than 2^63 scalars, got kernel_size ", kernel_size,
+                    ", padding ", padding, " for inputs ", inputs.sizes());
   return patches;
 }
 

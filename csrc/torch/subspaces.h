@@ -1,6 +1,10 @@
 // Ops on subspaces of layer inputs: Gram matrices and projections.
 #pragma once
 
+#include <ATen/Context.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include "kernels/gram.h"
 #include "kernels/project.h"
 #include "torch/arguments.h"
@@ -10,6 +14,13 @@
 namespace unlearn_ext {
 namespace {
 
+// Products of torch's own library, in the dtype and precision of their inputs: neither autocast nor tf32 may change
+// them.
+struct AsGiven {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  at::NoTF32Guard no_tf32;
+};
+
 // Rows multiplied by one product of the library on a GPU: few enough for float32 totals within it, and a bounded copy.
 constexpr int64_t kProductRows = 4096, kProductBytes = int64_t{64} << 20, kProductColumns = 1024;
 
@@ -18,6 +29,7 @@ void gram_on_device(const char* op, const Patches& patches, int64_t groups, int6
                     const at::TensorOptions& compute) {
   const int64_t d = patches.columns(), rows = patches.rows();
   if (d == 0) return;
+  const AsGiven as_given;
   const int64_t bytes = static_cast<int64_t>(compute.dtype().itemsize());
   const int64_t step = std::clamp<int64_t>(kProductBytes / (bytes * d), 1, kProductRows);
   at::Tensor buffer = at::empty({std::min(step, rows), d}, compute);
@@ -38,6 +50,7 @@ void gram_on_device(const char* op, const Patches& patches, int64_t groups, int6
       for (int64_t column = 0; column < d; column += kProductColumns) {
         const int64_t width = std::min(kProductColumns, d - column);
         const at::Tensor block = at::mm(x.narrow(1, 0, column + width).t(), x.narrow(1, column, width));
+        TORCH_INTERNAL_ASSERT(block.scalar_type() == x.scalar_type());
         run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
           return add_symmetric<B>(compute_type, block.const_data_ptr(), column, width, gram_type, out, d, exec);
         });
@@ -167,6 +180,7 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
 // Projects grads (dense, each [groups, rows, d]) where they lie.
 void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
 #if defined(UNLEARN_CUDA)
+  const AsGiven as_given;
   // Layers of one shape and dtype go through one batched product.
   const auto together = [](const ProjectionArguments& a, const ProjectionArguments& b) {
     return a.grad.sizes() == b.grad.sizes() && a.basis.sizes() == b.basis.sizes() &&
@@ -242,6 +256,9 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
 }
 
 at::Tensor project_copy(const char* op, const at::Tensor& grad, const at::Tensor& basis, bool onto) {
+  for (const at::Tensor* t : {&grad, &basis})
+    TORCH_CHECK_NOT_IMPLEMENTED(!t->_fw_grad(/*level=*/0).defined(), op,
+                                ": forward-mode differentiation is not implemented; use reverse mode");
   ProjectionArguments layer = view_projection(op, grad, basis, 0);
   layer.grad = layer.grad.clone();
   project_dense({layer}, onto);

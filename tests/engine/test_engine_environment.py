@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.models import GPT
+from bench.models import GPTLMHeadModel
 from unlearn_ext import fisher_diagonal, importance, ops
 from unlearn_ext.fisher.engine import Channels, Gradients, Product, layers
 
@@ -218,7 +218,7 @@ def test_neither_weight_gradients_nor_gradients_per_sample_are_made():
     assert operators.names.count("addmm") == 3
     assert operators.names.count("fisher_linear_") == operators.names.count("fisher_bias_") == 3
     # Tied tables and shared layers: twenty samples' gradients of the table would be 20 times its size.
-    model = GPT(width=16, depth=1, heads=2, length=8, vocabulary=500)
+    model = GPTLMHeadModel(width=16, depth=1, heads=2, length=8, vocabulary=500)
     text = torch.randint(500, (20, 9))
     assert watched(model, (text[:, :-1], text[:, 1:])).largest <= 20 * 8 * 500  # the logits
 

@@ -7,7 +7,7 @@ from oracle import assert_exact
 from test_engine_layers import CLASSES, Head, N, labels
 from torch import nn
 
-from bench.models import GPT
+from bench.models import GPTLMHeadModel
 from unlearn_ext.fisher.engine import gradients, tied
 
 
@@ -135,7 +135,7 @@ def test_tables(is_tied, padding_idx, power):
 
 def test_the_rows_of_a_tied_table_are_worked_on_in_parts(monkeypatch):
     torch.manual_seed(0)
-    model = GPT(width=8, depth=1, heads=2, length=6, vocabulary=15)
+    model = GPTLMHeadModel(width=8, depth=1, heads=2, length=6, vocabulary=15)
     text = torch.randint(15, (N, 7))
     whole = assert_exact(model, (text[:, :-1], text[:, 1:]))
     monkeypatch.setattr(tied, "CHUNK", 100)

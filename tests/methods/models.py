@@ -67,7 +67,7 @@ class GptBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Gpt(nn.Module):
+class GptForCausalLM(nn.Module):
     """Called with keywords, as Hugging Face models are; the head is tied to the embedding."""
 
     def __init__(self, tokens=20, width=12):
@@ -121,7 +121,7 @@ def _language():
 _FAMILIES = {
     "resnet": (ResNet, _images),
     "vit": (ViT, _images),
-    "gpt": (Gpt, _language),
+    "gpt": (GptForCausalLM, _language),
     "lstm": (Lstm, _classified_sentences),
 }
 FAMILIES = tuple(_FAMILIES)

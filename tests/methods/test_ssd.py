@@ -257,7 +257,7 @@ def test_summary_says_what_apply_will_do():
     share, name = text.splitlines()[3].split()
     assert share == f"{max(result.changed_per_parameter.values()):.3%}"
     assert result.changed_per_parameter[name] == max(result.changed_per_parameter.values())
-    assert "(adaptive)" in plan_ssd(*make()).summary()
+    assert "(adaptive)" in plan_ssd(*make(), alpha="adaptive").summary()
 
 
 def test_a_sweep_tells_shares_and_factors_and_leaves_the_model_alone():
@@ -313,7 +313,7 @@ def test_the_adaptive_threshold_is_the_percentile_of_the_ratios(estimator):
         Importance.from_dict({"theta": values}, n, **kind) for values, n in ((forget, 4), (full, 40))
     )
     model = nn.ParameterDict({"theta": nn.Parameter(torch.ones(5000))})
-    plan = plan_ssd(model, part, importance=whole, estimator=estimator)
+    plan = plan_ssd(model, part, importance=whole, estimator=estimator, alpha="adaptive")
     assert plan.alpha == pytest.approx(percentile(whole, part, 40, 4), rel=1e-6)
     assert plan.alpha > 3  # not the lower bound
     result = plan.apply()
@@ -328,7 +328,7 @@ def test_the_adaptive_rule_takes_only_what_matters_twice_as_much_as_to_the_retai
     rest, part = (0.75 + torch.rand(5000, dtype=torch.float64) / 2 for _ in range(2))
     part[:20] *= 4
     model = nn.ParameterDict({"theta": nn.Parameter(torch.ones(5000, dtype=torch.float64))})
-    plan = plan_ssd(model, imp(4, theta=part), imp(36, theta=rest))
+    plan = plan_ssd(model, imp(4, theta=part), imp(36, theta=rest), alpha="adaptive")
     assert percentile(plan.importance_full, plan.importance_forget, 40, 4) < plan.alpha
     plan.apply()
     assert torch.equal(model["theta"] != 1, part > 2 * rest)
@@ -341,14 +341,14 @@ def test_the_adaptive_threshold_selects_what_the_forget_set_alone_uses_however_m
     model = nn.ParameterDict({"theta": nn.Parameter(torch.ones(1000))})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = ssd(model, imp(1, theta=forget), importance=imp(10, theta=full))
+        result = ssd(model, imp(1, theta=forget), importance=imp(10, theta=full), alpha="adaptive")
     assert result.history[1]["selected"] == 700
     assert bool((model["theta"][700:] == 1).all())
 
 
 def test_no_ratio_exceeds_the_bound_and_an_alpha_above_it_is_warned_about():
     model, forget, retain = make()
-    plan = plan_ssd(model, forget, retain)
+    plan = plan_ssd(model, forget, retain, alpha="adaptive")
     for name, full in plan.importance_full.items():
         assert bool((plan.importance_forget[name] <= full * 40 / 14 * (1 + 1e-5)).all())
     before = bits(model)
@@ -368,7 +368,7 @@ def test_importances_that_are_not_finite_name_their_parameter(bad, which):
     values = {"forget": [1.0, 1.0], "full": [1.0, 1.0]}
     values[which][1] = bad
     with pytest.raises(FloatingPointError, match=f"importance of theta on the {which} set must be finite"):
-        plan_ssd(Two(), **importances(values["full"], values["forget"]))
+        plan_ssd(Two(), **importances(values["full"], values["forget"]), alpha="adaptive")
 
 
 def settings_of(**given):
@@ -387,14 +387,15 @@ ONE = imp(theta=torch.ones(2))
     "change, error, message",
     [
         ({"retain": None}, ValueError, "exactly one of retain and importance"),
-        ({"importance": ONE}, ValueError, "exactly one of retain and importance"),
+        ({"importance": ONE, "alpha": 2.0}, ValueError, "exactly one of retain and importance"),
+        ({"importance": ONE, "retain": ONE}, ValueError, "exactly one of retain and importance"),
         ({"forget": []}, ValueError, "at least one sample"),
         ({"retain": []}, ValueError, "at least one sample"),
         ({"forget": iter([])}, ValueError, "forget must be re-iterable"),
         ({"retain": iter([])}, ValueError, "retain must be re-iterable"),
         ({"retain": None, "importance": [1]}, TypeError, "importance must be an Importance, got list"),
         ({"alpha": -1.0}, ValueError, "alpha must be finite and >= 0, got -1.0"),
-        ({"alpha": "auto"}, ValueError, "alpha must be a number, got 'auto'"),
+        ({"alpha": "automatic"}, ValueError, "alpha must be a number, got 'automatic'"),
         ({"alpha": math.nan}, ValueError, "alpha must be finite"),
         ({"lambda_": -0.1}, ValueError, "lambda_ must be finite and >= 0"),
         ({"exponent": 0.0}, ValueError, "exponent must be positive"),
@@ -410,7 +411,16 @@ ONE = imp(theta=torch.ones(2))
             ValueError,
             "retain holds 'per_sample' importances of power 2",
         ),
-        ({"forget": ONE, "power": 1}, ValueError, "forget holds 'per_sample' importances of power 2"),
+        (
+            {"forget": ONE},
+            ValueError,
+            "forget must be data for alpha='auto', which watches it, got an Import",
+        ),
+        (
+            {"forget": ONE, "power": 1, "alpha": 2.0},
+            ValueError,
+            "forget holds 'per_sample' importances of power 2",
+        ),
         ({"retain": imp(x=torch.ones(2))}, ValueError, "x must be a parameter of"),
         ({"retain": imp(theta=torch.ones(3))}, ValueError, r"must have shape \[2\]"),
         ({"retain": None, "importance": imp(1, theta=torch.ones(2))}, ValueError, "full set"),
@@ -451,19 +461,19 @@ def test_different_importances_are_not_mixed(a, b, message):
     forget = Importance.from_dict({"theta": torch.ones(2)}, 4, **a)
     full = Importance.from_dict({"theta": torch.ones(2)}, 8, **b)
     with pytest.raises(ValueError, match=message):
-        plan_ssd(Two(), forget, importance=full)
+        plan_ssd(Two(), forget, importance=full, alpha="adaptive")
     with pytest.raises(ValueError, match=message):
-        plan_ssd(Two(), forget, full)
+        plan_ssd(Two(), forget, full, alpha="adaptive")
 
 
 def test_a_set_smaller_than_one_batch_is_only_warned_about():
     forget = Importance.from_dict({"theta": torch.tensor([4.0, 0.0])}, 3, estimator="batch", batch_size=3)
     rest = Importance.from_dict({"theta": torch.tensor([1.0, 1.0])}, 24, estimator="batch", batch_size=8)
     with pytest.warns(UserWarning, match="smaller than one batch.* 3 .forget. and 8"):
-        plan = plan_ssd(Two(), forget, rest)
+        plan = plan_ssd(Two(), forget, rest, alpha="adaptive")
     assert plan.importance_full["theta"].tolist() == [1.75, 0.75]  # one batch of four
     with pytest.warns(UserWarning, match="smaller than one batch"):
-        plan_ssd(Two(), forget, importance=rest)
+        plan_ssd(Two(), forget, importance=rest, alpha="adaptive")
 
 
 def test_frozen_parameters_and_those_without_importance_stay():
@@ -665,7 +675,7 @@ def test_requests_follow_one_another_on_digits(digits, trained):
     for label in (3, 6, 0):
         mine = digits.y == label
         part = fisher_diagonal(trained, [(digits.x[mine], digits.y[mine])])
-        ssd(model, part, importance=stored)
+        ssd(model, part, importance=stored, alpha="adaptive")
         stored = stored - part
         gone |= mine
     test_gone = torch.isin(digits.y_test, torch.tensor([3, 6, 0]))
@@ -679,8 +689,8 @@ def test_requests_follow_one_another_on_digits(digits, trained):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_forgetting_random_samples_of_digits_costs_little(digits, trained, seed):
-    """They resemble what stays, so there is little to forget; SSD must not break the rest over it."""
+def test_dampening_for_random_samples_of_digits_costs_little(digits, trained, seed):
+    """They resemble what stays, so there is little to forget; one shot must not break the rest over it."""
     digits.known = digits.y
     mine = torch.zeros(len(digits.y), dtype=torch.bool)
     mine[torch.randperm(len(digits.y), generator=torch.Generator().manual_seed(seed))[:50]] = True
@@ -688,7 +698,7 @@ def test_forgetting_random_samples_of_digits_costs_little(digits, trained, seed)
     everything[0] = True
     model = copy.deepcopy(trained)
     before = digits.accuracies(model, mine, everything)
-    ssd(model, *digits.split(mine))
+    ssd(model, *digits.split(mine), alpha="adaptive")
     after = digits.accuracies(model, mine, everything)
     assert after[1] >= before[1] - 0.02
     assert after[3] >= before[3] - 0.02
@@ -709,7 +719,7 @@ def test_wrong_labels_of_digits_are_partly_forgotten(digits):
     test = [(digits.x_test, digits.y_test)]
     forget, retain = digits.split(mine)
     before = [ux.metrics.accuracy(model, data) for data in (forget, right, retain, test)]
-    ssd(model, forget, retain)
+    ssd(model, forget, retain, alpha="adaptive")
     after = [ux.metrics.accuracy(model, data) for data in (forget, right, retain, test)]
     assert before[0] >= 0.7
     assert after[0] <= before[0] - 0.05

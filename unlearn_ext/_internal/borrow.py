@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from unlearn_ext._internal.seeding import random_states_kept
+
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
@@ -15,8 +17,8 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     Restored, also after an exception or an interrupt: the training flag of every module, ``requires_grad``
     and ``.grad`` of every parameter (the same tensor with the same content), and the global random states of
-    torch (CPU and the model's CUDA devices). Inside, gradients are None and autograd works even where the
-    caller has turned it off.
+    torch (CPU and the model's CUDA devices), NumPy and Python. Inside, gradients are None and autograd
+    works even where the caller has turned it off.
 
     Args:
         model: The user's model.
@@ -34,7 +36,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index for p, _, _ in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with random_states_kept(devices=devices), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter, _, _ in parameters:
                 parameter.grad = None
@@ -45,7 +47,8 @@ def restored(model: nn.Module) -> Iterator[None]:
             for module, flag in training.items():
                 module.training = flag
             for parameter, requires_grad, grad in parameters:
-                parameter.requires_grad_(requires_grad)
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
 
 

@@ -1,16 +1,66 @@
-"""Named tensors in one safetensors file: written all or nothing, read in one go."""
+"""Files written all or nothing, and named tensors in one safetensors file."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file all or nothing: whoever reads it sees the old content or the new one.
+
+    The new content reaches the disk before it takes the old one's place. The file keeps its permissions; a
+    new one gets those that any new file gets. A symbolic link stays one.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+
+    Yields:
+        The temporary file to write, in the same folder. It takes the file's place at the end of the block,
+        and is removed if the block fails.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "new" / "a.bin") as draft:
+        ...         _ = draft.write_bytes(b"whole")
+        ...     (Path(folder) / "new" / "a.bin").read_bytes()
+        b'whole'
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        draft.touch()
+        permissions = (target if target.exists() else draft).stat().st_mode
+        yield draft
+        draft.chmod(permissions)  # some writers make their files private
+        with open(draft, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(draft, target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file all or nothing; see ``replacing``.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+        text: The content, written as UTF-8.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -43,21 +93,10 @@ class FileKind:
             ImportError: If safetensors is not installed.
         """
         safetensors = self._safetensors()
-        path = Path(path)
         # Tensors that share memory are refused by the format, and so are strided ones.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            temporary.touch()
-            permissions = temporary.stat().st_mode  # safetensors makes its files private
-            safetensors.torch.save_file(copies, temporary, metadata={"format": self.mark, **facts})
-            temporary.chmod(permissions)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as draft:
+            safetensors.torch.save_file(copies, draft, metadata={"format": self.mark, **facts})
 
     def load(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read what ``save`` has written.

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+
+@contextmanager
+def random_states_kept(*data: object, devices: Iterable[int] | None = None) -> Iterator[None]:
+    """Put every random generator that a pass may draw from back as it was.
+
+    Args:
+        *data: Loaders whose own generators are put back too.
+        devices: The CUDA devices whose generators are; None: all.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with random_states_kept():
+        ...     a = torch.rand(2), random.random(), np.random.rand()
+        >>> with random_states_kept():
+        ...     b = torch.rand(2), random.random(), np.random.rand()
+        >>> torch.equal(a[0], b[0]), a[1:] == b[1:]
+        (True, True)
+    """
+    own = {id(generator): generator for entry in data for generator in _generators(entry)}
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 @contextmanager
@@ -32,22 +64,14 @@ def seeded(seed: int, *data: object) -> Iterator[None]:
         >>> torch.equal(a, b)
         True
     """
-    own = {id(generator): generator for entry in data for generator in _generators(entry)}
-    states = [(generator, generator.get_state()) for generator in own.values()]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            for generator in own.values():
+    with random_states_kept(*data):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        for entry in data:
+            for generator in _generators(entry):
                 generator.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in states:
-            generator.set_state(state)
+        yield
 
 
 def _generators(data: object) -> Iterator[torch.Generator]:

@@ -1,206 +1,49 @@
-"""Unlearning methods side by side, on copies of one model, against one retrained without the forget set."""
+"""Run unlearning methods on copies of a model, and hold them against one retrained without the data."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
+import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from unlearn_ext._internal.plain import plain
-from unlearn_ext._internal.texts import write_text
-from unlearn_ext.evaluation import page
+from unlearn_ext._internal.logs import shown
+from unlearn_ext.evaluation.cache import Cache
+from unlearn_ext.evaluation.comparison import Comparison
+from unlearn_ext.evaluation.metrics.registry import (
+    REGISTRY,
+    Metric,
+    all_names,
+    default_names,
+    of_caller,
+)
 from unlearn_ext.evaluation.references import References
-from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Measure, Method, Row, described
-from unlearn_ext.evaluation.sets import Task
+from unlearn_ext.evaluation.rows import Job, Method, Row, described
+from unlearn_ext.evaluation.sets import Sets
+from unlearn_ext.evaluation.settings import check_settings
 from unlearn_ext.evaluation.study import Study
 from unlearn_ext.methods import METHODS
-from unlearn_ext.results import NOTICE
+from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batches, device_of
 
 Named: TypeAlias = str | Method | tuple[str | Method, Mapping[str, Any]]
 
 Methods: TypeAlias = Sequence[Named] | Mapping[str, Named]
 
-Metric: TypeAlias = str | tuple[str, Callable[[nn.Module], float]]
+Asked: TypeAlias = str | tuple[str, Callable[[nn.Module], float]]
 
-METRICS: tuple[str, ...] = ("retain", "forget", "test", "mia", "js", "activation_distance", "gap")
+# What is measured unless something else is asked for; ``all_names()`` tells what can be.
+METRICS: tuple[str, ...] = default_names()
 
 ORIGINAL, RETRAINED, RANDOM_MASK = "original", "retrained", "random mask"
 
-_Column: TypeAlias = tuple[str, str, str]  # title, unit, meaning
-
-_COLUMNS: dict[str, _Column] = {
-    "retain": ("retain, %", "percent", "Accuracy on the training samples that were kept."),
-    "forget": ("forget, %", "percent", "Accuracy on the training samples that were to be forgotten."),
-    "test": ("test, %", "percent", "Accuracy on samples that no model was trained on."),
-    "test_retained": ("test, kept classes, %", "percent", "Accuracy on unseen samples of the classes kept."),
-    "test_forgotten": (
-        "test, forgotten classes, %",
-        "percent",
-        "Accuracy on unseen samples of the forgotten classes.",
-    ),
-    "mia_auc": (
-        "MIA AUC",
-        "number",
-        "Membership inference by the loss, forget against test samples: area under the ROC curve, 95 % "
-        "bootstrap interval, and on which side of the retrained model it lies. 0.5 is chance; the aim is the "
-        "retrained model's, not the lowest.",
-    ),
-    "mia_tpr": (
-        "TPR at 1 % FPR",
-        "number",
-        "Share of the forget samples that the same attack recognises at a threshold which 1 % of the test "
-        "samples pass.",
-    ),
-    "js": (
-        "JS to retrained",
-        "number",
-        "Jensen-Shannon divergence, in bits, from the predictions of the retrained model on the forget set.",
-    ),
-    "activation_distance": (
-        "activation distance",
-        "number",
-        "Mean Euclidean distance of the predicted probabilities on the forget set from the retrained "
-        "model's.",
-    ),
-    "gap": (
-        "gap to retrained, points",
-        "points",
-        "Mean absolute difference to the retrained model of the same seed, over the accuracies and the AUC "
-        "in this table, in points of 0.01.",
-    ),
-    "changed": ("changed, %", "percent", "Share of the scalar parameters whose value changed."),
-    "seconds": ("seconds", "seconds", "Wall-clock time of unlearning, or of retraining."),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Methods side by side. Made by ``compare``.
-
-    Attributes:
-        rows: One per model measured: the original, the retrained, then methods and controls, seed by seed.
-        columns: Names of the figures in their order.
-        facts: What was compared: sizes, classes, model, reference, seeds, environment.
-    """
-
-    rows: tuple[Row, ...]
-    columns: tuple[str, ...]
-    facts: Mapping[str, Any]
-
-    def measures(self, label: str) -> dict[str, Measure]:
-        """Return the figures of one label: means over its seeds.
-
-        Args:
-            label: As in ``rows``.
-
-        Returns:
-            Column to figure. With several seeds ``spread`` is their standard deviation, and a seed without
-            the figure is told of in ``note``.
-
-        Raises:
-            KeyError: If there is no such label.
-        """
-        rows = [row for row in self.rows if row.label == label]
-        if not rows:
-            raise KeyError(f"there is no {label!r} in the comparison, only {', '.join(self.labels)}")
-        return {name: _pooled([_figure(row, name) for row in rows]) for name in self.columns}
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels in the order of the rows, each once."""
-        return tuple(dict.fromkeys(row.label for row in self.rows))
-
-    def to_markdown(self) -> str:
-        """Lay the comparison out as a table.
-
-        Returns:
-            Markdown: one line per label, the reasons for what is missing, and what the figures do not say.
-        """
-        notes: dict[str, int] = {}
-        heads = ["", *(_column(name)[0] for name in self.columns)]
-        lines = [[label, *self._cells(label, notes)] for label in self.labels]
-        widths = [max(len(cell) for cell in column) for column in zip(heads, *lines, strict=True)]
-        table = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in (heads, ["-" * width for width in widths], *lines)
-        ]
-        reasons = [f"[{number}] {reason}  " for reason, number in notes.items()]
-        return "\n".join([*table, *([""] if reasons else []), *reasons, "", NOTICE, ""])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all there is to know as plain numbers, strings, lists and dictionaries.
-
-        Returns:
-            ``format``, ``facts``, ``columns`` (title, unit, meaning), ``table`` (means over the seeds, by
-            label), ``rows`` (seed by seed), ``loss_edges`` and ``notice``.
-        """
-        kinds = {row.label: row.kind for row in self.rows}
-        document = {
-            "format": FORMAT,
-            "facts": self.facts,
-            "columns": [
-                dict(zip(("name", "title", "unit", "meaning"), (name, *_column(name)), strict=True))
-                for name in self.columns
-            ],
-            "table": [
-                {"label": label, "kind": kinds[label], "measures": _records(self.measures(label))}
-                for label in self.labels
-            ],
-            "rows": [asdict(row) for row in self.rows],
-            "loss_edges": LOSS_EDGES,
-            "notice": NOTICE,
-        }
-        return cast("dict[str, Any]", plain(document))
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return the comparison as JSON, and write it to a file if asked to.
-
-        Args:
-            path: File to write, all or nothing.
-
-        Returns:
-            Strict JSON of ``to_dict()``.
-        """
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            write_text(path, text + "\n")
-        return text
-
-    def to_html(self, path: str | Path | None = None, *, title: str = "Unlearning compared") -> str:
-        """Return the comparison as one self-contained page, and write it to a file if asked to.
-
-        Args:
-            path: File to write, all or nothing.
-            title: Title of the page.
-
-        Returns:
-            HTML with everything in it: no script, no font, no image is loaded.
-        """
-        text = page.render(self.to_dict(), title=title)
-        if path is not None:
-            write_text(path, text)
-        return text
-
-    def _cells(self, label: str, notes: dict[str, int]) -> list[str]:
-        cells = []
-        for name, measure in self.measures(label).items():
-            text = page.figure(asdict(measure), _column(name)[1])
-            if measure.value is None:
-                # The reason stands below the table, where there is room for it.
-                text = f"n/a [{notes.setdefault(measure.why or 'not measured', len(notes) + 1)}]"
-            elif measure.note:
-                text += f", {measure.note}"
-            cells.append(text)
-        return cells
+_log = logging.getLogger(__name__)
 
 
 def compare(
@@ -214,9 +57,11 @@ def compare(
     seeds: Sequence[int] = (0,),
     make_model: Callable[[], nn.Module] | None = None,
     train: Callable[[nn.Module, Batches], object] | None = None,
-    metrics: Sequence[Metric] = METRICS,
+    metrics: Sequence[Asked] = METRICS,
     cache: str | Path | None = None,
+    cache_key: str | None = None,
     controls: bool = True,
+    task: Task | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run unlearning methods on copies of a model, measure them alike, and set them beside retraining.
@@ -230,7 +75,9 @@ def compare(
 
     With ``cache`` every row is written down as soon as it is there. A comparison that was interrupted and is
     called again takes from there what it has: rows of the same method, settings, seed, weights, data,
-    reference, metrics and versions. What has failed is tried again.
+    reference, metrics and versions. What has failed is tried again. Functions of the caller's are the same if
+    their code, the globals they use and the source of their module are; what they read from files does not
+    count. A row that depends on something whose content cannot be told is not kept, and a warning says why.
 
     Args:
         model: The trained model; only copies of it are unlearned.
@@ -244,18 +91,25 @@ def compare(
         seeds: Each method runs once per seed.
         make_model: Returns a fresh model with the architecture of ``model``, on its device.
         train: ``train(model, data)`` trains a fresh model in place, as ``model`` was.
-        metrics: Names out of ``METRICS``, or pairs of a name and a function of the unlearned model.
-        cache: Folder to keep rows and retrained models in.
+        metrics: Names out of ``METRICS``, ``"relearn_steps"`` and ``"anamnesis_index"``, or pairs of a name
+            and a function of the unlearned model.
+        cache: Folder to keep rows and retrained models in; made before anything runs.
+        cache_key: A text that stands for the code of the caller's own functions and classes: rows are found
+            again under the same text, whatever the code. To be changed by whoever changes the code.
         controls: Add the original, and for gradient masking a random mask of the same size.
-        progress: Print a line to stderr as each row is done.
+        task: What the model is for; None infers it from the model and each batch. Methods that take ``task``
+            get it too. See ``ux.tasks``.
+        progress: Show a line on stderr as each row is done. The lines are log records (level INFO) of the
+            logger ``"unlearn_ext"``: where that is set up to show them, they go there instead.
 
     Returns:
         The comparison.
 
     Raises:
-        TypeError: If a set is no iterable of batches.
-        ValueError: If a name, a label or the combination of references is wrong, or a set is a one-shot
-            iterator or empty. Nothing has been run then.
+        TypeError: If a set is no iterable of batches, or ``task`` no task.
+        ValueError: If a name, a label, a setting or the combination of references is wrong, a set is a
+            one-shot iterator or empty, or the task does not go with the data. Nothing has been run then.
+        OSError: If the folder of the cache cannot be made. Nothing has been run then.
 
     Example:
         >>> import torch
@@ -272,29 +126,39 @@ def compare(
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"compare: seeds must be distinct and at least one, got {list(seeds)}")
-    names = _checked_metrics(metrics)
+    chosen = _chosen_metrics(metrics)
     if (make_model is None) != (train is None):
         raise ValueError("compare: make_model and train must be given together")
     if reference is not None and make_model is not None:
         raise ValueError("compare: reference must not be given together with make_model and train")
-    task = Task(forget, retain, test, hashed=cache is not None)
-    folder = None if cache is None else Path(cache)
-    references = References(reference, make_model, train, task, folder, device_of(model))
-    # Not even measuring touches the user's model.
-    study = Study(deepcopy(model), task, names, references, folder)
-    n_rows = (len(seeds) if controls else 0) + len(seeds) * (len(jobs) + 1)
-    rows: list[Row] = []
-    original = [Job(ORIGINAL, "original", "", None, {})] if controls else []
+    recipe = () if train is None else ("make_model", "train")
+    for job in jobs:
+        if job.function is not None:
+            settings = dict(job.settings)
+            if task is not None and job.function is METHODS.get(job.name):
+                settings.setdefault("task", task)  # a method of the package must not be without it
+            check_settings("compare", job.name, job.function, settings, recipe)
+    folder = Cache(None if cache is None else Path(cache), cache_key)
+    original = deepcopy(model)  # not even measuring touches the user's
+    sets = Sets(original, forget, retain, test, task=task, hashed=folder.is_on)
+    references = References(reference, make_model, train, sets, folder, device_of(model))
+    study = Study(original, sets, task, chosen, references, folder)
     # The reference first: the others are compared with it.
-    for job in [Job(RETRAINED, "reference", "", None, {}), *original, *jobs]:
-        for seed in seeds:
-            started = time.perf_counter()
-            row, from_cache = study.row(job, seed)
-            rows.append(row)
-            if progress:
+    before = [Job(ORIGINAL, "original", "", None, {})] if controls else []
+    jobs = [Job(RETRAINED, "reference", "", None, {}), *before, *jobs]
+    _warn_of_no_cache(study, jobs, seeds[0])
+    rows: list[Row] = []
+    with shown() if progress else nullcontext():
+        for job in jobs:
+            for seed in seeds:
+                started = time.perf_counter()
+                row, from_cache = study.row(job, seed)
+                rows.append(row)
                 outcome = "from the cache" if from_cache else f"{time.perf_counter() - started:.1f} s"
                 outcome = f"failed: {row.why}" if row.why else outcome
-                print(f"{len(rows)}/{n_rows} {row.label}, seed {seed}: {outcome}", file=sys.stderr)
+                _log.info(
+                    "%d/%d %s, seed %d: %s", len(rows), len(jobs) * len(seeds), row.label, seed, outcome
+                )
     rows.sort(key=lambda row: row.kind != "original")
     return Comparison(tuple(rows), study.columns, {**study.facts(), "seeds": list(seeds)})
 
@@ -349,46 +213,35 @@ def _missing(name: str) -> Method:
     return missing
 
 
-def _checked_metrics(metrics: Sequence[Metric]) -> dict[str, Callable[[nn.Module], float] | None]:
-    chosen: dict[str, Callable[[nn.Module], float] | None] = {}
+def _chosen_metrics(metrics: Sequence[Asked]) -> list[Metric]:
+    chosen: dict[str, list[Metric]] = {}
     for entry in [metrics] if isinstance(metrics, str) else metrics:
         name, function = entry if isinstance(entry, tuple) else (entry, None)
-        if (function is None and name not in METRICS) or (function is not None and not callable(function)):
+        if (function is None and name not in all_names()) or (
+            function is not None and not callable(function)
+        ):
             raise ValueError(
-                f"compare: metrics must be among {', '.join(METRICS)}, or pairs of a name and a function, "
-                f"got {entry!r}"
+                f"compare: metrics must be among {', '.join(all_names())}, or pairs of a name and a "
+                f"function, got {entry!r}"
             )
-        if name in chosen or (function is not None and name in _COLUMNS):
+        if name in chosen or (function is not None and name in REGISTRY):
             raise ValueError(f"compare: the names of metrics must be distinct, got {name!r} twice")
-        chosen[name] = function
-    return chosen
+        known = [entry for entry in REGISTRY.values() if entry.asked_as == name]
+        chosen[name] = known if function is None else [of_caller(name, function)]
+    always = [entry for entry in REGISTRY.values() if entry.chosen == "always"]
+    return [*(entry for entries in chosen.values() for entry in entries), *always]
 
 
-def _figure(row: Row, name: str) -> Measure:
-    if row.why is not None:
-        return Measure(None, row.why)
-    return row.measures.get(name, Measure(None, "not measured"))
-
-
-def _pooled(figures: Sequence[Measure]) -> Measure:
-    if len(set(figures)) == 1:
-        return figures[0]
-    values = [figure.value for figure in figures if figure.value is not None]
-    reasons = list(dict.fromkeys(figure.why for figure in figures if figure.why is not None))
-    if not values:
-        return Measure(None, "; ".join(reasons))
-    mean = statistics.fmean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    notes = [figure.note for figure in figures if figure.note]
-    told = [f"{note} {notes.count(note)}/{len(notes)}" for note in dict.fromkeys(notes)]
-    if len(values) < len(figures):
-        told.append(f"{len(values)} of {len(figures)} seeds ({'; '.join(reasons)})")
-    return Measure(mean, spread=spread, note=", ".join(told) or None)
-
-
-def _column(name: str) -> _Column:
-    return _COLUMNS.get(name, (name.replace("|", "/"), "number", "A measure of the caller's."))
-
-
-def _records(measures: Mapping[str, Measure]) -> dict[str, object]:
-    return {name: asdict(measure) for name, measure in measures.items()}
+def _warn_of_no_cache(study: Study, jobs: Sequence[Job], seed: int) -> None:
+    reasons: dict[str, list[str]] = {}
+    for job in jobs:
+        why = study.why_not_kept(job, seed)
+        if why is not None:
+            reasons.setdefault(why, []).append(job.label)
+    if reasons:
+        told = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
+        warnings.warn(
+            f"compare: these rows are not kept in the cache, since there is no telling what they depend on: "
+            f"{told}. Give cache_key= to say with a text of your own when they are to be the same",
+            stacklevel=3,
+        )

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.digests import weights_digest
+from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import plain
-from unlearn_ext._internal.texts import write_text
+from unlearn_ext.evaluation.metrics.registry import REGISTRY
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 _SALT_BYTES = 16
@@ -116,18 +117,26 @@ DERIVED_ALWAYS: tuple[str, ...] = (
     "the forget data itself and what was computed from it: caches, embeddings, indices, logs",
 )
 
+# What a full examination would contain besides, and no metric covers.
+_NOT_COVERED = (
+    "membership inference with shadow models, sample by sample",
+    "extraction or reconstruction of the forgotten data",
+    "influence through samples that resemble the forgotten ones",
+)
+
+
+def _examinations() -> dict[str, frozenset[str]]:
+    covered: dict[str, set[str]] = {}
+    for entry in REGISTRY.values():
+        if entry.examines is not None:
+            names = {entry.name, entry.asked_as, *entry.other_names}
+            covered.setdefault(entry.examines, set()).update(names)
+    listed = {what: frozenset(names) for what, names in covered.items()}
+    return {**listed, **dict.fromkeys(_NOT_COVERED, frozenset())}
+
+
 # What a full examination would contain, and the metrics that cover it.
-EXAMINATIONS: Mapping[str, frozenset[str]] = {
-    "accuracy on the forget and retain sets": frozenset({"forget", "retain"}),
-    "membership inference by the loss": frozenset({"mia", "mia_auc", "mia_tpr"}),
-    "distance of the predictions to those of a model retrained without the forget set": frozenset(
-        {"js", "js_divergence", "activation_distance", "gap"}
-    ),
-    "speed of relearning": frozenset({"relearn_steps", "anamnesis_index"}),
-    "membership inference with shadow models, sample by sample": frozenset(),
-    "extraction or reconstruction of the forgotten data": frozenset(),
-    "influence through samples that resemble the forgotten ones": frozenset(),
-}
+EXAMINATIONS: Mapping[str, frozenset[str]] = _examinations()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,10 +13,13 @@ from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.seeding import seeded
-from unlearn_ext.evaluation.cache import NoKeyError, key
-from unlearn_ext.evaluation.rows import reason_of
-from unlearn_ext.evaluation.sets import Task
+from unlearn_ext.evaluation.cache import Cache, keeping
+from unlearn_ext.evaluation.keys import NoKeyError
+from unlearn_ext.evaluation.metrics.measures import reason_of
+from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.tasks.batches import Batches
+
+_log = logging.getLogger(__name__)
 
 
 class References:
@@ -26,15 +30,16 @@ class References:
         given: nn.Module | None,
         make_model: Callable[[], nn.Module] | None,
         train: Callable[[nn.Module, Batches], object] | None,
-        task: Task,
-        cache: Path | None,
+        sets: Sets,
+        cache: Cache,
         device: torch.device,
     ) -> None:
         self._given = None if given is None else deepcopy(given).to(device)
+        self._digest = weights_digest(self._given) if self._given is not None and cache.is_on else None
         self._device = device
         self._make_model = make_model
         self._train = train
-        self._task = task
+        self._sets = sets
         self._cache = cache
         self._made: dict[int, tuple[nn.Module, float]] = {}
         self._failed: dict[int, str] = {}
@@ -53,10 +58,10 @@ class References:
             seed: The seed.
 
         Returns:
-            A value for ``fingerprints.key``.
+            A value for ``keys.key``.
         """
-        if self._given is not None:
-            return weights_digest(self._given)
+        if self._digest is not None:
+            return self._digest
         if self._train is None:
             return None
         return [self._make_model, self._train, seed]
@@ -93,6 +98,7 @@ class References:
                     seed, self._make_model, self._train
                 )
             except Exception as error:
+                _log.debug("retraining with seed %d failed", seed, exc_info=True)
                 self._failed[seed] = reason_of(error)
                 raise LookupError(f"retraining failed: {self._failed[seed]}") from error
             self._made[seed] = made.to(self._device), seconds
@@ -104,20 +110,18 @@ class References:
         make_model: Callable[[], nn.Module],
         train: Callable[[nn.Module, Batches], object],
     ) -> tuple[nn.Module, float]:
-        retain = self._task.sets["retain"]
-        with seeded(seed, *self._task.sets.values()):
+        # Before training, which may change what the key is made of.
+        path = self._path(seed)
+        with seeded(seed, *self._sets.all.values()):
             started = time.perf_counter()
             made = make_model().to(self._device)
             made.train()
-            returned = train(made, retain)
+            returned = train(made, self._sets.all["retain"])
             seconds = time.perf_counter() - started
         trained = returned if isinstance(returned, nn.Module) else made
-        path = self._path(seed)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.draft")
-            torch.save({"weights": trained.state_dict(), "seconds": seconds}, draft)
-            draft.replace(path)
+            with keeping(path) as draft:
+                torch.save({"weights": trained.state_dict(), "seconds": seconds}, draft)
         return trained, seconds
 
     def _load(self, seed: int, make_model: Callable[[], nn.Module]) -> tuple[nn.Module, float] | None:
@@ -129,15 +133,15 @@ class References:
             with seeded(seed):
                 loaded = make_model()
             loaded.load_state_dict(stored["weights"])
+            seconds = float(stored["seconds"])
         except Exception:  # cut short, or of another architecture: train again
+            _log.info("%s cannot be used; training again", path, exc_info=True)
             return None
-        return loaded, float(stored["seconds"])
+        return loaded, seconds
 
     def _path(self, seed: int) -> Path | None:
-        if self._cache is None:
-            return None
+        facts = {"reference": self.key(seed), "data": self._sets.fingerprints["retain"]}
         try:
-            name = key(reference=self.key(seed), data=self._task.fingerprints["retain"])
+            return self._cache.path("retrained", ".pt", **facts)
         except NoKeyError:
             return None
-        return self._cache / f"retrained-{name[:32]}.pt"

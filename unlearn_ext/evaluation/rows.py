@@ -1,9 +1,8 @@
-"""Figures and rows of a comparison."""
+"""Rows of a comparison."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.plain import plain
+from unlearn_ext.evaluation.metrics.measures import Measure
 
 Method: TypeAlias = Callable[..., object]
 
@@ -21,27 +21,6 @@ FORMAT = 1
 
 # Edges of the loss histograms: powers of ten, so that the losses of well-learned samples do not share a bar.
 LOSS_EDGES: tuple[float, ...] = tuple(10 ** (step / 4) for step in range(-20, 9))
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One figure, or the reason why there is none.
-
-    Attributes:
-        value: The figure; None if it could not be computed.
-        why: Why not; None if it could.
-        low: Lower end of its 95 % interval, if it has one.
-        high: Upper end.
-        spread: Standard deviation over the seeds, where it is a mean of several.
-        note: What to read into it, such as the verdict of the attack.
-    """
-
-    value: float | None
-    why: str | None = None
-    low: float | None = None
-    high: float | None = None
-    spread: float | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,37 +131,3 @@ def read_row(path: Path | None, label: str) -> Row | None:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):  # cut short or not ours: run again
         return None
     return replace(row, label=label)
-
-
-def attempt(measure: Callable[..., float], *arguments: object) -> Measure:
-    """Take a figure, or note why there is none.
-
-    Args:
-        measure: Returns the figure.
-        *arguments: Its arguments.
-
-    Returns:
-        The figure or the reason.
-    """
-    try:
-        value = float(measure(*arguments))
-    except Exception as error:
-        return Measure(None, reason_of(error))
-    return Measure(value) if math.isfinite(value) else Measure(None, f"it came to {value}")
-
-
-def reason_of(error: BaseException) -> str:
-    """Put an error into one line.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Its message, with its class where the message alone would not do.
-    """
-    text = " ".join(str(error).split())
-    named = isinstance(error, (ValueError, LookupError, ImportError, NotImplementedError)) and text
-    if isinstance(error, KeyError):
-        named = False
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    return text if named else f"{type(error).__name__}: {text}".rstrip(": ")

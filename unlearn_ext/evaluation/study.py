@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,31 +22,21 @@ from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import callable_name, plain
 from unlearn_ext._internal.seeding import seeded
-from unlearn_ext._internal.texts import write_text
-from unlearn_ext.evaluation.cache import NoKeyError, key
+from unlearn_ext.evaluation.cache import Cache, keeping
 from unlearn_ext.evaluation.evidence import environment
-from unlearn_ext.evaluation.metrics.accuracy import accuracy
-from unlearn_ext.evaluation.metrics.attacks import mia
+from unlearn_ext.evaluation.keys import NoKeyError
 from unlearn_ext.evaluation.metrics.distances import layer_distance
-from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence
+from unlearn_ext.evaluation.metrics.measures import Measure, attempt, reason_of
+from unlearn_ext.evaluation.metrics.registry import Metric, Subject
 from unlearn_ext.evaluation.references import References
-from unlearn_ext.evaluation.rows import (
-    FORMAT,
-    LOSS_EDGES,
-    Job,
-    Measure,
-    Row,
-    attempt,
-    described,
-    read_row,
-    reason_of,
-)
-from unlearn_ext.evaluation.sets import Task
+from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Row, described, read_row
+from unlearn_ext.evaluation.sets import Sets
+from unlearn_ext.evaluation.settings import accepts
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
+from unlearn_ext.tasks import Task, resolve
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 
-_DISTANCES = {"js": js_divergence, "activation_distance": activation_distance}
+_log = logging.getLogger(__name__)
 
 
 class Study:
@@ -54,24 +45,23 @@ class Study:
     def __init__(
         self,
         original: nn.Module,
-        task: Task,
-        metrics: Mapping[str, Callable[[nn.Module], float] | None],
+        sets: Sets,
+        task: Task | None,
+        metrics: Sequence[Metric],
         references: References,
-        cache: Path | None,
+        cache: Cache,
     ) -> None:
         self._original = original
+        self._sets = sets
         self._task = task
-        self._metrics = metrics
+        self._metrics = [entry for entry in metrics if entry.needs is None or entry.needs in sets.tests]
         self._references = references
         self._cache = cache
         self._weights = weights_digest(original)
         self._norms = {name: float(p.detach().double().norm()) for name, p in original.named_parameters()}
+        self._classes = sorted({type(module) for module in original.modules()}, key=callable_name)
         self._reference_rows: dict[int, Row] = {}
-        columns: list[str] = []
-        for name in metrics:
-            parts = {"test": [*task.tests], "mia": ["mia_auc", "mia_tpr"]}
-            columns += parts.get(name, [name])
-        self.columns = (*columns, "changed", "seconds")
+        self.columns = tuple(entry.name for entry in self._metrics)
 
     def facts(self) -> dict[str, Any]:
         """Return what is compared.
@@ -80,8 +70,9 @@ class Study:
             Plain values by name.
         """
         return {
-            "samples": self._task.sizes,
-            "forget_classes": self._task.classes,
+            "samples": self._sets.sizes,
+            "forget_classes": self._sets.classes,
+            "task": self._sets.task if self._task is not None else f"{self._sets.task}, inferred",
             "model": callable_name(type(self._original)),
             "parameters": sum(p.numel() for p in self._original.parameters()),
             "layers": {
@@ -110,29 +101,49 @@ class Study:
         if row is None:
             row = self._run(job, seed)
             if path is not None and row.why is None:
-                write_text(path, json.dumps(plain(asdict(row))))
+                with keeping(path) as draft:
+                    draft.write_text(json.dumps(plain(asdict(row))), encoding="utf-8")
         if job.kind == "reference":
             self._reference_rows[seed] = row
         return row, found
+
+    def why_not_kept(self, job: Job, seed: int) -> str | None:
+        """Say why a row cannot be kept in the cache.
+
+        Args:
+            job: What the row is made of.
+            seed: Its seed.
+
+        Returns:
+            What stands in the way; None if nothing does, or if there is no cache.
+        """
+        try:
+            self._named_path(job, seed)
+        except NoKeyError as error:
+            return str(error)
+        return None
+
+    def _path(self, job: Job, seed: int) -> Path | None:
+        try:
+            return self._named_path(job, seed)
+        except NoKeyError:
+            return None
+
+    def _named_path(self, job: Job, seed: int) -> Path | None:
+        if not self._cache.is_on:
+            return None
+        return self._cache.path("row", ".json", **self._key_facts(job, seed))
 
     def _run(self, job: Job, seed: int) -> Row:
         row = Row(job.label, job.kind, job.name, described(job.settings), seed)
         try:
             subject, seconds, result = self._subject(job, seed)
         except Exception as error:
+            _log.debug("%s, seed %d failed", job.label, seed, exc_info=True)
             return replace(row, why=reason_of(error))
-        measures = {**self._figures(subject, seed, job.kind)}
-        measures["changed"] = (
-            Measure(None, "it was trained afresh")
-            if job.kind == "reference"
-            else attempt(self._changed, subject)
-        )
-        measures["seconds"] = (
-            Measure(None, "it was given, not trained here") if seconds is None else Measure(seconds)
-        )
         return replace(
             row,
-            measures=measures,
+            measures=self._figures(subject, seed, job.kind, seconds, getattr(result, "reached", None)),
             phases=dict(result.seconds) if result is not None else {},
             layers={} if job.kind == "reference" else self._layers(subject),
             loss_counts=self._loss_counts(subject),
@@ -148,81 +159,43 @@ class Study:
         accepted = inspect.signature(job.function).parameters
         if "generator" in accepted and "generator" not in settings:
             settings["generator"] = torch.Generator().manual_seed(seed)
+        if self._task is not None and accepts(job.name, job.function, "task"):
+            settings.setdefault("task", self._task)
         for name, value in self._references.recipe().items():
             if name in accepted or job.name == "retrain":
                 settings.setdefault(name, value)
-        forget, retain = self._task.sets["forget"], self._task.sets["retain"]
-        with seeded(seed, *self._task.sets.values()):
+        sets = self._sets.all
+        with seeded(seed, *sets.values()):
             started = time.perf_counter()
-            result = job.function(subject, forget, retain, **settings)
+            result = job.function(subject, sets["forget"], sets["retain"], **settings)
             if device_of(subject).type == "cuda":
                 torch.cuda.synchronize(device_of(subject))
             seconds = time.perf_counter() - started
         return subject, seconds, result if isinstance(result, UnlearnResult) else None
 
-    def _figures(self, subject: nn.Module, seed: int, kind: str) -> dict[str, Measure]:
-        sets = self._task.sets
+    def _figures(
+        self, model: nn.Module, seed: int, kind: str, seconds: float | None, reached: bool | None
+    ) -> dict[str, Measure]:
         figures: dict[str, Measure] = {}
-        for name, function in self._metrics.items():
-            with seeded(seed, *sets.values()):
-                if function is not None:
-                    figures[name] = attempt(function, subject)
-                elif name in ("retain", "forget"):
-                    figures[name] = attempt(accuracy, subject, sets[name])
-                elif name == "test":
-                    for part, data in self._task.tests.items():
-                        figures[part] = attempt(accuracy, subject, data)
-                elif name == "mia":
-                    figures |= self._attack(subject, seed, kind)
-                elif name in _DISTANCES:
-                    figures[name] = attempt(self._distance, _DISTANCES[name], subject, seed)
-        if "gap" in self._metrics:
-            figures["gap"] = attempt(self._gap, figures, seed, kind)
-        return {name: figures[name] for name in self.columns if name in figures}
-
-    def _distance(
-        self, function: Callable[[nn.Module, nn.Module, Batches], float], subject: nn.Module, seed: int
-    ) -> float:
-        return function(subject, self._references.get(seed)[0], self._task.sets["forget"])
-
-    def _attack(self, subject: nn.Module, seed: int, kind: str) -> dict[str, Measure]:
-        names = ("mia_auc", "mia_tpr")
-        try:
-            attack = mia(subject, self._task.sets["retain"], self._task.sets["forget"], self._task.unseen)
-        except Exception as error:
-            return dict.fromkeys(names, Measure(None, reason_of(error)))
-        theirs = self._reference_figure("mia_auc", seed) if kind != "reference" else None
-        attack = replace(attack, reference_auc=theirs)
-        note = None if attack.reference_auc is None else attack.verdict
-        return {
-            "mia_auc": Measure(attack.auc, None, *attack.auc_interval, note=note),
-            "mia_tpr": Measure(attack.tpr, None, *attack.tpr_interval),
-        }
-
-    def _gap(self, figures: Mapping[str, Measure], seed: int, kind: str) -> float:
-        if kind == "reference":
-            return 0.0
-        if self._reference_rows[seed].why is not None:
-            raise LookupError(self._reference_rows[seed].why)
-        pairs = [
-            (figure.value, self._reference_figure(name, seed))
-            for name, figure in figures.items()
-            if name in ("retain", "forget", "mia_auc", *self._task.tests)
-        ]
-        gaps = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-        if not gaps:
-            raise LookupError("there is no accuracy and no AUC to compare")
-        return sum(gaps) / len(gaps)
-
-    def _reference_figure(self, name: str, seed: int) -> float | None:
-        return self._reference_rows[seed].measures.get(name, Measure(None)).value
-
-    def _changed(self, subject: nn.Module) -> float:
-        before = dict(self._original.named_parameters())
-        changed = sum(
-            int((p.detach() != before[name].detach()).sum()) for name, p in subject.named_parameters()
+        theirs = self._reference_rows.get(seed)
+        subject = Subject(
+            model=model,
+            original=self._original,
+            task=self._task,
+            sets=self._sets.all,
+            tests=self._sets.tests,
+            is_reference=kind == "reference",
+            seconds=seconds,
+            reached=reached,
+            reference=lambda: self._references.get(seed)[0],
+            reference_figures={} if theirs is None else theirs.measures,
+            reference_why=None if theirs is None else theirs.why,
+            figures=figures,
         )
-        return changed / max(1, sum(p.numel() for p in before.values()))
+        for entry in sorted(self._metrics, key=lambda entry: entry.kind == "summary"):
+            with seeded(seed, *self._sets.all.values()):
+                figures[entry.name] = attempt(entry.function, subject)
+        return {name: figures[name] for name in self.columns}
 
     def _layers(self, subject: nn.Module) -> dict[str, float | None]:
         try:
@@ -241,41 +214,38 @@ class Study:
 
     def _loss_counts(self, subject: nn.Module) -> dict[str, list[int]]:
         counts = {}
-        for name, data in (("forget", self._task.sets["forget"]), ("test", self._task.unseen)):
+        for name, data in (("forget", self._sets.all["forget"]), ("test", self._sets.unseen)):
             try:
-                with seeded(0, *self._task.sets.values()):
-                    counts[name] = _histogram(_losses(subject, data))
+                with seeded(0, *self._sets.all.values()):
+                    counts[name] = _histogram(self._losses(subject, data))
             except Exception:  # without labels there is no loss; the figures above say so
-                continue
+                _log.debug("there are no losses on the %s set", name, exc_info=True)
         return counts
 
-    def _path(self, job: Job, seed: int) -> Path | None:
-        if self._cache is None:
-            return None
-        try:
-            name = key(
-                format=FORMAT,
-                kind=job.kind,
-                method=job.name,
-                function=job.function,
-                settings=job.settings,
-                seed=seed,
-                weights=self._weights,
-                model=callable_name(type(self._original)),
-                data=self._task.fingerprints,
-                reference=self._references.key(seed),
-                metrics=self._metrics,
-                environment=environment(self._original),
-            )
-        except NoKeyError:
-            return None
-        return self._cache / f"row-{name[:32]}.json"
+    def _losses(self, model: nn.Module, data: Batches) -> Tensor:
+        loss = resolve(self._task, who="compare").loss
+        with borrowed(model), torch.no_grad():
+            parts = [loss(model, batch).cpu() for batch in read_batches(data, device_of(model))]
+        return torch.cat(parts).double()
 
-
-def _losses(model: nn.Module, data: Batches) -> Tensor:
-    with borrowed(model), torch.no_grad():
-        parts = [losses.cross_entropy(model, batch).cpu() for batch in read_batches(data, device_of(model))]
-    return torch.cat(parts).double()
+    def _key_facts(self, job: Job, seed: int) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "kind": job.kind,
+            "method": job.name,
+            "function": job.function,
+            "settings": job.settings,
+            "seed": seed,
+            "weights": self._weights,
+            # The same weights in other code are another model.
+            "model": [repr(self._original), *self._classes],
+            "data": self._sets.fingerprints,
+            "task": self._task,
+            "reference": self._references.key(seed),
+            # What is in the registry goes with the version; functions of the caller count by their code.
+            "metrics": {entry.name: entry.given for entry in self._metrics},
+            "environment": environment(self._original),
+        }
 
 
 def _histogram(values: Tensor) -> list[int]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext.fisher.engine import (
     PerSample,
     PerSampleLoss,
@@ -21,18 +23,18 @@ from unlearn_ext.fisher.engine import (
     unwritten,
 )
 from unlearn_ext.fisher.engine import register_layer as register_layer
-from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.losses import LossFn
-from unlearn_ext.tasks.outputs import scores_and_labels, targets, with_targets
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 
 def fisher_diagonal(
     model: nn.Module,
     data: Batches,
     *,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     estimator: Estimator = "per_sample",
     power: int = 2,
     params: Iterable[str] | None = None,
@@ -65,13 +67,14 @@ def fisher_diagonal(
         model: Any model; parameters float32, float64, float16 or bfloat16. Frozen ones are left out, a tied
             one counts under its first name, one that gets no gradient gets zeros.
         data: Re-iterable batches; tensors are moved to the model's device.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample, in place of the task's.
         estimator: See above.
         power: 2 for squares, 1 for absolute values.
         params: Names of the parameters to look at; all trainable ones by default.
         generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
             calls draw the same targets.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The importances, on the parameters' devices; float32, float64 for double parameters.
@@ -98,6 +101,7 @@ def fisher_diagonal(
     """
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
+    judge = resolve(task, loss_fn, who="fisher_diagonal")
     chosen = _chosen_parameters(model, params)
     check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
@@ -108,15 +112,19 @@ def fisher_diagonal(
             )
             for name, parameter in chosen.items()
         }
-        kind = _BatchGradients if estimator == "batch" else PerSample
-        gradients = kind(model, loss_fn, chosen, fisher, power)
+        gradients: _BatchGradients | PerSample
+        if estimator == "batch":
+            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power)
+        else:
+            own = judge.select if judge.has_own_select else None
+            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own)
         reader = read_batches(batches, device_of(model), description="importance", progress=progress)
         for index, batch in enumerate(reader):
-            n = count_samples(batch)
+            n = judge.count(batch)
             if n == 0:
                 continue
             values = gradients.accumulate(
-                _with_drawn_targets(model, batch, index, generator) if estimator == "mc" else batch, n
+                _with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
             )
             _check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
@@ -139,6 +147,8 @@ def fisher_diagonal(
         batch_size=batch_size,
         n_batches=n_batches,
         coverage=gradients.coverage,
+        loss=loss_name(judge),
+        weights_digest=weights_fingerprint(model),
     )
 
 
@@ -169,29 +179,24 @@ class _BatchGradients:
 
 
 def _with_drawn_targets(
-    model: nn.Module, batch: Batch, index: int, generator: torch.Generator | None
+    model: nn.Module, task: Task, batch: Batch, index: int, generator: torch.Generator | None
 ) -> Batch:
-    labels = targets(batch)
     with torch.no_grad():
-        scores, given = scores_and_labels(model, batch)
-    _check_finite("output of the model", scores, index)
-    chances = scores.softmax(-1).flatten(0, -2)
-    drawn = torch.multinomial(
-        chances if generator is None else chances.to(generator.device), 1, generator=generator
-    )
-    drawn = drawn.view(given.shape).to(given)
-    drawn = torch.where(given < 0, given, drawn)  # negative labels mark what the loss ignores
-    if given.shape != labels.shape:
-        drawn = torch.cat([labels[:, :1], drawn], dim=1)
-    return with_targets(batch, drawn)
+        outputs = task.forward(model, batch)
+        scores = task.log_scores(outputs, batch)
+        _check_finite("output of the model", scores.exp(), index)
+        return task.sampled(outputs, batch, generator)
 
 
 def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
-    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {
+        name: p for name, p in parameters_by_name(model).items() if p.requires_grad
+    }
     if not trainable:
         raise ValueError("fisher_diagonal: the model must have a trainable parameter, got none")
     if names is not None:
         wanted = [names] if isinstance(names, str) else list(names)
+        wanted = [name if name in trainable else plain_name(name) for name in wanted]
         for name in wanted:
             if name not in trainable:
                 raise ValueError(f"fisher_diagonal: params must name trainable parameters, got {name!r}")

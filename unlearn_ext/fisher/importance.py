@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext._internal.names import plain_name, with_plain_names
+from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.engine import register_layer as register_layer
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.categorical import Categorical
+from unlearn_ext.tasks.infer import INFERRED
+from unlearn_ext.tasks.losses import cross_entropy, log_odds, logit_norm
 
 Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
 
@@ -36,6 +43,12 @@ class Importance(Mapping[str, Tensor]):
         batch_size: Samples in the largest batch; decides the values of the ``"batch"`` estimator only.
         n_batches: Number of batches.
         coverage: Parameter name to how its values were computed: ``"fused"`` or ``"fallback: why"``.
+        loss: Full name of the loss; None where it is not known.
+        weights_digest: Tells with which weights they were computed (``weights_fingerprint`` of the model);
+            None where that is not known. Set it to None to have it overlooked.
+
+    Names of parameters are those that the model has without a wrapper: ``torch.compile`` and the like do not
+    matter, in looking up either.
 
     Example:
         >>> a = Importance.from_dict({"weight": torch.tensor([1.0, 3.0])}, n_samples=30)
@@ -46,7 +59,17 @@ class Importance(Mapping[str, Tensor]):
         tensor([1., 3.])
     """
 
-    __slots__ = ("_tensors", "batch_size", "coverage", "estimator", "n_batches", "n_samples", "power")
+    __slots__ = (
+        "_tensors",
+        "batch_size",
+        "coverage",
+        "estimator",
+        "loss",
+        "n_batches",
+        "n_samples",
+        "power",
+        "weights_digest",
+    )
 
     def __init__(
         self,
@@ -58,14 +81,18 @@ class Importance(Mapping[str, Tensor]):
         batch_size: int,
         n_batches: int,
         coverage: Mapping[str, str],
+        loss: str | None = None,
+        weights_digest: str | None = None,
     ) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = with_plain_names(tensors)
         self.n_samples = n_samples
         self.estimator = estimator
         self.power = power
         self.batch_size = batch_size
         self.n_batches = n_batches
-        self.coverage = dict(coverage)
+        self.coverage = with_plain_names(coverage)
+        self.loss = loss
+        self.weights_digest = weights_digest
 
     @classmethod
     def from_dict(
@@ -77,6 +104,8 @@ class Importance(Mapping[str, Tensor]):
         power: int = 2,
         batch_size: int = 1,
         n_batches: int | None = None,
+        loss: str | None = None,
+        weights_digest: str | None = None,
     ) -> Importance:
         """Take importances computed elsewhere.
 
@@ -88,6 +117,8 @@ class Importance(Mapping[str, Tensor]):
             power: 2 for squares, 1 for absolute values.
             batch_size: Samples in the largest batch.
             n_batches: Number of batches; by default ``n_samples / batch_size``, rounded up.
+            loss: Full name of the loss, if it is to be compared with others'.
+            weights_digest: Of the weights, likewise.
 
         Returns:
             The importances; the tensors are shared, not copied.
@@ -120,10 +151,12 @@ class Importance(Mapping[str, Tensor]):
             batch_size=batch_size,
             n_batches=cast("int", n_batches),
             coverage=dict.fromkeys(tensors, "fallback: computed elsewhere"),
+            loss=loss,
+            weights_digest=weights_digest,
         )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name if name in self._tensors else plain_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -147,11 +180,12 @@ class Importance(Mapping[str, Tensor]):
             The mean over both data sets, weighted by samples; by batches for the ``"batch"`` estimator.
 
         Raises:
-            ValueError: If estimators, powers or parameters differ, or the batch sizes of ``"batch"`` do.
+            ValueError: If estimators, powers, losses, weights or parameters differ, or the batch sizes of
+                ``"batch"`` do.
         """
         if not isinstance(other, Importance):
             return NotImplemented
-        check_same_kind("Importance +", self, other)
+        check_same_kind("Importance +", self, other, same_weights=True)
         if self.estimator == "batch" and self.batch_size != other.batch_size:
             raise ValueError(
                 f"Importance +: batch sizes must agree for the 'batch' estimator, got {self.batch_size} and "
@@ -169,12 +203,12 @@ class Importance(Mapping[str, Tensor]):
             The mean over the samples that remain.
 
         Raises:
-            ValueError: If estimators, powers or parameters differ, no sample would remain, or the estimator
-                is ``"batch"``, where no batch belongs to either part alone.
+            ValueError: If estimators, powers, losses, weights or parameters differ, no sample would remain,
+                or the estimator is ``"batch"``, where no batch belongs to either part alone.
         """
         if not isinstance(other, Importance):
             return NotImplemented
-        check_same_kind("Importance -", self, other)
+        check_same_kind("Importance -", self, other, same_weights=True)
         if self.estimator == "batch":
             raise ValueError(
                 "Importance -: the 'batch' estimator has no difference, its batches mix the samples"
@@ -196,7 +230,9 @@ class Importance(Mapping[str, Tensor]):
             power=self.power,
             batch_size=self.batch_size,
             n_batches=max(1, self.n_batches - other.n_batches),
-            coverage=_joined(self.coverage, other.coverage),
+            coverage=joined_coverage(self.coverage, other.coverage),
+            loss=_common(self.loss, other.loss),
+            weights_digest=_common(self.weights_digest, other.weights_digest),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -248,20 +284,58 @@ def check_estimator(who: str, estimator: str, power: int) -> None:
         raise ValueError(f"{who}: power must be 1 or 2, got {power}")
 
 
-def check_same_kind(who: str, a: Importance, b: Importance) -> None:
+def loss_name(task: Task) -> str:
+    """Name the loss of a task, so that importances of other losses can be told.
+
+    Args:
+        task: The task, perhaps with a loss of the user's.
+
+    Returns:
+        The full name of the user's function; ``unlearn_ext.losses.cross_entropy``, ``log_odds`` or
+        ``logit_norm`` where it is the same for any task of one label in many; else the task itself.
+
+    Example:
+        >>> from unlearn_ext.tasks import Classification, Regression
+        >>> loss_name(Classification()), loss_name(Regression())
+        ('unlearn_ext.losses.cross_entropy', 'Regression()')
+    """
+    given = task.loss_fn
+    if given is None:
+        return (
+            callable_name(cross_entropy) if task is INFERRED or isinstance(task, Categorical) else repr(task)
+        )
+    if getattr(given, "__func__", None) is Task.odds_loss:
+        return callable_name(log_odds)
+    is_norm = type(given).__name__ == "_LogitNorm" and type(given).__module__ == logit_norm.__module__
+    return callable_name(logit_norm if is_norm else given)
+
+
+def check_same_kind(who: str, a: Importance, b: Importance, *, same_weights: bool = False) -> None:
     """Refuse importances that mean different things.
 
     Args:
         who: Whose message it is.
         a: Importances.
         b: Importances.
+        same_weights: Refuse also what was computed with other weights.
 
     Raises:
-        ValueError: If estimators, powers, parameter names or shapes differ.
+        ValueError: If estimators, powers, parameter names or shapes differ, or losses or weights are known of
+            both and differ.
     """
     for what in ("estimator", "power"):
         if getattr(a, what) != getattr(b, what):
             raise ValueError(f"{who}: {what} must agree, got {getattr(a, what)!r} and {getattr(b, what)!r}")
+    if None not in (a.loss, b.loss) and a.loss != b.loss:
+        raise ValueError(
+            f"{who}: the losses must agree, got {a.loss} and {b.loss}; compute both with the same loss_fn"
+        )
+    digests = (a.weights_digest, b.weights_digest)
+    if same_weights and None not in digests and len(set(digests)) > 1:
+        raise ValueError(
+            f"{who}: the weights that importances are computed with must agree, got {digests[0]} "
+            f"and {digests[1]}; compute both again on the model as it is, or set a weights_digest to None"
+        )
     for name in sorted(a.keys() ^ b.keys()):
         raise ValueError(f"{who}: parameters must agree, got {name!r} on one side only")
     for name, tensor in a.items():
@@ -269,6 +343,73 @@ def check_same_kind(who: str, a: Importance, b: Importance) -> None:
             raise ValueError(
                 f"{who}: shapes must agree, got {list(tensor.shape)} and {list(b[name].shape)} for {name!r}"
             )
+
+
+def check_weights(who: str, importance: Importance, model: nn.Module) -> None:
+    """Refuse importances that were computed with other weights than the model has.
+
+    Args:
+        who: Whose message it is.
+        importance: Importances; such of unknown weights pass.
+        model: The model that they are to be used for.
+
+    Raises:
+        ValueError: If the weights are known, and differ.
+    """
+    known = importance.weights_digest
+    if known is not None and known != (now := weights_fingerprint(model)):
+        raise ValueError(
+            f"{who}: importances must be those of the model's weights, got importances of weights {known} "
+            f"for a model with {now} (trained on, unlearned or converted since?); compute them again, or set "
+            "weights_digest to None to use them all the same"
+        )
+
+
+# Rounding of sums in another order; and what cancellation in half precision leaves where a gradient is 0, as
+# a share of the tensor's largest value.
+_RELATIVE, _ABSOLUTE = 0.05, 1e-4
+
+
+def check_covers(who: str, full: Importance, forget: Importance) -> None:
+    """Refuse importances for the full set that cannot have been computed with the forget set in it.
+
+    A sum over a data set is at least the sum over a part of it: n F_full >= n_forget F_forget, for every
+    scalar. Where importances of the retain set are passed for the full set this does not hold for what
+    matters to the forget set. Drawn targets (``"mc"``) and gradients of batches (``"batch"``) follow no such
+    rule; of these only the number of samples is compared.
+
+    Args:
+        who: Whose message it is.
+        full: Importances said to be those of the full set.
+        forget: Importances of a part of it.
+
+    Raises:
+        ValueError: If there are fewer samples than in the part, or any scalar breaks the rule beyond
+            rounding; the message has the share of those that do.
+    """
+    what = "importances of the full set must cover the forget set"
+    if full.n_samples < forget.n_samples:
+        raise ValueError(f"{who}: {what}, got {full.n_samples} samples for {forget.n_samples} to forget")
+    if full.estimator != "per_sample" or forget.estimator != "per_sample":
+        return
+    broken = total = 0
+    for name, whole in full.items():
+        bound = whole * full.n_samples
+        if name not in forget or not bound.numel():
+            continue
+        allowed = bound * (1 + _RELATIVE) + _ABSOLUTE * bound.max()
+        part = forget[name].to(device=bound.device, dtype=bound.dtype) * forget.n_samples
+        broken += int((part > allowed).sum())
+        total += bound.numel()
+    if broken:
+        raise ValueError(
+            f"{who}: {what}, got {broken / total:.2%} of the scalars with F_forget > (n / n_forget) F_full; "
+            "importances of the retain set are passed as retain, or added to the forget set's"
+        )
+
+
+def _common(a: str | None, b: str | None) -> str | None:
+    return a if a == b else None
 
 
 def pool(a: Importance, b: Importance) -> Importance:
@@ -290,11 +431,22 @@ def pool(a: Importance, b: Importance) -> Importance:
         power=a.power,
         batch_size=max(a.batch_size, b.batch_size),
         n_batches=a.n_batches + b.n_batches,
-        coverage=_joined(a.coverage, b.coverage),
+        coverage=joined_coverage(a.coverage, b.coverage),
+        loss=_common(a.loss, b.loss),
+        weights_digest=_common(a.weights_digest, b.weights_digest),
     )
 
 
-def _joined(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+def joined_coverage(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+    """Say how values were computed that are made of two parts.
+
+    Args:
+        a: Parameter name to how.
+        b: The same of the other part.
+
+    Returns:
+        The same of both: "fused" where both are.
+    """
     joined = {}
     for name, how in a.items():
         other = b[name]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import eager, is_hf_conv1d
+from unlearn_ext._internal.names import modules_by_name, parameters_by_name
 from unlearn_ext.fisher.engine.graph import Node, kind_of
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches, take_samples
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -137,29 +139,41 @@ class _Layer:
 
 
 def neuron_groups(
-    model: nn.Module, data: Batches, *, loss_fn: LossFn = losses.cross_entropy
+    model: nn.Module,
+    data: Batches,
+    *,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[NeuronGroup, ...]:
     """Find out which scalars make up the neurons of every layer.
 
     Args:
         model: The model; run in eval mode on a few samples, left as it was.
         data: Re-iterable batches, of which the first is looked at.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        task: What the model is for.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        names: The parameters to look at; None: all that are trainable.
 
     Returns:
-        The layers; every trainable parameter is part of exactly one.
+        The layers; every parameter looked at is part of exactly one.
     """
-    scored = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    chosen = task if task is not None and loss_fn is None else resolve(task, loss_fn, who="neuron_groups")
+    scored = {
+        name: tuple(p.shape)
+        for name, p in parameters_by_name(model).items()
+        if (p.requires_grad if names is None else name in names)
+    }
     groups = {group.name: group for group in module_groups(model, scored)}
     layers = [
         _Layer(name, module, groups.get(name), is_norm)
-        for name, module in model.named_modules()
+        for name, module in modules_by_name(model).items()
         if (is_norm := _is_norm(module)) or _channels_out(module)
     ]
     first = next(iter(read_batches(data, device_of(model))), None)
-    if first is not None and count_samples(first):
-        batch = take_samples(first, 0, min(4, count_samples(first)))
-        _connect(model, batch, loss_fn, layers, groups)
+    if first is not None and chosen.count(first):
+        batch = chosen.select(first, range(min(4, chosen.count(first))))
+        _connect(model, batch, chosen.loss, layers, groups)
     return tuple(groups.values())
 
 
@@ -167,9 +181,9 @@ def _connect(
     model: nn.Module, batch: Batch, loss_fn: LossFn, layers: list[_Layer], groups: dict[str, NeuronGroup]
 ) -> None:
     """Add to the groups what running the model shows."""
-    with borrowed(model):
+    with borrowed(model), eager():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not parameter.requires_grad:
                 parameter.requires_grad_(True)
         handles = [layer.module.register_forward_hook(_noting(layer), with_kwargs=True) for layer in layers]
         handles += [
@@ -227,7 +241,7 @@ def _noting(layer: _Layer) -> Callable[..., None]:
 def _end(module: nn.Module, value: object) -> _End | None:
     if not isinstance(value, Tensor) or value.grad_fn is None or value.ndim < 2:
         return None
-    is_last = isinstance(module, nn.Linear) or _is_hf_conv1d(module) or _normalises_last(module)
+    is_last = isinstance(module, nn.Linear) or is_hf_conv1d(module) or _normalises_last(module)
     return _End(get_gradient_edge(value), tuple(value.shape), value.ndim - 1 if is_last else 1)
 
 
@@ -301,14 +315,9 @@ def _columns(layer: _Layer, n: int) -> Part | None:
         return Part(weight.name, tuple(module.weight.shape), (1,))
     if isinstance(module, _TRANSPOSED) and module.in_channels == n:
         return Part(weight.name, tuple(module.weight.shape), (0,))
-    if _is_hf_conv1d(module):
+    if is_hf_conv1d(module):
         return Part(weight.name, (n, weight.view[0] // n, weight.view[1]), (0,))
     return None
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    # Of the transformers library: a linear layer whose weight is [inputs, outputs].
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _normalises_last(module: nn.Module) -> bool:
@@ -328,7 +337,7 @@ def _channels_out(module: nn.Module) -> int:
         return module.out_features
     if isinstance(module, (*_CONVS, *_TRANSPOSED)):
         return module.out_channels
-    return int(module.nf) if _is_hf_conv1d(module) else 0  # type: ignore[arg-type]
+    return int(module.nf) if is_hf_conv1d(module) else 0  # type: ignore[arg-type]
 
 
 def module_groups(
@@ -344,10 +353,10 @@ def module_groups(
         The layers, without what follows them: every parameter is part of exactly one.
     """
     if scored is None:
-        scored = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    names = {parameter: name for name, parameter in model.named_parameters() if name in scored}
+        scored = {name: tuple(p.shape) for name, p in parameters_by_name(model).items()}
+    names = {parameter: name for name, parameter in parameters_by_name(model).items() if name in scored}
     done: set[str] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_by_name(model).items():
         own = {
             name: local
             for local, parameter in module.named_parameters(recurse=False)
@@ -358,7 +367,7 @@ def module_groups(
             yield from _groups_of_rnn(prefix, module, {local: name for name, local in own.items()})
             continue
         shapes = {name: scored[name] for name in own}
-        if isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module):
+        if isinstance(module, _TRANSPOSED) or is_hf_conv1d(module):
             parts = tuple(_transposed_part(module, name, shape) for name, shape in shapes.items())
             if parts:
                 yield NeuronGroup(prefix, parts, is_layer=any(len(part.view) > 1 for part in parts))
@@ -376,7 +385,7 @@ def module_groups(
 def _transposed_part(module: nn.Module, name: str, shape: tuple[int, ...]) -> Part:
     if len(shape) == 1:
         return Part(name, shape)
-    if _is_hf_conv1d(module):
+    if is_hf_conv1d(module):
         return Part(name, shape, (1,))
     q = int(module.groups)  # type: ignore[arg-type]
     return Part(name, (q, shape[0] // q, *shape[1:]), (0, 2))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.names import chosen_names, parameters_by_name, plain_name, with_plain_names
 from unlearn_ext.fisher.diagonal import fisher_diagonal
-from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batches, check_batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 Score: TypeAlias = Literal["ratio", "grad", "grad_abs", "fisher", "taylor", "obd", "random"]
 
@@ -33,6 +35,7 @@ class Scores(Mapping[str, Tensor]):
     Attributes:
         groups: The layers with their neurons; every scored parameter is part of exactly one.
         score: What the scores are; see ``saliency``.
+        coverage: Parameter name to how its importances were computed, where the scores are made from any.
 
     Args:
         tensors: Parameter name to scores of the parameter's shape.
@@ -40,6 +43,7 @@ class Scores(Mapping[str, Tensor]):
         score: A name for the record.
         fraction: Numerator and denominator, where the scores are a quotient: a neuron's is then the quotient
             of its means.
+        coverage: How importances were computed, by parameter name.
     """
 
     def __init__(
@@ -49,15 +53,17 @@ class Scores(Mapping[str, Tensor]):
         *,
         score: str = "given",
         fraction: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
+        coverage: Mapping[str, str] | None = None,
     ) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = with_plain_names(tensors)
+        self.coverage = dict(coverage or {})
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.groups = tuple(groups) if groups is not None else tuple(groups_by_prefix(shapes))
         self.score = score
         self._fraction = fraction
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name if name in self._tensors else plain_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -115,7 +121,10 @@ def saliency(
     score: Score = "ratio",
     generator: torch.Generator | None = None,
     progress: bool = False,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> Scores:
     """Score every trainable scalar by how much it answers for the forget set.
 
@@ -138,8 +147,12 @@ def saliency(
         retain: The retain set, for ``"ratio"``; not read otherwise.
         score: See above.
         generator: For ``"random"``. Without one the global random state is used, and put back.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample.
+        progress: Show a progress bar, where tqdm is installed.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        include: Parameters to score: names of them or of their modules, the last parts of such names, or
+            regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters to leave out, likewise.
 
     Returns:
         Scores by parameter name, float32 (float64 for double parameters), with the neurons of every layer.
@@ -150,6 +163,7 @@ def saliency(
     Raises:
         ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, or a set is empty or a one-shot
             iterator.
+        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -165,20 +179,63 @@ def saliency(
         >>> [(group.name, [part.name for part in group.parts]) for group in scores.groups]
         [('0', ['0.weight', '0.bias', '1.weight', '1.bias']), ('3', ['3.weight', '3.bias'])]
     """
+    check_model(model, "saliency")
+    chosen = resolve(task, loss_fn, who="saliency")
+    parameters = [name for name, p in parameters_by_name(model).items() if p.requires_grad]
+    if not parameters:
+        raise ValueError("saliency: the model must have a trainable parameter, got none")
+    names = chosen_names(parameters, include, exclude, "saliency")
+    return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
+
+
+def scored(
+    who: str,
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches | None,
+    task: Task,
+    score: Score,
+    names: Sequence[str],
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+) -> Scores:
+    """Do what ``saliency`` does, for parameters that have been chosen and a task that has been resolved.
+
+    Args:
+        who: Whose message it is.
+        model: The model.
+        forget: The forget set.
+        retain: The retain set.
+        task: The task.
+        score: As for ``saliency``.
+        names: Plain names of the parameters.
+        progress: As for ``saliency``.
+        generator: As for ``saliency``.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: As ``saliency``.
+    """
     if score not in SCORES:
-        raise ValueError(f"saliency: score must be one of {', '.join(SCORES)}, got {score!r}")
+        raise ValueError(f"{who}: score must be one of {', '.join(SCORES)}, got {score!r}")
     check_batches(forget, "forget")
     if score == "ratio":
         if retain is None:
-            raise ValueError("saliency: retain must be given for the score 'ratio', got None")
+            raise ValueError(f"{who}: retain must be given for the score 'ratio', got None")
         check_batches(retain, "retain")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("saliency: the model must have a trainable parameter, got none")
-    groups = neuron_groups(model, forget, loss_fn=loss_fn)
+    known = parameters_by_name(model)
+    parameters = {name: known[name] for name in names}
+    loss_fn = task.loss
+    groups = neuron_groups(model, forget, task=task, names=names)
+
+    coverage: dict[str, str] = {}
 
     def fisher(data: Batches, power: int = 2) -> Importance:
-        return fisher_diagonal(model, data, loss_fn=loss_fn, power=power, progress=progress)
+        importance = fisher_diagonal(model, data, task=task, power=power, params=names, progress=progress)
+        coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
+        return importance
 
     fraction: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
     tensors: Mapping[str, Tensor]
@@ -200,13 +257,13 @@ def saliency(
     elif score == "random":
         tensors = _random(parameters, generator)
     else:
-        tensors = _mean_gradients(model, forget, parameters, loss_fn, progress)
+        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
         for gradient in tensors.values():
             gradient.abs_()
-    return Scores(tensors, groups, score=score, fraction=fraction)
+    return Scores(tensors, groups, score=score, fraction=fraction, coverage=coverage)
 
 
 def _accumulator(parameter: Tensor) -> Tensor:
@@ -225,7 +282,12 @@ def _random(parameters: Mapping[str, Tensor], generator: torch.Generator | None)
 
 
 def _mean_gradients(
-    model: nn.Module, data: Batches, parameters: Mapping[str, Tensor], loss_fn: LossFn, progress: bool
+    who: str,
+    model: nn.Module,
+    data: Batches,
+    parameters: Mapping[str, Tensor],
+    loss_fn: LossFn,
+    progress: bool,
 ) -> dict[str, Tensor]:
     totals = {name: _accumulator(p) for name, p in parameters.items()}
     n = 0
@@ -234,15 +296,15 @@ def _mean_gradients(
         for index, batch in enumerate(reader):
             values = loss_fn(model, batch)
             if not bool(torch.isfinite(values.detach()).all()):
-                raise FloatingPointError(f"saliency: the loss must be finite, got {values} in batch {index}")
-            n += count_samples(batch)
+                raise FloatingPointError(f"{who}: the loss must be finite, got {values} in batch {index}")
+            n += len(values)
             if values.requires_grad:
                 grads = torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)
                 for total, grad in zip(totals.values(), grads, strict=True):
                     if grad is not None:
                         total.add_(grad)
     if n == 0:
-        raise ValueError("saliency: forget must hold at least one sample, got none")
+        raise ValueError(f"{who}: forget must hold at least one sample, got none")
     for total in totals.values():
         total.div_(n)
     return totals

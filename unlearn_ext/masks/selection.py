@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from unlearn_ext import ops
+from unlearn_ext._internal.names import chosen_names
 from unlearn_ext.masks.neurons import NeuronGroup, Part
 from unlearn_ext.masks.saliency import Reduction, Scores
 
@@ -52,8 +52,9 @@ def select_mask(
             at or beyond the ``density`` quantile of the scores, counted from below, ties included;
             ``"mass"``: as few units as hold the share ``density`` of the total score, which takes
             non-negative scores.
-        include: Patterns (as for file names) of the parameters to consider; None: all.
-        exclude: Patterns of the parameters to leave out, whatever ``include`` says.
+        include: The parameters to consider: names of them or of their modules, the last parts of such names,
+            regular expressions that match a whole name, or patterns as for file names. None: all.
+        exclude: The parameters to leave out, likewise, whatever ``include`` says.
         min_depth: Leave out this share of the layers, rounded down, counted from the first in the order of
             the model's modules; in [0, 1).
         reduction: From the scores of a unit's scalars to the unit's; see ``Scores.of_neurons``.
@@ -86,9 +87,10 @@ def select_mask(
         raise ValueError(f"select_mask: min_depth must lie in [0, 1), got {min_depth}")
     known = scores if isinstance(scores, Scores) else Scores(scores)
     deep = known.groups[int(min_depth * len(known.groups)) :]
-    groups = list(_kept(deep, _pattern(include, True), _pattern(exclude, False)))
+    known_names = [part.name for group in deep for part in group.parts]
+    groups = list(_kept(deep, set(chosen_names(known_names, include, exclude, "select_mask"))))
     if not groups:
-        raise ValueError(f"select_mask: include and exclude must leave a parameter, got {include}, {exclude}")
+        raise ValueError("select_mask: scores must hold a scalar, got none")
 
     def choose(units: Sequence[Tensor]) -> list[Tensor]:
         return _choose(units, density, rule, largest)
@@ -133,22 +135,9 @@ def _check_choices(granularity: str, scope: str, rule: str) -> None:
             raise ValueError(f"select_mask: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _pattern(patterns: str | Iterable[str] | None, default: bool) -> Callable[[str], bool]:
-    if patterns is None:
-        return lambda _: default
-    known = [patterns] if isinstance(patterns, str) else list(patterns)
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in known)
-
-
-def _kept(
-    groups: Iterable[NeuronGroup], included: Callable[[str], bool], excluded: Callable[[str], bool]
-) -> Iterator[NeuronGroup]:
+def _kept(groups: Iterable[NeuronGroup], names: Collection[str]) -> Iterator[NeuronGroup]:
     for group in groups:
-        parts = tuple(
-            part
-            for part in group.parts
-            if math.prod(part.view) and included(part.name) and not excluded(part.name)
-        )
+        parts = tuple(part for part in group.parts if math.prod(part.view) and part.name in names)
         if parts:
             yield replace(group, parts=parts)
 

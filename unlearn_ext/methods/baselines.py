@@ -8,33 +8,48 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import parameters_by_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
-from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics, trainable
+from unlearn_ext.methods.common import (
+    Paired,
+    check_count,
+    epochs_of,
+    facts_of,
+    n_classes,
+    prepared,
+    relabelling,
+    required,
+    train_with_fixed_statistics,
+    trainable,
+    what_a_task_must_have,
+)
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, device_of
 from unlearn_ext.tasks.losses import LossFn
-from unlearn_ext.tasks.outputs import targets, with_targets
 
 # Of gradient ascent: it spoils the more the longer it goes on, whatever the size of the forget set.
 _STEPS, _MOST_EPOCHS = 100, 30
 
 
+@recorded
 def retrain(
     model: nn.Module,
     forget: Batches | None,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
-    make_model: Callable[[], nn.Module],
-    train: Callable[[nn.Module, Batches], nn.Module | None],
+    make_model: Callable[[], nn.Module] | None = None,
+    train: Callable[[nn.Module, Batches], nn.Module | None] | None = None,
+    task: Task | None = None,
     generator: torch.Generator | None = None,
 ) -> UnlearnResult:
     """Train a new model on the retain set alone and put its weights into this one: the reference.
@@ -48,13 +63,15 @@ def retrain(
         make_model: Makes an untrained model of the same architecture, all of it initialised afresh.
         train: ``train(new_model, retain)``: the recipe of the original model. Trains in place, or returns the
             trained model.
+        task: Recorded only: ``train`` knows what the model is for.
         generator: Decides the global random state in which both are called.
 
     Returns:
         The record of the run.
 
     Raises:
-        ValueError: If the new model has other parameters or buffers, or shares them with the model.
+        ValueError: If something is missing, or the new model has other parameters or buffers, or shares them
+            with the model.
         FloatingPointError: If a new weight is NaN or infinite.
 
     Source:
@@ -69,9 +86,19 @@ def retrain(
         >>> result.changed
         1.0
     """
-    check_batches(retain, "retain")
-    settings = {"make_model": callable_name(make_model), "train": callable_name(train)}
-    with unlearning(model, "retrain", settings, generator=generator) as run, run.phase("train"):
+    prepared("retrain", model, task, None)
+    required("retrain", retain=retain)
+    assert retain is not None
+    if make_model is None or train is None:
+        missing = "make_model" if make_model is None else "train"
+        raise ValueError(f"retrain: {missing} must be given, got None")
+    settings: dict[str, object] = {"make_model": callable_name(make_model), "train": callable_name(train)}
+    if task is not None:
+        settings["task"] = repr(task)
+    with (
+        unlearning(model, "retrain", settings, generator=generator, data=(retain,)) as run,
+        run.phase("train"),
+    ):
         new = make_model().to(device_of(model))
         _check_new(model, new)
         new.train()
@@ -79,18 +106,22 @@ def retrain(
     return run.result()
 
 
+@recorded
 def finetune(
     model: nn.Module,
     forget: Batches | None,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     epochs: int = 5,
     lr: float = 0.2,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Go on training on the retain set alone, with SGD and a learning rate that falls to 0.
 
@@ -101,16 +132,21 @@ def finetune(
     high, enough for it to drift away from a class, and falls with every epoch, so that the rest recovers.
 
     Args:
-        model: The model, changed in place; in train mode, so BatchNorm statistics move.
+        model: The model, changed in place; in train mode, so BatchNorm statistics move. Where one gets a
+            single value per channel, as from a batch of one sample, it uses its statistics and leaves them.
         forget: Not read.
         retain: The retain set.
         epochs: Passes over it.
         lr: Learning rate of the first epoch.
         momentum: Momentum.
         weight_decay: Weight decay.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
@@ -125,25 +161,28 @@ def finetune(
         >>> len(finetune(model, None, retain, epochs=2).history)
         2
     """
-    check_batches(retain, "retain")
+    chosen = prepared("finetune", model, task, loss_fn)
+    required("finetune", retain=retain)
+    assert retain is not None
+    check_count("finetune", "epochs", epochs)
+    parameters = trainable(model, "finetune", include, exclude)
     settings = {
         "epochs": epochs,
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
-        "loss_fn": callable_name(loss_fn),
+        **facts_of(task, loss_fn),
     }
-    with unlearning(model, "finetune", settings, generator=generator) as run:
+    with unlearning(model, "finetune", settings, generator=generator, data=(retain,)) as run:
         model.train()
-        optimizer = torch.optim.SGD(
-            trainable(model, "finetune"), lr=lr, momentum=momentum, weight_decay=weight_decay
-        )
+        optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         loop.train(
             run,
             "finetune",
             retain,
-            loss_fn,
+            chosen.loss,
             optimizer,
+            parameters=parameters.values(),
             epochs=epochs,
             schedule=lambda epoch: lr * (1 - epoch / epochs),
             progress=progress,
@@ -151,6 +190,7 @@ def finetune(
     return run.result()
 
 
+@recorded
 def gradient_ascent(
     model: nn.Module,
     forget: Batches,
@@ -159,9 +199,12 @@ def gradient_ascent(
     epochs: int | None = None,
     lr: float = 1e-3,
     cap: float | None = None,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Climb the loss of the forget set with SGD, up to a cap.
 
@@ -179,10 +222,15 @@ def gradient_ascent(
             take, but at most 30.
         lr: Learning rate.
         cap: Samples with a higher loss do not count. By default half of log(number of classes), and at least
-            1: the label has lost to others then, mostly, with 37 % or less.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+            1: the label has lost to others then, mostly, with 37 % or less. Must be given for tasks without
+            classes.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
@@ -197,21 +245,27 @@ def gradient_ascent(
         >>> gradient_ascent(model, forget).method
         'gradient_ascent'
     """
-    check_batches(forget, "forget")
+    chosen = prepared("gradient_ascent", model, task, loss_fn)
+    required("gradient_ascent", forget=forget)
     if epochs is None:
         epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
-    limit = max(1.0, math.log(n_classes(model, forget)) / 2) if cap is None else cap
-    settings = {"epochs": epochs, "lr": lr, "cap": limit, "loss_fn": callable_name(loss_fn)}
-    with unlearning(model, "gradient_ascent", settings, generator=generator) as run:
+    check_count("gradient_ascent", "epochs", epochs)
+    parameters = trainable(model, "gradient_ascent", include, exclude)
+    if cap is None:
+        cap = max(1.0, _log_classes("gradient_ascent", model, forget, chosen) / 2)
+    limit = cap
+    settings = {"epochs": epochs, "lr": lr, "cap": limit, **facts_of(task, loss_fn)}
+    with unlearning(model, "gradient_ascent", settings, generator=generator, data=(forget,)) as run:
         train_with_fixed_statistics(model)
         # No momentum: it would carry on after the cap has been reached.
-        optimizer = torch.optim.SGD(trainable(model, "gradient_ascent"), lr=lr)
+        optimizer = torch.optim.SGD(parameters.values(), lr=lr)
         loop.train(
             run,
             "ascent",
             forget,
-            lambda model, batch: -loss_fn(model, batch).clamp(max=limit),
+            lambda model, batch: -chosen.loss(model, batch).clamp(max=limit),
             optimizer,
+            parameters=parameters.values(),
             epochs=epochs,
             after_epoch=lambda _: cast("float", run.history[-1]["loss"]) <= -limit * (1 - 1e-6),
             progress=progress,
@@ -219,19 +273,23 @@ def gradient_ascent(
     return run.result()
 
 
+@recorded
 def neg_grad_plus(
     model: nn.Module,
     forget: Batches,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     retain_weight: float = 0.95,
     epochs: int = 10,
     lr: float = 0.01,
     momentum: float = 0.9,
     cap: float | None = None,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Descend on the retain set while climbing on the forget set, batch beside batch, with SGD.
 
@@ -247,10 +305,14 @@ def neg_grad_plus(
         lr: Learning rate.
         momentum: Momentum.
         cap: Forget samples with a higher loss do not count. By default log(number of classes): a label less
-            likely than a guess is certain not to be predicted.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+            likely than a guess is certain not to be predicted. Must be given for tasks without classes.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
@@ -269,16 +331,19 @@ def neg_grad_plus(
         >>> neg_grad_plus(model, forget, retain).method
         'neg_grad_plus'
     """
-    check_batches(forget, "forget")
-    check_batches(retain, "retain")
+    chosen = prepared("neg_grad_plus", model, task, loss_fn)
+    required("neg_grad_plus", forget=forget, retain=retain)
+    assert retain is not None
     if not 0 <= retain_weight <= 1:
         raise ValueError(f"neg_grad_plus: retain_weight must lie in [0, 1], got {retain_weight}")
-    limit = math.log(n_classes(model, forget)) if cap is None else cap
+    check_count("neg_grad_plus", "epochs", epochs)
+    parameters = trainable(model, "neg_grad_plus", include, exclude)
+    limit = _log_classes("neg_grad_plus", model, forget, chosen) if cap is None else cap
 
     def objective(model: nn.Module, pair: Batch) -> Tensor:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        climbed = loss_fn(model, forgotten).clamp(max=limit).mean()
-        return retain_weight * loss_fn(model, kept).mean() - (1 - retain_weight) * climbed
+        climbed = chosen.loss(model, forgotten).clamp(max=limit).mean()
+        return retain_weight * chosen.loss(model, kept).mean() - (1 - retain_weight) * climbed
 
     settings = {
         "retain_weight": retain_weight,
@@ -286,27 +351,38 @@ def neg_grad_plus(
         "lr": lr,
         "momentum": momentum,
         "cap": limit,
-        "loss_fn": callable_name(loss_fn),
+        **facts_of(task, loss_fn),
     }
-    with unlearning(model, "neg_grad_plus", settings, generator=generator) as run:
+    with unlearning(model, "neg_grad_plus", settings, generator=generator, data=(forget, retain)) as run:
         train_with_fixed_statistics(model)
-        optimizer = torch.optim.SGD(trainable(model, "neg_grad_plus"), lr=lr, momentum=momentum)
+        optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum)
         loop.train(
-            run, "both", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
+            run,
+            "both",
+            Paired("neg_grad_plus", retain, forget=forget),
+            objective,
+            optimizer,
+            parameters=parameters.values(),
+            epochs=epochs,
+            progress=progress,
         )
     return run.result()
 
 
+@recorded
 def random_label(
     model: nn.Module,
     forget: Batches,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     epochs: int = 3,
     lr: float = 1e-3,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Learn wrong labels for the forget set beside the right ones for the retain set, with Adam.
 
@@ -314,19 +390,24 @@ def random_label(
 
     Args:
         model: The model, changed in place; BatchNorm statistics stay.
-        forget: The forget set, with integer labels; started again whenever it ends.
+        forget: The forget set; started again whenever it ends.
         retain: The retain set.
         epochs: Passes over the retain set.
         lr: Learning rate.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
 
     Raises:
-        ValueError: If the model has one class only.
+        ValueError: If a set is missing, or the model has one class only.
+        NotImplementedError: If the task has no other labels, as regression.
 
     Source:
         Random labels of Graves, Nagisetty & Ganesh, "Amnesiac Machine Learning", AAAI 2021, in the form
@@ -340,31 +421,41 @@ def random_label(
         >>> random_label(model, forget, retain).method
         'random_label'
     """
-    check_batches(forget, "forget")
-    check_batches(retain, "retain")
-    classes = n_classes(model, forget)
-    if classes < 2:
-        raise ValueError(f"random_label: model must have at least 2 classes, got {classes}")
+    chosen = prepared("random_label", model, task, loss_fn)
+    required("random_label", forget=forget, retain=retain)
+    assert retain is not None
+    check_count("random_label", "epochs", epochs)
+    parameters = trainable(model, "random_label", include, exclude)
+    relabel = relabelling("random_label", model, forget, chosen, "finetune works for such tasks")
 
     def objective(model: nn.Module, pair: Batch) -> Tensor:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        labels = targets(forgotten)
-        other = (labels + torch.randint_like(labels, 1, classes)) % classes
-        wrong = with_targets(forgotten, torch.where(labels < 0, labels, other))
-        return loss_fn(model, kept).mean() + loss_fn(model, wrong).mean()
+        return chosen.loss(model, kept).mean() + chosen.loss(model, relabel(forgotten)).mean()
 
-    settings = {"epochs": epochs, "lr": lr, "loss_fn": callable_name(loss_fn)}
-    with unlearning(model, "random_label", settings, generator=generator) as run:
+    settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
+    with unlearning(model, "random_label", settings, generator=generator, data=(forget, retain)) as run:
         train_with_fixed_statistics(model)
-        optimizer = torch.optim.Adam(trainable(model, "random_label"), lr=lr)
+        optimizer = torch.optim.Adam(parameters.values(), lr=lr)
         loop.train(
-            run, "relabel", Paired(retain, forget), objective, optimizer, epochs=epochs, progress=progress
+            run,
+            "relabel",
+            Paired("random_label", retain, forget=forget),
+            objective,
+            optimizer,
+            parameters=parameters.values(),
+            epochs=epochs,
+            progress=progress,
         )
     return run.result()
 
 
+def _log_classes(who: str, model: nn.Module, data: Batches, task: Task) -> float:
+    with what_a_task_must_have(who, "cap must be given for a task without classes"):
+        return math.log(n_classes(who, model, data, task))
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return with_plain_names({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 def _check_new(model: nn.Module, new: nn.Module) -> None:
@@ -373,7 +464,7 @@ def _check_new(model: nn.Module, new: nn.Module) -> None:
         raise ValueError(
             "retrain: make_model must make a new model, got one that shares tensors with the old"
         )
-    for name, p in model.named_parameters():
+    for name, p in parameters_by_name(model).items():
         # Biases and scales start from constants, which a trained model may still have.
         same = name in fresh and p.ndim > 1 and p.requires_grad and torch.equal(p, fresh[name])
         if same and p.numel() > 1 and bool((p != p.flatten()[0]).any()):

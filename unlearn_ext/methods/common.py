@@ -3,34 +3,120 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.batches import Batch, Batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.names import chosen_names, parameters_by_name
+from unlearn_ext._internal.plain import callable_name
+from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn, cross_entropy, resolve
 
 
-def trainable(model: nn.Module, method: str) -> list[nn.Parameter]:
+def prepared(who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | None) -> Task:
+    """Look at what every method is called with, before anything is done.
+
+    Args:
+        who: The method.
+        model: The model.
+        task: What the user passed.
+        loss_fn: What the user passed.
+
+    Returns:
+        The task, whose ``loss`` is the user's where one was given.
+    """
+    check_model(model, who)
+    return resolve(task, loss_fn, who=who)
+
+
+def required(who: str, **sets: Batches | None) -> None:
+    """Refuse sets that are missing or cannot be read more than once.
+
+    Args:
+        who: The method.
+        **sets: Sets by the names of their arguments.
+
+    Raises:
+        ValueError: If one is None, or a one-shot iterator.
+
+    Example:
+        >>> required("finetune", retain=None)
+        Traceback (most recent call last):
+        ValueError: finetune: retain must be given, got None
+    """
+    for name, data in sets.items():
+        if data is None:
+            raise ValueError(f"{who}: {name} must be given, got None")
+        check_batches(data, name)
+
+
+def facts_of(task: Task | None, loss_fn: LossFn | None) -> dict[str, object]:
+    """Return what a record says of task and loss.
+
+    Args:
+        task: What the user passed.
+        loss_fn: What the user passed.
+
+    Returns:
+        The task, where one was given, and the name of the loss, where it is not the task's.
+    """
+    facts: dict[str, object] = {} if task is None else {"task": repr(task)}
+    if task is None or loss_fn is not None:
+        facts["loss_fn"] = callable_name(cross_entropy if loss_fn is None else loss_fn)
+    return facts
+
+
+@contextmanager
+def what_a_task_must_have(who: str, instead: str = "") -> Iterator[None]:
+    """Say of what a task lacks who needs it, and what can be done.
+
+    Args:
+        who: The method.
+        instead: What works for such tasks.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NotImplementedError: If the task raises it.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{who}: {error}{'; ' if instead else ''}{instead}") from error
+
+
+def trainable(
+    model: nn.Module,
+    method: str,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> dict[str, nn.Parameter]:
     """Return the parameters that may change.
 
     Args:
         model: The model.
         method: For the message.
+        include: Patterns of those that may; see ``chosen_names``.
+        exclude: Patterns of those that may not.
 
     Returns:
-        Those that require grad, at least one.
+        Those that require grad, by plain name, at least one.
 
     Raises:
         ValueError: If there is none.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in parameters_by_name(model).items() if p.requires_grad}
     if not parameters:
         raise ValueError(f"{method}: model must have a trainable parameter, got none")
-    return parameters
+    return {name: parameters[name] for name in chosen_names(parameters, include, exclude, method)}
 
 
 def train_with_fixed_statistics(model: nn.Module) -> None:
@@ -48,24 +134,62 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def n_classes(model: nn.Module, data: Batches) -> int:
+def n_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
     """Ask the model for the number of its classes.
 
     Args:
+        who: The method.
         model: The model; left as it was.
         data: Its first non-empty batch is read.
+        task: The task.
 
     Returns:
-        The size of the logits' class dimension.
+        The size of the class dimension of the task's scores.
+    """
+    with borrowed(model), random_states_kept(data), torch.no_grad():
+        batch = _first_batch(who, model, data, task)
+        outputs = task.forward(model, batch)
+        scores = task.log_scores(outputs, batch)
+        task.counted(outputs, batch)  # refuses labels that are no classes
+        return scores.shape[-1]
+
+
+def relabelling(
+    who: str, model: nn.Module, data: Batches, task: Task, instead: str = ""
+) -> Callable[[Batch], Batch]:
+    """Return the function that gives a batch labels other than its own, drawn anew on every call.
+
+    Args:
+        who: The method.
+        model: The model; left as it was.
+        data: Its first non-empty batch is tried.
+        task: The task; what it ignores stays ignored.
+        instead: What works for tasks that have no other labels, for the message.
+
+    Returns:
+        A function of a batch. It draws from the global random state of the CPU, so that a seed means the same
+        labels on every device.
 
     Raises:
-        ValueError: If there is no sample.
+        ValueError: If the labels are no classes; the message names the task to pass.
     """
-    with borrowed(model), torch.no_grad():
-        for batch in read_batches(data, device_of(model)):
-            if count_samples(batch):
-                return scores_and_labels(model, batch)[0].shape[-1]
-    raise ValueError("data must hold at least one sample, got none")
+    with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
+        batch = _first_batch(who, model, data, task)
+        known = task.settled(model, batch)
+        try:
+            known.relabel(batch)
+        except ValueError:
+            with torch.no_grad():
+                task.loss(model, batch)  # says best what labels of another kind need
+            raise
+    return known.relabel
+
+
+def _first_batch(who: str, model: nn.Module, data: Batches, task: Task) -> Batch:
+    for batch in read_batches(data, device_of(model)):
+        if task.count(batch):
+            return batch
+    raise ValueError(f"{who}: the data must hold at least one sample, got none")
 
 
 def count_batches(data: Batches) -> int:
@@ -84,7 +208,7 @@ def count_batches(data: Batches) -> int:
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:  # a DataLoader of a stream has the method, and no answer
-        with torch.random.fork_rng([]):
+        with random_states_kept(data):
             return sum(1 for _ in data)
 
 
@@ -105,25 +229,154 @@ def epochs_of(steps: int, data: Batches) -> int:
     return math.ceil(steps / max(1, count_batches(data)))
 
 
-class Paired:
-    """Every batch of one set together with one of another, which starts again when it ends; re-iterable.
+def check_count(who: str, name: str, value: object, least: int = 0) -> None:
+    """Refuse what is no number of epochs or steps.
 
     Args:
-        first: Read once per pass.
-        second: Read as often as it takes.
+        who: Whose message it is.
+        name: Name of the argument.
+        value: What was given.
+        least: The least that makes sense.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is less than ``least``.
+
+    Example:
+        >>> check_count("finetune", "epochs", -1)
+        Traceback (most recent call last):
+        ValueError: finetune: epochs must be >= 0, got -1
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{who}: {name} must be >= {least}, got {value}")
+
+
+@contextmanager
+def single_values_normalised(model: nn.Module) -> Iterator[None]:
+    """Let batch normalisations in train mode take batches of one sample.
+
+    With a single value per channel there is no variance to divide by, and torch refuses. Inside, such a call
+    uses the running statistics, as in eval mode, and does not move them; all other calls are as ever.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> with single_values_normalised(model):
+        ...     model(torch.ones(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    switched: list[nn.Module] = []
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0] if args else None
+        if not (module.training and isinstance(values, Tensor) and values.ndim > 1):
+            return
+        if values.numel() == values.shape[1]:
+            if module.running_mean is None:
+                raise ValueError(
+                    "a batch normalisation without running statistics must get more than one value per "
+                    "channel, got a batch of one sample; leave such batches out (drop_last=True)"
+                )
+            module.training = False
+            switched.append(module)
+
+    def after(module: nn.Module, *_: object) -> None:
+        if module in switched:
+            switched.remove(module)
+            module.training = True
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Endless:
+    """The batches of a set one after the other, from the first again after the last.
+
+    Args:
+        who: Whose message it is.
+        name: Name of the set, for messages.
+        data: Re-iterable batches.
     """
 
-    def __init__(self, first: Batches, second: Batches) -> None:
+    def __init__(self, who: str, name: str, data: Batches) -> None:
+        self._who, self._name, self._data = who, name, data
+        self._batches: Iterator[Batch] = iter(())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self._data)
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f"{self._who}: {self._name} must hold a batch, got none")
+        return batch
+
+
+class Paired:
+    """Every batch of one set together with one of another; re-iterable.
+
+    The second set goes on from one pass to the next and starts again when it ends, so that all of its samples
+    are read equally often, however small the first set is.
+
+    Args:
+        who: Whose message it is.
+        first: Read once per pass.
+        **second: The other set, under its name for messages.
+
+    Example:
+        >>> pairs = Paired("example", [(1,), (2,)], retain=[("a",), ("b",), ("c",)])
+        >>> list(pairs), list(pairs)
+        ([((1,), ('a',)), ((2,), ('b',))], [((1,), ('c',)), ((2,), ('a',))])
+    """
+
+    def __init__(self, who: str, first: Batches, **second: Batches) -> None:
+        ((name, data),) = second.items()
         self._first = first
-        self._second = second
+        self._second = Endless(who, name, data)
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
-        others: Iterator[Batch] = iter([])
         for batch in self._first:
-            other = next(others, None)
-            if other is None:
-                others = iter(self._second)
-                other = next(others, None)
-                if other is None:
-                    raise ValueError("forget must hold a batch, got none")
-            yield batch, other
+            yield batch, next(self._second)
+
+
+class Portion:
+    """A share of a set's batches per pass, each pass going on where the last ended; re-iterable.
+
+    Args:
+        who: Whose message it is.
+        name: Name of the set, for messages.
+        data: Re-iterable batches.
+        share: In (0, 1].
+
+    Example:
+        >>> part = Portion("example", "retain", [("a",), ("b",), ("c",)], 0.5)
+        >>> list(part), list(part)
+        ([('a',), ('b',)], [('c',), ('a',)])
+    """
+
+    def __init__(self, who: str, name: str, data: Batches, share: float) -> None:
+        self._data, self._share = data, share
+        self._batches = Endless(who, name, data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        n = max(1, math.ceil(self._share * count_batches(self._data) - 1e-9))
+        for _ in range(n):
+            yield next(self._batches)

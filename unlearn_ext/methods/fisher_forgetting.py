@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
-from unlearn_ext.methods.common import n_classes, trainable
-from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.common import n_classes, prepared, required, trainable, what_a_task_must_have
+from unlearn_ext.methods.recorded import recorded
+from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches
-from unlearn_ext.tasks.outputs import scores_and_labels, targets
 
 # Of the published code: added to the Fisher diagonal; bounds of its inverse; the output layer and vectors get
 # so much more noise; variance of a forgotten class's row.
@@ -24,16 +26,20 @@ _MORE = 10.0
 _ROW_VARIANCE = 1e-4
 
 
+@recorded
 def fisher_forgetting(
     model: nn.Module,
     forget: Batches | None,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     scale: float = 1e-6,
     estimator: Literal["mc", "expected", "per_sample"] = "mc",
     forget_classes: Iterable[int] | None = None,
+    task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Add noise to every weight, the more the less it matters to the retain set.
 
@@ -58,15 +64,20 @@ def fisher_forgetting(
             ``"per_sample"`` takes the true labels (the empirical Fisher).
         forget_classes: Classes whose output rows are replaced; by default those that occur in ``forget`` and
             not in ``retain``.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
 
     Raises:
-        ValueError: If ``scale`` or ``estimator`` is out of range, or neither ``forget`` nor
-            ``forget_classes`` is given.
+        ValueError: If ``scale`` or ``estimator`` is out of range, ``retain`` is missing, or neither
+            ``forget`` nor ``forget_classes`` is given.
+        NotImplementedError: If the task has no classes; ``estimator="per_sample"`` needs none.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -85,18 +96,24 @@ def fisher_forgetting(
         raise ValueError(
             f"fisher_forgetting: estimator must be one of mc, expected, per_sample, got {estimator!r}"
         )
-    check_batches(retain, "retain")
-    trainable(model, "fisher_forgetting")
+    chosen = prepared("fisher_forgetting", model, task, None)
+    required("fisher_forgetting", retain=retain)
+    assert retain is not None
+    names = list(trainable(model, "fisher_forgetting", include, exclude))
     settings: dict[str, object] = {"scale": scale, "estimator": estimator}
-    with unlearning(model, "fisher_forgetting", settings, generator=generator) as run:
-        rows = _classes_gone(forget, retain) if forget_classes is None else sorted(set(forget_classes))
+    if task is not None:
+        settings["task"] = repr(task)
+    with unlearning(model, "fisher_forgetting", settings, generator=generator, data=(forget, retain)) as run:
+        rows = (
+            _classes_gone(forget, retain, chosen) if forget_classes is None else sorted(set(forget_classes))
+        )
         run.hyperparameters["forget_classes"] = rows
-        classes = n_classes(model, retain)
+        classes = _n_classes(model, retain, chosen, is_needed=estimator != "per_sample" or bool(rows))
         with run.phase("importance"):
-            fisher = _fisher(model, retain, classes, estimator, progress)
+            fisher = _fisher(run, retain, chosen, classes, estimator, names, progress)
         output = _output_layer(fisher, classes)
         with run.phase("noise"), torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in parameters_by_name(model).items():
                 if name not in fisher:
                     continue
                 variance = 1 / (fisher[name] + _DAMPING)
@@ -115,43 +132,62 @@ def fisher_forgetting(
     return run.result()
 
 
-def _classes_gone(forget: Batches | None, retain: Batches) -> list[int]:
+def _classes_gone(forget: Batches | None, retain: Batches, task: Task) -> list[int]:
     if forget is None:
         raise ValueError("fisher_forgetting: forget or forget_classes must be given")
     found: list[set[int]] = [set(), set()]
-    for classes, data in zip(found, (forget, retain), strict=True):
+    for known, data in zip(found, (forget, retain), strict=True):
         for batch in check_batches(data):
-            labels = targets(batch)
-            if labels.ndim > 1:
+            classes = task.classes_of(batch)
+            if classes is None:
                 return []  # labels of positions, of words say, are no classes of samples
-            classes.update(labels.tolist())
+            known.update(classes.tolist())
     return sorted(label for label in found[0] - found[1] if label >= 0)
 
 
+def _n_classes(model: nn.Module, data: Batches, task: Task, *, is_needed: bool) -> int:
+    # 0 for a task without classes.
+    instead = "estimator='per_sample' without forget_classes works for tasks without classes"
+    try:
+        with what_a_task_must_have("fisher_forgetting", instead):
+            return n_classes("fisher_forgetting", model, data, task)
+    except NotImplementedError:
+        if is_needed:
+            raise
+        return 0
+
+
 def _fisher(
-    model: nn.Module, data: Batches, classes: int, estimator: str, progress: bool
+    run: Run, data: Batches, task: Task, classes: int, estimator: str, names: list[str], progress: bool
 ) -> dict[str, Tensor]:
     if estimator != "expected":
         kind: Literal["mc", "per_sample"] = "mc" if estimator == "mc" else "per_sample"
-        return dict(fisher_diagonal(model, data, estimator=kind, progress=progress))
+        importance = fisher_diagonal(
+            run.model, data, task=task, estimator=kind, params=names, progress=progress
+        )
+        run.coverage = dict(importance.coverage)
+        return dict(importance)
     total: dict[str, Tensor] = {}
     for label in range(classes):
 
         def weighted(model: nn.Module, batch: Batch, label: int = label) -> Tensor:
             # The square of this loss's gradient is p(label) times that of the loss of the label.
-            scores, given = scores_and_labels(model, batch)
-            if given.ndim > 1:
+            scores = task.log_scores(task.forward(model, batch), batch)
+            if scores.ndim > 2:
                 raise ValueError("fisher_forgetting: estimator 'expected' needs one label per sample")
-            logs = scores.log_softmax(-1)[:, label]
+            logs = scores[:, label]
             return -(logs.detach() / 2).exp() * logs
 
-        part = fisher_diagonal(model, data, loss_fn=weighted, progress=progress)
+        part = fisher_diagonal(run.model, data, task=task, loss_fn=weighted, params=names, progress=progress)
+        run.coverage = dict(part.coverage)
         total = {name: tensor + total.get(name, 0.0) for name, tensor in part.items()}
     return total
 
 
 def _output_layer(fisher: dict[str, Tensor], classes: int) -> list[str]:
     # The last matrix with a row per class, and the vector beside it.
+    if not classes:
+        return []
     matrices = [name for name, f in fisher.items() if f.ndim > 1 and f.shape[0] == classes]
     if not matrices:
         return []

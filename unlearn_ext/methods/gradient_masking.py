@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,20 +11,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_ext import ops
-from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.masks.saliency import Score, saliency
+from unlearn_ext._internal.names import parameters_by_name, with_plain_names
+from unlearn_ext.masks.saliency import Score, scored
 from unlearn_ext.masks.selection import Granularity, select_mask
-from unlearn_ext.methods.common import Paired, epochs_of, n_classes, train_with_fixed_statistics
+from unlearn_ext.methods.common import (
+    Paired,
+    check_count,
+    epochs_of,
+    facts_of,
+    prepared,
+    relabelling,
+    required,
+    train_with_fixed_statistics,
+    trainable,
+    what_a_task_must_have,
+)
 from unlearn_ext.methods.loop import Objective, train
-from unlearn_ext.methods.pgu import forgetting_loss
-from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.recorded import recorded
+from unlearn_ext.methods.rows_only import RowsOnly
+from unlearn_ext.methods.run import unlearning
 from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
-from unlearn_ext.optim.row_gradients import RowGradients
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches
 from unlearn_ext.tasks.losses import LossFn
-from unlearn_ext.tasks.outputs import targets, with_targets
 
 Goal: TypeAlias = Literal["random_relabel", "ascend", "relabel", "finetune", "joint", "alternate"]
 GOALS: tuple[Goal, ...] = ("random_relabel", "ascend", "relabel", "finetune", "joint", "alternate")
@@ -48,10 +58,8 @@ _USUAL = {"ascend": _Usual(lr=0.03), "relabel": _Usual(density=0.2, lr=0.02, ste
 # In -log(1 - p + offset), whose slope is 1 / offset where the model is certain: what it is multiplied by.
 _ASCEND_OFFSET = 0.05
 
-# Above this share of selected rows the small product saves too little to be worth cutting out its factors.
-_MOST_ROWS = 0.5
 
-
+@recorded
 def gradient_masking(
     model: nn.Module,
     forget: Batches,
@@ -70,9 +78,12 @@ def gradient_masking(
     weight_decay: float = 0.0,
     retain_weight: float | None = None,
     freeze_norm_stats: bool = True,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Find the small part of the model that answers for the forget set, and train that part alone.
 
@@ -83,11 +94,11 @@ def gradient_masking(
     "Keeps its bits" holds for parameters under momentum and weight decay, and for buffers: normalisation
     layers use their statistics and do not move them (``freeze_norm_stats``). Dropout is active.
 
-    Objectives, each a mean over the batch:
+    Objectives, each a mean over the batch; CE stands for the task's loss:
 
         random_relabel   CE on the forget set with random wrong labels, drawn anew every epoch
-        ascend           -0.05 log(1 - p + 0.05) on the forget set, p the probability of the true label:
-                         bounded, and so is its slope
+        ascend           -0.05 log(1 - p + 0.05) on the forget set, p the probability of the true label (of
+                         the mean log-odds, where a sample has several): bounded, and so is its slope
         relabel          CE on ``forget``, which holds the *corrected* labels: mislabelled data, class bias
         finetune         CE on the retain set
         joint            random_relabel, and an error where the retain set is missing
@@ -120,7 +131,7 @@ def gradient_masking(
             0.05 for the others.
         granularity: ``"element"``, ``"neuron"`` or ``"layer"``.
         min_depth: Leave the first layers alone, this share of them: what they compute serves all data, and
-            below the lowest layer that is trained no gradient has to be computed.
+            below the lowest layer that is trained no gradient is computed.
         objective: See above.
         epochs: Passes over the forget set (the retain set for ``"finetune"``). None: 10, and for
             ``"relabel"`` as many more as 100 steps take.
@@ -133,9 +144,14 @@ def gradient_masking(
             where a retain set is given, but 0 for ``"finetune"`` and ``"alternate"``, which have passes over
             it anyway.
         freeze_norm_stats: Keep all buffers as they are. False lets normalisation statistics move.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; ``"ascend"`` has its own.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's; ``"ascend"`` has its
+            own.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record. Its history begins with what was selected, layer by layer.
@@ -144,10 +160,11 @@ def gradient_masking(
         ValueError: If a choice is unknown or out of range, the retain set is needed and missing, a set is
             empty or a one-shot iterator, ``masks`` lacks a trainable parameter or selects nothing, or labels
             to be redrawn are no classes.
+        NotImplementedError: If the task has no other labels, or no log-odds, and the objective needs them.
         FloatingPointError: If a loss is NaN or infinite. The model is then as it was.
 
     Source:
-        After M. Masood, seminar at the Centre for Image Analysis, Uppsala University, 15 December 2025. From
+        After Sharjeel Masood, seminar, Centre for Image Analysis, Uppsala University, 15 December 2025. From
         its abstract: that small parts of a network are mainly responsible for given data, that a gradient
         mask restricts training to a small set of neurons and leaves the rest untouched, and what that is for
         (privacy, class bias, corrected labels, pruning). Everything else is our design: scores, the choice
@@ -161,13 +178,14 @@ def gradient_masking(
         >>> sorted(result.seconds)
         ['mask', 'training']
     """
+    chosen = prepared("gradient_masking", model, task, loss_fn)
+    required("gradient_masking", forget=forget)
     usual = _USUAL.get(objective, _Usual())
     density = usual.density if density is None else density
     lr = usual.lr if lr is None else lr
-    check_batches(forget, "forget")
     if epochs is None:
         epochs = max(10, epochs_of(usual.steps, forget))
-    _check(objective, optimizer, epochs, density)
+    _check("gradient_masking", objective, optimizer, epochs, density)
     if retain is not None:
         check_batches(retain, "retain")
     elif objective in _NEED_RETAIN or (masks is None and score == "ratio"):
@@ -193,17 +211,27 @@ def gradient_masking(
         "weight_decay": weight_decay,
         "retain_weight": retain_weight,
         "freeze_norm_stats": freeze_norm_stats,
-        "loss_fn": callable_name(loss_fn),
+        **facts_of(task, loss_fn),
     }
     return _run(
-        "gradient_masking", model, forget, retain, hyperparameters, masks, loss_fn, generator, progress
+        "gradient_masking",
+        model,
+        forget,
+        retain,
+        hyperparameters,
+        masks,
+        chosen,
+        generator,
+        progress,
+        trainable(model, "gradient_masking", include, exclude),
     )
 
 
+@recorded
 def salun(
     model: nn.Module,
     forget: Batches,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     density: float = 0.5,
     epochs: int = 10,
@@ -211,9 +239,12 @@ def salun(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     masks: Mapping[str, Tensor] | None = None,
-    loss_fn: LossFn = losses.cross_entropy,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Saliency unlearning: random labels for the forget set, trained into the salient half of the weights.
 
@@ -222,7 +253,8 @@ def salun(
                       SGD on the scalars in m alone
 
     The preset of ``gradient_masking`` with ``score="grad"``, ``granularity="element"`` and
-    ``objective="alternate"``. Normalisation statistics move, as in the authors' code.
+    ``objective="alternate"``. Normalisation statistics move, as in the authors' code; where a BatchNorm gets
+    a single value per channel, as from a batch of one sample, it uses its statistics and leaves them.
 
     From the authors' code: the score, the half that is trained, the order of the passes, SGD, its momentum
     and its weight decay. Ours: labels are redrawn among the *other* classes (theirs may draw the true one),
@@ -241,9 +273,13 @@ def salun(
         momentum: Of SGD.
         weight_decay: Of SGD.
         masks: Masks of your own, by parameter name.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record.
@@ -263,9 +299,9 @@ def salun(
         >>> round(salun(model, forget, retain, epochs=2).changed, 1)
         0.5
     """
-    _check("alternate", "sgd", epochs, density)
-    check_batches(forget, "forget")
-    check_batches(retain, "retain")
+    chosen = prepared("salun", model, task, loss_fn)
+    _check("salun", "alternate", "sgd", epochs, density)
+    required("salun", forget=forget, retain=retain)
     hyperparameters: dict[str, object] = {
         **(
             {"masks": "given"}
@@ -280,20 +316,30 @@ def salun(
         "weight_decay": weight_decay,
         "retain_weight": 0.0,
         "freeze_norm_stats": False,
-        "loss_fn": callable_name(loss_fn),
+        **facts_of(task, loss_fn),
     }
-    return _run("salun", model, forget, retain, hyperparameters, masks, loss_fn, generator, progress)
+    return _run(
+        "salun",
+        model,
+        forget,
+        retain,
+        hyperparameters,
+        masks,
+        chosen,
+        generator,
+        progress,
+        trainable(model, "salun", include, exclude),
+    )
 
 
-def _check(objective: str, optimizer: str, epochs: int, density: float) -> None:
+def _check(who: str, objective: str, optimizer: str, epochs: int, density: float) -> None:
     if objective not in GOALS:
-        raise ValueError(f"gradient_masking: objective must be one of {', '.join(GOALS)}, got {objective!r}")
+        raise ValueError(f"{who}: objective must be one of {', '.join(GOALS)}, got {objective!r}")
     if optimizer not in ("sgd", "adamw"):
-        raise ValueError(f"gradient_masking: optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
-    if epochs < 0:
-        raise ValueError(f"gradient_masking: epochs must be >= 0, got {epochs}")
+        raise ValueError(f"{who}: optimizer must be 'sgd' or 'adamw', got {optimizer!r}")
+    check_count(who, "epochs", epochs)
     if not 0 <= density <= 1:
-        raise ValueError(f"gradient_masking: density must lie in [0, 1], got {density}")
+        raise ValueError(f"{who}: density must lie in [0, 1], got {density}")
 
 
 def _run(
@@ -303,30 +349,36 @@ def _run(
     retain: Batches | None,
     settings: Mapping[str, Any],
     masks: Mapping[str, Tensor] | None,
-    loss_fn: LossFn,
+    task: Task,
     generator: torch.Generator | None,
     progress: bool,
+    parameters: Mapping[str, nn.Parameter],
 ) -> UnlearnResult:
-    with unlearning(model, method, settings, generator=generator) as run:
+    with unlearning(model, method, settings, generator=generator, data=(forget, retain)) as run:
         with run.phase("mask"):
             if masks is None:
-                scores = saliency(
-                    model, forget, retain, score=settings["score"], progress=progress, loss_fn=loss_fn
-                )
+                names = list(parameters)
+                scores = scored(method, model, forget, retain, task, settings["score"], names, progress)
                 masks = select_mask(
                     scores,
                     settings["density"],
                     granularity=settings["granularity"],
                     min_depth=settings["min_depth"],
                 )
+                run.coverage = dict(scores.coverage)
                 del scores
-            chosen = _freeze_the_rest(model, method, masks)
+            chosen = _selected(parameters, method, masks)
+            # The optimizer leaves the others alone in any case; marked as frozen they cost no memory for what
+            # their gradients would need. The run puts the marks back, whatever happens.
+            for name, parameter in parameters_by_name(model).items():
+                if name not in chosen and parameter.requires_grad:
+                    parameter.requires_grad_(False)
         goal = settings["objective"]
-        objective = _objective(model, goal, forget, loss_fn, settings["retain_weight"])
+        objective = _objective(method, model, goal, forget, task, settings["retain_weight"])
         optimizer = _optimizer(model, chosen, settings)
         with _training_mode(model, settings["freeze_norm_stats"]):
-            data = _Tagged(goal, forget, retain, paired=settings["retain_weight"] != 0)
-            saving = _RowsOnly(run, chosen, objective)
+            data = _Tagged(method, goal, forget, retain, paired=settings["retain_weight"] != 0)
+            saving = RowsOnly(run, chosen, objective)
             run.record("mask", **_facts(model, chosen))
             train(
                 run,
@@ -334,6 +386,7 @@ def _run(
                 data,
                 saving,
                 optimizer,
+                parameters=saving.parameters.values(),
                 epochs=settings["epochs"],
                 schedule=lambda epoch: _cosine(settings["lr"], epoch, settings["epochs"]),
                 progress=progress,
@@ -347,15 +400,16 @@ def _cosine(lr: float, epoch: int, epochs: int) -> float:
     return lr * (0.1 + 0.9 * half)
 
 
-def _freeze_the_rest(model: nn.Module, method: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Freezes every parameter of which nothing is selected; the packed masks of the others.
+def _selected(
+    parameters: Mapping[str, nn.Parameter], method: str, masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    # The packed masks of the parameters of which something is selected.
+    given = with_plain_names(masks)
     chosen: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name not in masks:
+    for name, parameter in parameters.items():
+        if name not in given:
             raise ValueError(f"{method}: masks must name every trainable parameter, got none for {name!r}")
-        mask = masks[name].to(parameter.device)
+        mask = given[name].to(parameter.device)
         if mask.dtype == torch.bool:
             if mask.shape != parameter.shape:
                 raise ValueError(
@@ -368,15 +422,13 @@ def _freeze_the_rest(model: nn.Module, method: str, masks: Mapping[str, Tensor])
             raise ValueError(f"{method}: masks[{name!r}] must be bool or packed uint8, got {got}")
         if bool(mask.any()):
             chosen[name] = mask
-        else:
-            parameter.requires_grad_(False)
     if not chosen:
         raise ValueError(f"{method}: masks must select at least one scalar, got none")
     return chosen
 
 
 def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     counts = {
         name: int(ops.unpack_mask(mask, list(parameters[name].shape)).sum()) for name, mask in chosen.items()
     }
@@ -388,7 +440,7 @@ def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def _optimizer(model: nn.Module, chosen: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Optimizer:
-    parameters = [(name, p) for name, p in model.named_parameters() if name in chosen]
+    parameters = [(name, p) for name, p in parameters_by_name(model).items() if name in chosen]
     lr, decay = settings["lr"], settings["weight_decay"]
     if settings["optimizer"] == "adamw":
         return MaskedAdamW(parameters, lr, weight_decay=decay, masks=chosen)
@@ -413,15 +465,17 @@ def _training_mode(model: nn.Module, freeze: bool) -> Iterator[None]:
 class _Tagged:
     """Batches with what they are for: ``("forget", batch)``, ``("retain", batch)``, ``("both", f, r)``."""
 
-    def __init__(self, goal: Goal, forget: Batches, retain: Batches | None, *, paired: bool) -> None:
-        self._goal, self._forget, self._retain, self._paired = goal, forget, retain, paired
+    def __init__(
+        self, method: str, goal: Goal, forget: Batches, retain: Batches | None, *, paired: bool
+    ) -> None:
+        self._goal, self._forget, self._retain = goal, forget, retain
+        self._pairs = Paired(method, forget, retain=retain) if paired and retain is not None else None
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self._goal == "finetune":
             pass
-        elif self._paired:
-            assert self._retain is not None
-            for forget, retain in Paired(self._forget, self._retain):
+        elif self._pairs is not None:
+            for forget, retain in self._pairs:
                 yield "both", forget, retain
         else:
             for batch in self._forget:
@@ -432,113 +486,24 @@ class _Tagged:
 
 
 def _objective(
-    model: nn.Module, goal: Goal, forget: Batches, loss_fn: LossFn, retain_weight: float
+    method: str, model: nn.Module, goal: Goal, forget: Batches, task: Task, retain_weight: float
 ) -> Objective:
+    instead = "objective='relabel' (labels of your own) and objective='finetune' work for any task"
     redraws = goal in ("random_relabel", "joint", "alternate")
-    classes = n_classes(model, forget) if redraws else 0
-    if redraws and classes < 2:
-        raise ValueError(f"gradient_masking: random labels need at least 2 classes, got {classes}")
+    relabel = relabelling(method, model, forget, task, instead) if redraws else lambda batch: batch
 
     def on_forget(model: nn.Module, batch: Batch) -> Tensor:
         if goal == "ascend":
-            return _ASCEND_OFFSET * forgetting_loss(model, batch, _ASCEND_OFFSET, 0.0)
-        return loss_fn(model, batch if goal == "relabel" else _relabelled(batch, classes))
+            with what_a_task_must_have(method, instead):
+                log_odds = task.log_odds(task.forward(model, batch), batch)
+            # 1 - p of log-odds, exact also where p is next to 1.
+            return -_ASCEND_OFFSET * (torch.sigmoid(-log_odds) + _ASCEND_OFFSET).log()
+        return task.loss(model, relabel(batch))
 
     def objective(model: nn.Module, tagged: Batch) -> Tensor:
         kind, batch, *others = tagged
         if kind == "both":
-            return on_forget(model, batch).mean() + retain_weight * loss_fn(model, others[0]).mean()
-        return on_forget(model, batch) if kind == "forget" else loss_fn(model, batch)
+            return on_forget(model, batch).mean() + retain_weight * task.loss(model, others[0]).mean()
+        return on_forget(model, batch) if kind == "forget" else task.loss(model, batch)
 
     return objective
-
-
-def _relabelled(batch: Batch, classes: int) -> Batch:
-    # Every label gets another value, all equally likely; negative labels mark what does not count.
-    labels = targets(batch)
-    if labels.is_floating_point():
-        raise ValueError(f"gradient_masking: labels to be redrawn must be integers, got {labels.dtype}")
-    # Drawn on the CPU, so that a seed means the same on every device.
-    shift = torch.randint(1, classes, labels.shape).to(labels)
-    return with_targets(batch, torch.where(labels < 0, labels, (labels + shift) % classes))
-
-
-class _RowsOnly:
-    """The objective, with weight gradients for selected rows only, once that has proved right.
-
-    Args:
-        run: The run.
-        chosen: Packed masks of the parameters that are trained.
-        objective: What to minimise.
-
-    Attributes:
-        facts: For the record: the weights concerned, or why there are none.
-    """
-
-    def __init__(self, run: Run, chosen: Mapping[str, Tensor], objective: Objective) -> None:
-        self._run, self._chosen, self._objective = run, chosen, objective
-        self._parameters = {name: p for name, p in run.model.named_parameters() if name in chosen}
-        rows: dict[Tensor, Tensor] = {}
-        self._weights: list[str] = []
-        for name, p in self._parameters.items():
-            if p.ndim < 2:
-                continue
-            mask = ops.unpack_mask(chosen[name], [p.shape[0], p.numel() // p.shape[0]])
-            selected = mask.any(1).nonzero().flatten()
-            if len(selected) <= _MOST_ROWS * p.shape[0]:
-                rows[p] = selected
-                self._weights.append(name)
-        self._mode: RowGradients | None = RowGradients(rows) if rows else None
-        self._checked = False
-        self.facts: dict[str, object] = {"weight_gradients": "full"}
-        if not rows:
-            self.facts["because"] = "most rows of every weight are selected"
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self._mode is not None and not self._checked:
-            self._checked = True
-            because = self._objection(model, batch, self._mode)
-            if because:
-                self._mode = None
-                self.facts["because"] = because
-            else:
-                self.facts = {"weight_gradients": "selected rows", "weights": self._weights}
-        if self._mode is None:
-            return self._objective(model, batch)
-        with self._mode:
-            return self._objective(model, batch)
-
-    def _objection(self, model: nn.Module, batch: Batch, mode: RowGradients) -> str:
-        plain = self._gradients(model, batch)
-        try:
-            rows = self._gradients(model, batch, mode)
-        except Exception as error:  # whatever the reason, plain autograd has just shown that it can
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
-        if mode.calls == 0:
-            return "the model has no plain linear or convolutional layer among the selected"
-        for name, parameter in self._parameters.items():
-            mask = ops.unpack_mask(self._chosen[name], list(parameter.shape))
-            expected, got = plain[name][mask].float(), rows[name][mask].float()
-            tolerance = 0.1 if parameter.dtype in (torch.float16, torch.bfloat16) else 1e-3
-            scale = plain[name].abs().max().float()
-            # A NaN is the training loop's to report.
-            if bool(((got - expected).abs() > tolerance * scale).any()):
-                return f"gradients of {name} disagree with plain autograd"
-        return ""
-
-    def _gradients(
-        self, model: nn.Module, batch: Batch, mode: RowGradients | None = None
-    ) -> dict[str, Tensor]:
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        devices = {p.device.index for p in self._parameters.values() if p.is_cuda}
-        with torch.random.fork_rng(devices):  # the same dropout and the same labels every time
-            if mode is None:
-                loss = self._objective(model, batch).mean()
-            else:
-                with mode:
-                    loss = self._objective(model, batch).mean()
-        grads = torch.autograd.grad(loss, list(self._parameters.values()), materialize_grads=True)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        return dict(zip(self._parameters, grads, strict=True))

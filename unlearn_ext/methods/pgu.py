@@ -16,24 +16,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearn_ext.evaluation.metrics.accuracy import accuracy
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.loop import train
-from unlearn_ext.methods.run import Run, unlearning
-from unlearn_ext.optim.projected import ProjectedSGD
+from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
+from unlearn_ext.methods.pgu_weights import free_weights, layers_of, optimizer_of
+from unlearn_ext.methods.recorded import Record
+from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import UnlearningFailed, Until, Watch, check_goal, figures
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.subspace.basis import Criterion, Protected, protected
+from unlearn_ext.subspace.basis import Criterion
 from unlearn_ext.subspace.gram import ActivationGram, activation_gram
-from unlearn_ext.subspace.layers import Layer, layer_of
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.categorical import Categorical
+from unlearn_ext.tasks.classification import Classification
+from unlearn_ext.tasks.infer import infer
+from unlearn_ext.tasks.language import CausalLM
+from unlearn_ext.tasks.losses import resolve, task_of
+from unlearn_ext.tasks.positions import mean_over_positions
 
 Stop: TypeAlias = Literal["auto", "gap"] | None
 
@@ -41,18 +49,23 @@ Stop: TypeAlias = Literal["auto", "gap"] | None
 # as of the retain set. Whole classes exceed that; random samples of the full set stay near 1.
 _APART = 1.3
 
+# Where a run that reaches its goal costs too much, it is made again with steps so many times smaller.
+_ATTEMPTS, _SMALLER = 3, 8.0
+
 # What a class takes, and more passes over a small set than over a large one.
 _STEPS, _MOST_EPOCHS = 500, 100
-
-# Negative eigenvalues beyond this share say that the two Gram matrices were not measured alike.
-_CLAMPED_TOO_MUCH = 0.01
 
 
 def pgu(
     model: nn.Module,
     forget: Batches,
+    retain: Batches | None = None,
     *,
-    gram: ActivationGram,
+    task: Task | None = None,
+    gram: ActivationGram | None = None,
+    until: Until | Literal["auto"] = "auto",
+    budget: float = 0.02,
+    strict: bool = False,
     gram_forget: ActivationGram | None = None,
     energy: float = 0.95,
     criterion: Criterion = "energy",
@@ -71,14 +84,20 @@ def pgu(
 ) -> UnlearnResult:
     """Minimise a bounded forgetting loss where the retain set's activations are not.
 
-    The retain set is not read: ``gram`` was summed over the full set at training time, and the forget set's
-    part is taken out of it here. Weights of the layers in ``gram`` are updated, except where every direction
-    is protected or a weight has another use that ``gram`` does not cover. Biases, norms, position embeddings,
-    recurrent layers and buffers keep their bits; norms use their running statistics. Dropout is active.
+    With ``gram``, summed over the full set at training time, the retain set need not be read: the forget
+    set's part is taken out of it here. Weights of the layers in ``gram`` are updated, except where every
+    direction is protected or a weight has another use that ``gram`` does not cover. Biases, norms, position
+    embeddings, recurrent layers and buffers keep their bits; norms use their running statistics. Dropout is
+    active.
 
-    What the protected directions leave out adds up over many steps. With D the change of a weight W so far,
-    tr(D M_r D^T) is the squared change of all that the layer answers to the retain set, and needs no sample
-    of it. Where it exceeds the share ``leak`` of tr(W M_r W^T) after an epoch, D is scaled back to that.
+    What the protected directions leave out adds up over many steps, and a network with many layers, or with
+    norms, makes more of it. With D the change of a weight W so far, tr(D M_r D^T) is the squared change of
+    all that the layer answers to the retain set, and needs no sample of it. Where it exceeds the share
+    ``leak`` of tr(W M_r W^T) after an epoch, D is scaled back to that. With a goal (``until``) the run ends
+    with the epoch that reaches it; if retain data are given and more than ``budget`` of their accuracy is
+    lost, the weights go back towards what they were until either holds; where nothing in between holds both,
+    the run is made again with steps 8 and 64 times smaller. If that does not do either, the model is left as
+    it was, ``result.reached`` is False and a warning says so.
 
     The defaults are for a class, or other data of a kind of its own, which the free directions hold more of
     than of the retain set. Random samples of the full set use the same directions as the others, and a
@@ -95,11 +114,19 @@ def pgu(
 
     Args:
         model: The model, changed in place.
-        forget: The forget set, re-iterable batches with integer labels: one per sample, or one per position,
-            of which negative ones do not count.
+        forget: The forget set, re-iterable batches.
+        retain: The retain set: what the budget is measured on, and what ``gram`` is measured on if it is not
+            given.
+        task: What the model is for; None infers it. See ``ux.tasks``.
         gram: ``activation_gram(model, full)`` of the full set, forget set included, with the present weights
             and without random augmentation. Afterwards, ``gram - activation_gram(model, forget)`` is that of
             what is left, for the next request; compute the part before unlearning and pass it in.
+        until: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no higher than on
+            ``validation``), a number (the highest accuracy on the forget set), a callable that is given the
+            model, or None: all epochs. ``"auto"`` is ``"forgotten"`` where retain data are given that share
+            no class with the forget set, and no ``validation``; else None.
+        budget: Retain accuracy that may be lost, as a share; needs ``until`` and retain data.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn.
         gram_forget: The forget set's part, where it is known already.
         energy: Share of the retain set's second moment to protect in every layer, in (0, 1]. Higher protects
             more and leaves less room to forget.
@@ -112,14 +139,16 @@ def pgu(
         offset: epsilon of the loss -log(1 - p + epsilon), > 0: bounds its slope by 1 / epsilon.
         entropy_weight: Weight of the entropy of the outputs, which is to rise.
         leak: Bound on the squared change of any layer's answers to the retain set, biases left out, as a
-            share of their squares; > 0. None: no bound.
+            share of their squares; > 0. Of n > 5 layers each has 5 / n of it: what leaks adds up. None: no
+            bound.
         validation: Held-out data of the forget set's kind, for the stopping rule.
         stop: ``"gap"`` ends the run once the accuracy on the forget set is below that on the validation set
             and keeps that one of the last two models where they are closer; None ends it after ``epochs``;
             ``"auto"`` is ``"gap"`` if there are validation data.
-        shift: As in ``losses.cross_entropy``: whether position t predicts the label of position t + 1.
+        shift: The older form of ``task``: True for a causal language model, False for labels at their own
+            positions.
         generator: Decides the order of shuffled data and dropout.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The record. Its history tells for every layer how many directions were protected and left free and
@@ -128,7 +157,8 @@ def pgu(
 
     Raises:
         ValueError: If a set is empty or a one-shot iterator, a setting is out of range, ``gram`` does not fit
-            the model, or no layer has a free direction.
+            the model, or no layer has a free direction; if there is neither ``retain`` nor ``gram``.
+        UnlearningFailed: See ``strict``. The model is as it was then.
         FloatingPointError: If a loss is NaN or infinite. The model is as it was then.
 
     Source:
@@ -147,14 +177,27 @@ def pgu(
         >>> (model.weight == before).all(0).tolist(), result.history[0]["free"]
         ([False, True, True], 2)
     """
+    check_model(model, "pgu")
     forget = check_batches(forget, "forget")
     if epochs is None:
         epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
     if validation is not None:
         validation = check_batches(validation, "validation")
-    rule = ("gap" if validation is not None else None) if stop == "auto" else stop
+    if retain is not None:
+        retain = check_batches(retain, "retain")
+    automatic = isinstance(until, str) and until == "auto"
+    rule = ("gap" if validation is not None and automatic else None) if stop == "auto" else stop
     _check_settings(epochs, lr, lr_end, offset, leak, rule, validation)
-    layers = _layers(model, gram)
+    judge = _judge(task, shift)
+    if gram is None:
+        if retain is None:
+            raise ValueError("pgu: retain or gram must be given")
+        if gram_forget is None:
+            gram_forget = activation_gram(model, forget, progress=progress)
+        gram = gram_forget + activation_gram(model, retain, progress=progress)
+    layers = layers_of(model, gram)
+    watch, goal = _watch(model, forget, retain, until, budget, rule, validation, judge)
+    record = Record(model, forget, retain, judge) if watch is None else None
     hyperparameters = {
         "energy": energy,
         "criterion": criterion,
@@ -167,17 +210,19 @@ def pgu(
         "leak": leak,
         "stop": rule,
         "shift": shift,
+        "until": goal,
+        "budget": budget,
     }
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return forgetting_loss(model, batch, offset, entropy_weight, shift=shift)
+        return forgetting_loss(model, batch, offset, entropy_weight, task=task, shift=shift)
 
     with unlearning(model, "pgu", hyperparameters, generator=generator) as run:
         with run.phase("subspace"):
             if gram_forget is None:
                 gram_forget = activation_gram(model, forget, modules=gram, progress=progress)
-            free, apart = _free_weights(run, layers, gram - gram_forget, gram_forget, energy, criterion)
-        if apart < _APART and rule is None:
+            free, apart = free_weights(run, layers, gram - gram_forget, gram_forget, energy, criterion)
+        if apart < _APART and rule is None and watch is None:
             warnings.warn(
                 "pgu: no layer sets the forget set apart from the retain set (its free directions hold at "
                 f"most {apart:.2g} times as much of it): what forgets it reaches the others. Give validation "
@@ -186,34 +231,60 @@ def pgu(
             )
         gap = None
         if rule == "gap" and validation is not None:
-            gap = _GapRule(run, [part.weight for part in free], forget, validation, shift)
-        bound = None if leak is None else _Bound(run, free, leak)
+            gap = GapRule(run, [part.weight for part in free], forget, validation, judge)
+        reach = None if watch is None else GoalRule(run, [(part.name, part.weight) for part in free], watch)
+        bound = None if leak is None else Bound(run, free, leak)
 
         def after_epoch(epoch: int) -> bool:
             held_back = bound is not None and bound(epoch)
-            if held_back and gap is None and apart < _APART:
+            if held_back and gap is None and reach is None and apart < _APART:
                 run.record("stop", reason="a layer reached the bound, and none sets the forget set apart")
                 return True
-            return gap is not None and gap(epoch)
+            return (gap is not None and gap(epoch)) or (reach is not None and reach(epoch))
 
-        if gap is None or not gap.holds:
+        if not (gap is not None and gap.holds) and not (reach is not None and reach.reached):
+            changing = {part.weight for part in free}
             for parameter in model.parameters():
-                parameter.requires_grad_(any(parameter is part.weight for part in free))
+                parameter.requires_grad_(parameter in changing)
             train_with_fixed_statistics(model)
-            train(
-                run,
-                "forget",
-                forget,
-                loss,
-                _optimizer(free, lr, momentum),
-                epochs=epochs,
-                schedule=lambda epoch: lr * (lr_end / lr) ** (epoch / max(1, epochs - 1)),
-                after_epoch=after_epoch,
-                progress=progress,
-            )
+            for attempt in range(1 if reach is None else _ATTEMPTS):
+                first, last = (rate / _SMALLER**attempt for rate in (lr, lr_end))
+                train(
+                    run,
+                    "forget",
+                    forget,
+                    loss,
+                    optimizer_of(free, first, momentum),
+                    epochs=epochs,
+                    schedule=lambda epoch, first=first, last=last: (  # type: ignore[misc]
+                        first * (last / first) ** (epoch / max(1, epochs - 1))
+                    ),
+                    after_epoch=after_epoch,
+                    progress=progress,
+                )
+                if reach is None or not reach.conclude():
+                    break
         if gap is not None:
             gap.conclude()
-    return run.result()
+    result = run.result()
+    if record is not None:
+        return record.added_to(result)
+    if watch is None or reach is None:
+        return result
+    before = {name: watch.before(name) for name in reach.after}
+    result = replace(
+        result,
+        reached=reach.reached,
+        before=figures(before),
+        after=figures(reach.after),
+        passes=watch.passes,
+    )
+    if not reach.reached:
+        message = f"pgu: the model is as it was: {reach.reason}"
+        if strict:
+            raise UnlearningFailed(message, result)
+        warnings.warn(message, stacklevel=2)
+    return result
 
 
 def pgu_from_sets(
@@ -226,12 +297,12 @@ def pgu_from_sets(
     progress: bool = False,
     **settings: Any,  # noqa: ANN401 - those of pgu
 ) -> UnlearnResult:
-    """Run ``pgu`` for callers that have the retain set instead of stored Gram matrices.
+    """Run ``pgu``; the older name of its form with a retain set.
 
     Args:
         model: The model, changed in place.
         forget: The forget set.
-        retain: The retain set; not read if ``gram`` is given.
+        retain: The retain set.
         gram: Of the full set.
         gram_forget: Of the forget set.
         progress: Show progress bars.
@@ -239,16 +310,8 @@ def pgu_from_sets(
 
     Returns:
         The record of the run.
-
-    Raises:
-        ValueError: As ``pgu``; and if there is neither ``retain`` nor ``gram``.
     """
-    if gram is None:
-        if retain is None:
-            raise ValueError("pgu: retain or gram must be given")
-        gram_forget = activation_gram(model, check_batches(forget, "forget"), progress=progress)
-        gram = gram_forget + activation_gram(model, check_batches(retain, "retain"), progress=progress)
-    return pgu(model, forget, gram=gram, gram_forget=gram_forget, progress=progress, **settings)
+    return pgu(model, forget, retain, gram=gram, gram_forget=gram_forget, progress=progress, **settings)
 
 
 def forgetting_loss(
@@ -257,19 +320,22 @@ def forgetting_loss(
     offset: float = 0.05,
     entropy_weight: float = 0.2,
     *,
+    task: Task | None = None,
     shift: bool | None = None,
 ) -> Tensor:
     """Compute -log(1 - p + offset) - entropy_weight * H of every sample.
 
     p is the probability of the label and H the entropy of all of them, in nats. Where a sample has a label
-    per position, the mean over those that are not negative; 0 if there is none.
+    per position, the mean over those that count; 0 if there is none.
 
     Args:
-        model: Returns logits ``[N, C]``, ``[N, T, C]`` or ``[N, C, ...]``.
-        batch: A batch with integer labels.
+        model: The model.
+        batch: A batch with labels.
         offset: > 0; the loss never exceeds -log(offset).
         entropy_weight: Positive values reward entropy.
-        shift: As in ``losses.cross_entropy``.
+        task: What the model is for; None infers it. Without classes to choose from (several labels, one
+            logit) p is told by the mean log-odds.
+        shift: The older form of ``task``.
 
     Returns:
         ``[N]``; exact also for p next to 0 and 1.
@@ -279,292 +345,59 @@ def forgetting_loss(
         >>> forgetting_loss(nn.Identity(), sure, offset=0.5, entropy_weight=1.0)
         tensor([ 0.6931, -0.6931])
     """
-    scores, labels = scores_and_labels(model, batch, shift=shift)
-    # A class that is ruled out by a score of -inf contributes nothing, not 0 * inf.
-    log_p = scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
-    counted = labels >= 0
-    log_p_label = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    known = -(offset - torch.expm1(log_p_label)).log()
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    values = torch.where(counted, known - entropy_weight * entropy, 0.0).reshape(len(labels), -1)
-    return values.sum(1) / counted.reshape(len(labels), -1).sum(1).clamp(min=1)
+    judge = task
+    if judge is None:
+        judge = infer(model, batch) if shift is None else task_of(model, batch, shift)
+    outputs = judge.forward(model, batch)
+    counted = judge.counted(outputs, batch)
+    if isinstance(judge, Categorical):
+        logits, labels = judge.aligned(outputs, batch)
+        # A class that is ruled out by a score of -inf contributes nothing, not 0 * inf.
+        log_p = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)
+        log_p_label = log_p.gather(-1, labels.where(counted, 0).unsqueeze(-1)).squeeze(-1)
+        values = -(offset - torch.expm1(log_p_label)).log()
+        values = values + entropy_weight * (log_p.exp() * log_p).sum(-1)
+        return mean_over_positions(values, counted)
+    log_p = judge.log_scores(outputs, batch)
+    negative_entropy = mean_over_positions((log_p.exp() * log_p).sum(-1), counted)
+    known = -(offset - torch.expm1(F.logsigmoid(judge.log_odds(outputs, batch)))).log()
+    return known + entropy_weight * negative_entropy
 
 
-@dataclass(frozen=True, slots=True)
-class _FreeWeight:
-    """A weight with free directions, as the optimizer is to see it: rows that the basis meets on the right.
-
-    ``take`` gives these rows of a tensor of the weight's shape, ``put`` writes them back into one; without
-    them the weight itself will do. ``moment`` is the retain set's second moment, ``[d, d]`` or ``[groups, d,
-    d]``, of the inputs that meet ``all_rows``; None where only rows change that it does not use.
-    """
-
-    name: str
-    weight: nn.Parameter
-    basis: Tensor
-    moment: Tensor | None
-    take: Callable[[Tensor], Tensor] | None = None
-    put: Callable[[Tensor, Tensor], object] | None = None
-    all_rows: Callable[[Tensor], Tensor] = torch.Tensor.detach
-
-    def answers(self, weight: Tensor) -> float:
-        """Sum the squares of what a weight makes of the retain set's inputs.
-
-        Args:
-            weight: Of the parameter's shape.
-
-        Returns:
-            The sum.
-        """
-        if self.moment is None:
-            return 0.0
-        d = self.moment.shape[-1]
-        moments = self.moment.reshape(-1, d, d)
-        rows = self.all_rows(weight).to(moments).reshape(len(moments), -1, d)
-        return float((rows @ moments * rows).sum())
+def _judge(task: Task | None, shift: bool | None) -> Task:
+    if task is None and shift is not None:
+        return CausalLM() if shift else Classification()
+    return resolve(task, who="pgu")
 
 
-def _layers(model: nn.Module, gram: ActivationGram) -> dict[str, tuple[nn.Module, Layer]]:
-    modules = dict(model.named_modules())
-    layers: dict[str, tuple[nn.Module, Layer]] = {}
-    for name, total in gram.items():
-        layer = layer_of(modules[name]) if name in modules else None
-        if layer is None:
-            raise ValueError(f"pgu: gram must be keyed by layers of the model, got {name!r}")
-        if tuple(total.shape) != layer.gram:
-            raise ValueError(
-                f"pgu: gram of {name!r} must have shape {list(layer.gram)}, got {list(total.shape)}"
-            )
-        layers[name] = (modules[name], layer)
-    return layers
-
-
-def _free_weights(
-    run: Run,
-    layers: Mapping[str, tuple[nn.Module, Layer]],
-    remaining: ActivationGram,
-    gram_forget: ActivationGram,
-    energy: float,
-    criterion: Criterion,
-) -> tuple[list[_FreeWeight], float]:
-    # What the retain set leaves of every weight, and how far the best layer sets the forget set apart there.
-    free: list[_FreeWeight] = []
-    most_apart = 0.0
-    for name, weight in run.model.named_parameters():
-        users = [
-            (module_name, attribute)
-            for module_name, module in run.model.named_modules()
-            for attribute, parameter in module._parameters.items()
-            if parameter is weight
-        ]
-        covered = [
-            user for user, attribute in users if user in layers and attribute == layers[user][1].weight
-        ]
-        if not covered:
-            continue
-        if len(covered) < len(users) or not weight.requires_grad:
-            why = "it has a use that gram lacks" if weight.requires_grad else "it is not trainable"
-            run.record("subspace", parameter=name, frozen=why)
-            continue
-        # Uses from one side add up to one space.
-        totals: dict[str, Tensor] = {}
-        forget_totals: dict[str, Tensor] = {}
-        for user in covered:
-            side: str = layers[user][1].side
-            total, part = (moments[user].to(weight.device) for moments in (remaining, gram_forget))
-            if side in totals and totals[side].shape != total.shape:
-                side = f"{side} {list(total.shape)}"
-            totals[side] = totals[side] + total if side in totals else total
-            forget_totals[side] = forget_totals[side] + part if side in forget_totals else part
-        spaces = {side: protected(total, energy, criterion) for side, total in totals.items()}
-        for side, space in spaces.items():
-            apart = _outside(forget_totals[side], space) / max(_outside(totals[side], space), 1e-6)
-            if space.k < space.d:
-                most_apart = max(most_apart, apart)
-            run.record(
-                "subspace",
-                parameter=name,
-                side=side,
-                directions=space.d,
-                protected=space.k,
-                free=space.d - space.k,
-                kept=space.kept,
-                apart=apart,
-                clamped=space.clamped,
-            )
-        worst = max(space.clamped for space in spaces.values())
-        if worst > _CLAMPED_TOO_MUCH:
-            warnings.warn(
-                f"pgu: {worst:.1%} of the second moment at {name} would be negative after the subtraction: "
-                "gram was not measured on the same inputs and weights as the forget set's part",
-                stacklevel=3,
-            )
-        if all(space.k < space.d for space in spaces.values()):
-            free_weight = _free_weight(name, weight, spaces, totals)
-            if free_weight is None:
-                run.record("subspace", parameter=name, frozen=f"used from {' and '.join(spaces)}")
-            else:
-                free.append(free_weight)
-    if not free:
-        raise ValueError(f"pgu: energy must leave a free direction in some layer of gram, got {energy}")
-    return free, most_apart
-
-
-def _outside(moment: Tensor, space: Protected) -> float:
-    # The share of a set's second moment that the free directions hold.
-    if space.basis.dtype == torch.bool:
-        inside, total = moment[space.basis].sum(), moment.sum()
-    else:
-        rows = space.basis.mT.to(moment)
-        inside, total = ((rows @ moment) * rows).sum(), moment.diagonal(dim1=-2, dim2=-1).sum()
-    return max(0.0, 1 - float(inside) / float(total)) if float(total) > 0 else 0.0
-
-
-def _free_weight(
-    name: str, weight: nn.Parameter, spaces: Mapping[str, Protected], moments: Mapping[str, Tensor]
-) -> _FreeWeight | None:
-    sides = set(spaces)
-    if sides == {"right"}:
-        return _FreeWeight(name, weight, spaces["right"].basis, moments["right"])
-    if sides == {"left"}:
-        basis = spaces["left"].basis
-        groups, d = (1, *basis.shape)[-3], basis.shape[-2]
-
-        def put_transposed(weight: Tensor, rows: Tensor) -> None:
-            weight.copy_(rows.reshape(groups, -1, d).mT.reshape(weight.shape))
-
-        def transposed(tensor: Tensor) -> Tensor:
-            return tensor.reshape(groups, d, -1).mT.reshape(-1, d)
-
-        return _FreeWeight(
-            name, weight, basis, moments["left"], take=transposed, put=put_transposed, all_rows=transposed
+def _watch(
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches | None,
+    until: Until | Literal["auto"],
+    budget: float,
+    rule: str | None,
+    validation: Batches | None,
+    task: Task,
+) -> tuple[Watch | None, Until]:
+    # What is to be reached, and who measures it; None and None for all epochs.
+    automatic = isinstance(until, str) and until == "auto"
+    goal: Until = None if isinstance(until, str) and until == "auto" else until
+    check_goal("pgu", goal, budget, validation)
+    if rule is not None and goal is not None:
+        raise ValueError(f"pgu: until must be None where stop is {rule!r}, got {goal!r}")
+    if automatic and rule is None and validation is None and retain is not None:
+        goal = "forgotten"
+    if goal is None:
+        return None, None
+    watch = Watch("pgu", model, forget, retain, until=goal, budget=budget, validation=validation, task=task)
+    if math.isnan(watch.before("forget").accuracy) or (automatic and watch.shared_classes):
+        if automatic:
+            return None, None
+        raise NotImplementedError(
+            "pgu: until must be None for a task that counts no answer as right or wrong"
         )
-    if sides <= {"rows", "right"}:
-        # An embedding, or one that is tied to a linear head: the two projections commute.
-        absent = (~spaces["rows"].basis).nonzero().flatten()
-        nothing = torch.zeros(weight.shape[1], 0, device=weight.device)
-        return _FreeWeight(
-            name,
-            weight,
-            spaces["right"].basis if "right" in spaces else nothing,
-            moments.get("right"),
-            take=lambda tensor: tensor[absent],
-            put=lambda weight, rows: weight.index_copy_(0, absent, rows),
-        )
-    return None
-
-
-def _optimizer(free: Iterable[_FreeWeight], lr: float, momentum: float) -> ProjectedSGD:
-    parts = list(free)
-    variables = [
-        part.weight if part.take is None else nn.Parameter(part.take(part.weight.detach()).clone())
-        for part in parts
-    ]
-    optimizer = ProjectedSGD(
-        [(part.name, variable) for part, variable in zip(parts, variables, strict=True)],
-        lr=lr,
-        momentum=momentum,
-        bases={part.name: part.basis for part in parts},
-    )
-    stand_ins = [
-        (part.weight, variable, part.take, part.put)
-        for part, variable in zip(parts, variables, strict=True)
-        if part.take is not None and part.put is not None
-    ]
-
-    def before(*_args: object) -> None:
-        for weight, variable, take, _put in stand_ins:
-            grad, weight.grad = weight.grad, None
-            variable.grad = None if grad is None else take(grad.to_dense() if grad.is_sparse else grad)
-            with torch.no_grad():
-                variable.copy_(take(weight))  # which may have been held back since the last step
-
-    def after(*_args: object) -> None:
-        with torch.no_grad():
-            for weight, variable, _take, put in stand_ins:
-                put(weight, variable)
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-    return optimizer
-
-
-class _Bound:
-    """Holds the change of what each layer answers to the retain set within a share; called after epochs."""
-
-    def __init__(self, run: Run, free: list[_FreeWeight], leak: float) -> None:
-        self._run, self._free, self._leak = run, free, leak
-        self._squares = {part.name: part.answers(part.weight.detach()) for part in free}
-
-    @torch.no_grad()
-    def __call__(self, epoch: int) -> bool:
-        leaks: dict[str, float] = {}
-        for part in self._free:
-            if self._squares[part.name] == 0:
-                continue
-            original = self._run.original(part.name)
-            leak = part.answers(part.weight - original) / self._squares[part.name]
-            leaks[part.name] = min(leak, self._leak)
-            if leak > self._leak:  # which is quadratic in the change
-                part.weight.copy_(torch.lerp(original, part.weight, math.sqrt(self._leak / leak)))
-        worst = max(leaks, key=leaks.__getitem__, default=None)
-        if worst is None:
-            return False
-        held_back = sum(leak == self._leak for leak in leaks.values())
-        self._run.record("leak", epoch=epoch, parameter=worst, leak=leaks[worst], held_back=held_back)
-        return held_back > 0
-
-
-class _GapRule:
-    """Stop once the forget set is known less well than held-out data; called after every epoch."""
-
-    def __init__(
-        self,
-        run: Run,
-        weights: list[nn.Parameter],
-        forget: Batches,
-        validation: Batches,
-        shift: bool | None,
-    ) -> None:
-        self._run, self._weights = run, weights
-        self._sets = {"forget": forget, "validation": validation}
-        self._shift = shift
-        self._gap = self._measure(-1)
-        self._before = self._weights_now()
-        self._reason = "the rule held before the first epoch: nothing was changed" if self.holds else ""
-
-    @property
-    def holds(self) -> bool:
-        return self._gap > 0
-
-    def __call__(self, epoch: int) -> bool:
-        previous, self._gap = self._gap, self._measure(epoch)
-        if self.holds:
-            self._reason = f"the rule held after epoch {epoch}"
-            if abs(previous) < abs(self._gap):
-                with torch.no_grad():
-                    for weight, value in zip(self._weights, self._before, strict=True):
-                        weight.copy_(value)
-                self._reason += "; the model before it was closer and was kept"
-        self._before = self._weights_now()
-        return self.holds
-
-    def conclude(self) -> None:
-        if not self._reason:
-            self._reason = "the rule never held; the last model was kept"
-        if not self.holds:
-            warnings.warn(f"pgu: {self._reason}", stacklevel=3)
-        self._run.record("stop", reason=self._reason)
-
-    def _measure(self, epoch: int) -> float:
-        values = {
-            name: accuracy(self._run.model, data, shift=self._shift) for name, data in self._sets.items()
-        }
-        self._run.record("gap", epoch=epoch, **{f"accuracy_{name}": value for name, value in values.items()})
-        return values["validation"] - values["forget"]
-
-    def _weights_now(self) -> list[Tensor]:
-        return [weight.detach().clone() for weight in self._weights]
+    return watch, goal
 
 
 def _check_settings(

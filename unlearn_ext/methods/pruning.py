@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext._internal.names import matcher, parameters_by_name, with_plain_names
 from unlearn_ext.masks.neurons import NeuronGroup, Part, module_groups
 from unlearn_ext.masks.saliency import Reduction, Scores
 from unlearn_ext.masks.selection import Scope
@@ -45,7 +45,8 @@ def prune_neurons(
             and next layers are left alone.
         fraction: Share of the neurons to drop, in [0, 1).
         scope: Compare all neurons, or drop the same share of every layer.
-        exclude: Patterns (as for file names) of layers or parameters to leave alone.
+        exclude: Layers or parameters to leave alone: names, the last parts of names, regular expressions that
+            match a whole name, or patterns as for file names.
         reduction: From the scores of a neuron's scalars to the neuron's; see ``Scores.of_neurons``.
 
     Returns:
@@ -56,9 +57,10 @@ def prune_neurons(
             parameter is unknown, or there is no neuron to drop.
 
     Source:
-        From the abstract of M. Masood's seminar (Uppsala University, 15 December 2025): that the least
-        influential neurons can be found and pruned. What is dropped and how: our design, after Molchanov et
-        al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
+        From the abstract of Sharjeel Masood's seminar (Centre for Image Analysis, Uppsala University,
+        15 December 2025): that the least influential neurons can be found and pruned. What is dropped and
+        how: our design, after Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR
+        2019.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -70,7 +72,8 @@ def prune_neurons(
         raise ValueError(f"prune_neurons: fraction must lie in [0, 1), got {fraction}")
     if scope not in ("global", "layer"):
         raise ValueError(f"prune_neurons: scope must be 'global' or 'layer', got {scope!r}")
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
+    scores = scores if isinstance(scores, Scores) else with_plain_names(scores)
     for name, tensor in scores.items():
         if name not in parameters or tensor.shape != parameters[name].shape:
             shape = list(parameters[name].shape) if name in parameters else "no such parameter"
@@ -81,7 +84,7 @@ def prune_neurons(
             raise ValueError(f"prune_neurons: scores[{name!r}] must not be NaN, got one")
     patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
     known = scores if isinstance(scores, Scores) else Scores(scores, _groups(model, scores))
-    groups = list(_prunable(known.groups, patterns))
+    groups = list(_prunable(known.groups, matcher(patterns or None, "prune_neurons")))
     if not groups:
         raise ValueError("prune_neurons: the scores must be of a hidden layer with neurons, got none")
     settings = {
@@ -107,10 +110,11 @@ def _groups(model: nn.Module, scores: Mapping[str, Tensor]) -> list[NeuronGroup]
     return [replace(group, is_output=group.name == layers[-1]) for group in groups] if layers else groups
 
 
-def _prunable(groups: Iterable[NeuronGroup], patterns: Iterable[str]) -> Iterable[NeuronGroup]:
+def _prunable(groups: Iterable[NeuronGroup], is_excluded: Callable[[str], bool]) -> Iterable[NeuronGroup]:
     for group in groups:
-        names = (group.name, *(part.name for part in group.parts))
-        excluded = any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        # A layer's name is asked about like that of a parameter in it.
+        names = (f"{group.name}.", *(part.name for part in group.parts))
+        excluded = any(is_excluded(name) for name in names)
         if group.is_layer and not group.is_output and not excluded:
             yield group
 

@@ -10,10 +10,12 @@ from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.baselines import finetune, gradient_ascent, neg_grad_plus, random_label, retrain
 from unlearn_ext.methods.fisher_forgetting import fisher_forgetting
 from unlearn_ext.methods.gradient_masking import gradient_masking, salun
+from unlearn_ext.methods.msg import msg
+from unlearn_ext.methods.newton import newton
 from unlearn_ext.methods.pgu import pgu_from_sets
 from unlearn_ext.methods.ssd import ssd
 from unlearn_ext.methods.teachers import bad_teacher, scrub
-from unlearn_ext.methods.unsir import unsir_by_data
+from unlearn_ext.methods.unsir import unsir
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import Batches
 
@@ -22,7 +24,7 @@ METHODS: dict[str, Callable[..., UnlearnResult]] = {
     "gradient_masking": gradient_masking,
     "salun": salun,
     "pgu": pgu_from_sets,
-    "unsir": unsir_by_data,
+    "unsir": unsir,
     "retrain": retrain,
     "finetune": finetune,
     "gradient_ascent": gradient_ascent,
@@ -31,6 +33,8 @@ METHODS: dict[str, Callable[..., UnlearnResult]] = {
     "bad_teacher": bad_teacher,
     "scrub": scrub,
     "fisher_forgetting": fisher_forgetting,
+    "newton": newton,
+    "msg": msg,
 }
 
 

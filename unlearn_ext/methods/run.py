@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import Buffers, restored
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.names import parameters_by_name, plain_name
+from unlearn_ext._internal.seeding import random_states_kept, seeded
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import device_of
 
@@ -23,7 +26,8 @@ class Run:
         self.hyperparameters = dict(hyperparameters)
         self.history: list[dict[str, object]] = []
         self.seconds: dict[str, float] = {}
-        self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.coverage: dict[str, str] = {}
+        self._before = {name: p.detach().clone() for name, p in parameters_by_name(model).items()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -61,7 +65,7 @@ class Run:
         Returns:
             The value; not to be written.
         """
-        return self._before[name]
+        return self._before[name if name in self._before else plain_name(name)]
 
     def result(self) -> UnlearnResult:
         """Compare the model with what it was.
@@ -71,7 +75,7 @@ class Run:
         """
         counts = {
             name: (int((p.detach() != self._before[name]).sum()), p.numel())
-            for name, p in self.model.named_parameters()
+            for name, p in parameters_by_name(self.model).items()
         }
         total = sum(size for _, size in counts.values())
         return UnlearnResult(
@@ -81,6 +85,7 @@ class Run:
             changed=sum(changed for changed, _ in counts.values()) / max(1, total),
             changed_per_parameter={name: changed / max(1, size) for name, (changed, size) in counts.items()},
             history=tuple(self.history),
+            coverage=dict(self.coverage),
         )
 
 
@@ -91,19 +96,22 @@ def unlearning(
     hyperparameters: Mapping[str, object],
     *,
     generator: torch.Generator | None = None,
+    data: Iterable[object] = (),
 ) -> Iterator[Run]:
     """Change a model all or nothing.
 
     If the body raises, or is interrupted, every parameter and buffer gets back its value. In any case
-    training flags, ``requires_grad``, ``.grad`` and the global random states are as before afterwards;
-    parameters keep their storage throughout.
+    training flags, ``requires_grad``, ``.grad`` and the random states (of torch, NumPy and Python, and of
+    the loaders in ``data``) are as before afterwards; parameters keep their storage throughout.
 
     Args:
         model: The user's model.
         method: Name for the record.
         hyperparameters: What the method was called with, for the record.
-        generator: Decides every random choice inside, those of data loaders and dropout too. Without one the
-            global random state does, and is put back.
+        generator: Decides every random choice inside: those of data loaders, also of such with a generator of
+            their own, of augmentation that draws from NumPy or Python, and of dropout. Without one the random
+            states as they are do.
+        data: The sets that are read inside.
 
     Yields:
         The run; call ``result()`` on it inside the body, or after it.
@@ -115,17 +123,21 @@ def unlearning(
         >>> run.result().changed_per_parameter
         {'weight': 1.0, 'bias': 0.0}
     """
+    check_model(model, method)
     run = Run(model, method, hyperparameters)
-    parameters = list(model.named_parameters())
+    parameters = parameters_by_name(model)
     buffers = Buffers(model)
     try:
-        with restored(model):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        with restored(model), ExitStack() as stack:
+            if generator is None:
+                stack.enter_context(random_states_kept(*data))
+            else:
+                seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+                stack.enter_context(seeded(seed, *data))
             yield run
     except BaseException:
         with torch.no_grad():
-            for name, p in parameters:
+            for name, p in parameters.items():
                 p.copy_(run.original(name))
         buffers.put_back()
         raise

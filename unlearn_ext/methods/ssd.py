@@ -9,27 +9,34 @@ Source:
     Dampening", AAAI 2024. The percentile rule for alpha is that of the adaptive variant (ASSD) in Schoepf,
     Foster & Brintrup, "Parameter-tuning-free data entry error unlearning with adaptive selective synaptic
     dampening", 2024. Its release compares with the retain set; here, as in SSD, it is the full set. The lower
-    bound that the rule gets here, and the default lambda, are ours.
+    bound that the rule gets here, the default lambda and the closed loop (``ssd_search``) are ours.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.fisher.diagonal import fisher_diagonal
-from unlearn_ext.fisher.importance import Estimator, Importance, check_same_kind, pool
-from unlearn_ext.methods.ssd_plan import SsdPlan, checked, parameters_of, threshold_of
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
+from unlearn_ext.methods.recorded import Record
+from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, sources_of
+from unlearn_ext.methods.ssd_loop import closed_loop, settled
+from unlearn_ext.methods.ssd_plan import Found, SsdPlan, checked, found_by, threshold_of
+from unlearn_ext.methods.until import Until, Watch, check_goal
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks import losses
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
 from unlearn_ext.tasks.losses import LossFn
+
+Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
 
 def plan_ssd(
@@ -37,36 +44,58 @@ def plan_ssd(
     forget: Batches | Importance,
     retain: Batches | Importance | None = None,
     *,
+    task: Task | None = None,
     importance: Importance | None = None,
-    alpha: float | Literal["adaptive"] = "adaptive",
+    alpha: Alpha = "auto",
+    until: Until | Literal["auto"] = "auto",
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     lambda_: float = 0.1,
     exponent: float = 1.0,
     beta_min: float = 0.0,
     beta_max: float = 1.0,
     estimator: Estimator = "per_sample",
     power: int = 2,
-    loss_fn: LossFn = losses.cross_entropy,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SsdPlan:
-    """Work out a selective synaptic dampening without touching the model.
+    """Work out a selective synaptic dampening and leave the model as it is.
 
-    Of ``retain`` and ``importance`` give exactly one. With ``retain`` the full set is forget and retain set
-    together, pooled by their sample counts; ``importance`` is what has been stored for the full set, so that
-    nothing but the forget set is read.
+    ``alpha="auto"`` works in a closed loop: candidates are applied, measured on the forget and the retain
+    data, and taken back, until one reaches the goal ``until`` at a cost in retain accuracy that the budget
+    allows. What was tried, and why one was chosen, stands in ``summary()``. Where none will do, the plan
+    changes nothing and says why. A number or ``"adaptive"`` dampens once, whatever comes of it.
 
-    ``power=1`` with ``loss_fn=losses.logit_norm`` is the loss-free, label-free variant (LFSSD).
+    Of ``retain`` and ``importance`` give one. With ``retain`` the full set is forget and retain set together,
+    pooled by their sample counts; ``importance`` is what has been stored for the full set, so that nothing
+    but the forget set is read. The closed loop then watches the forget set alone and takes the least
+    dampening that reaches the goal. It also takes both, stored importances and retain data to watch.
+
+    ``power=1`` with ``loss_fn=losses.logit_norm`` is the loss-free, label-free variant (LFSSD); without
+    labels, ``alpha`` must be given.
 
     Args:
         model: The model; only parameters that require grad are considered.
-        forget: The forget set: re-iterable batches, or importances computed on them.
+        forget: The forget set: re-iterable batches, or importances computed on them, for which ``alpha`` must
+            be given.
         retain: The retain set, in the same forms.
-        importance: Importances on the full set, forget set included.
-        alpha: Select where forget > alpha * full; >= 0. Lower forgets more. Per-sample importances never
-            exceed n / n_forget times those of the full set, so a higher alpha selects nothing. ``"adaptive"``
-            takes the quantile of forget / full that selects about ln(1 + 100 n_forget / n) % of the scalars,
-            and of these (but for ``"batch"``) only what is at least twice as important to the forget set as
-            to the retain set.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        importance: Importances on the full set, forget set included. Those of ``losses.log_odds`` serve the
+            closed loop best.
+        alpha: ``"auto"`` for the closed loop, else: select where forget > alpha * full; >= 0. Lower forgets
+            more. Per-sample importances never exceed n / n_forget times those of the full set, so a higher
+            alpha selects nothing. ``"adaptive"`` takes the quantile of forget / full that selects about ln(1
+            + 100 n_forget / n) % of the scalars, and of these (but for ``"batch"``) only what is at least
+            twice as important to the forget set as to the retain set.
+        until: The closed loop's goal: ``"forgotten"`` (accuracy on the forget set at most 1 %: classes),
+            ``"unseen"`` (no higher than on ``validation``), a number (the highest accuracy on the forget
+            set), or a callable that is given the model and says whether it will do. ``"auto"`` is
+            ``"forgotten"`` with ``alpha="auto"``, else None: one shot.
+        budget: Retain accuracy that the closed loop may lose, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Let ``apply`` raise ``UnlearningFailed`` where the goal was not reached, not warn.
         lambda_: Dampening constant, >= 0. Lower dampens more; the papers have 1 or 0.1.
         exponent: Sharpens (> 1) or softens (< 1) the factor; > 0.
         beta_min: Lower bound of the factor, in [0, beta_max].
@@ -74,18 +103,22 @@ def plan_ssd(
         estimator: See ``fisher_diagonal``. ``"batch"`` makes the ratio depend on batch sizes; it is here for
             comparison with the published code.
         power: 2 for squared gradients, 1 for absolute values.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, whose gradients are the importances. None: that of
+            stored importances where there are any; else ``losses.log_odds`` for the closed loop and
+            ``losses.cross_entropy`` for one shot, as the task has them.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
 
     Raises:
         TypeError: If ``importance`` is not an ``Importance``, or a set no iterable of batches.
-        ValueError: If not exactly one of ``retain`` and ``importance`` is given, a set is empty or a one-shot
-            iterator, a setting is out of range, the full set is smaller than the forget set, or importances
-            of different estimators, powers, batch sizes (for ``"batch"``) or parameters meet.
+        ValueError: If ``retain`` and ``importance`` are both missing, or both given where nothing watches, a
+            set is empty or a one-shot iterator, a setting is out of range or does not go with another, the
+            full set is smaller than the forget set, or importances of different losses, estimators, powers,
+            batch sizes (for ``"batch"``) or parameters meet.
+        NotImplementedError: If the closed loop has no accuracy to watch, or the task has no log-odds.
         FloatingPointError: If a loss or an importance is NaN or infinite; the message names the batch or the
             parameter.
 
@@ -100,68 +133,83 @@ def plan_ssd(
         >>> torch.equal(model.weight, before)
         True
     """
+    check_model(model, "plan_ssd")
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
-    if alpha != "adaptive":
+    if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)
-    if (retain is None) == (importance is None):
-        raise ValueError("plan_ssd: exactly one of retain and importance must be given")
-    other_name = "retain" if importance is None else "importance"
-    sources = {"forget": forget, other_name: retain if importance is None else importance}
-    params = _check_sources(model, sources, estimator, power)
+    check_estimator("plan_ssd", estimator, power)
+    goal = _checked_goal(alpha, until, budget, validation)
+    sources = sources_of(forget, retain, importance, closed_loop=alpha == "auto")
+    params = check_sources(model, sources, estimator, power)
+    watched = None if retain is None or isinstance(retain, Importance) else check_batches(retain, "retain")
+    loss = loss_of(loss_fn, sources, default=losses.log_odds if alpha == "auto" else losses.cross_entropy)
+    hyperparameters: dict[str, object] = {
+        "alpha": alpha,
+        **factors,
+        "estimator": estimator,
+        "power": power,
+        "loss_fn": callable_name(loss),
+    }
+    seconds: dict[str, float] = {}
+    measure = Measure(model, task, loss, estimator, power, params, generator, progress)
 
     started = time.perf_counter()
-    part, other = (
-        source
-        if isinstance(source, Importance)
-        else fisher_diagonal(
+    watch = None
+    if alpha == "auto" and not isinstance(forget, Importance):
+        hyperparameters |= {"until": goal, "budget": budget}
+        watch = Watch(
+            "plan_ssd",
             model,
-            check_batches(source, name),
-            loss_fn=loss_fn,
-            estimator=estimator,
-            power=power,
-            params=params,
-            generator=generator,
-            progress=progress,
+            forget,
+            watched,
+            until=goal,
+            budget=budget,
+            validation=validation,
+            task=task,
         )
-        for name, source in sources.items()
-    )
-    check_same_kind("plan_ssd", part, other)
-    _check_batch_sizes(part, other)
-    full = pool(part, other) if importance is None else other
-    if full.n_samples < part.n_samples:
-        raise ValueError(
-            f"plan_ssd: importance must cover the full set, forget set included, got {full.n_samples} "
-            f"samples for {part.n_samples} to forget"
-        )
-    parameters = parameters_of(model, full, "plan_ssd")
-    part, full = _placed(part, parameters, full), _placed(full, parameters, full)
-    _check_finite("forget", part)
-    _check_finite("full", full)
-    seconds = {"importance": time.perf_counter() - started}
+        outcome = settled(watch, goal)
+        seconds["search"] = time.perf_counter() - started
+        if outcome is not None:
+            return SsdPlan(
+                model,
+                None,
+                None,
+                alpha=math.nan,
+                factors=factors,
+                hyperparameters=hyperparameters,
+                seconds=seconds,
+                found=found_by(model, outcome, watch, strict=strict),
+            )
+    started = time.perf_counter()
+    part, full = measure.both(sources)
+    hyperparameters |= {"estimator": full.estimator, "power": full.power}
+    seconds = {"importance": time.perf_counter() - started, **seconds}
 
-    threshold = threshold_of(alpha, full, part)
-    bound = full.n_samples / part.n_samples
-    if full.estimator == "per_sample" and threshold >= bound:
-        warnings.warn(
-            f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set exceeds "
-            f"n / n_forget = {bound:.6g} times that on the full set",
-            stacklevel=2,
-        )
+    loop: Found | None = None
+    if watch is not None and not isinstance(forget, Importance):
+        started = time.perf_counter()
+        outcome = closed_loop(measure, forget, watched, (part, full), watch, factors)
+        loop = found_by(model, outcome, watch, strict=strict)
+        threshold = outcome.chosen[-1].alpha if outcome.chosen else math.nan
+        seconds["search"] += time.perf_counter() - started
+    else:
+        threshold = threshold_of("adaptive" if isinstance(alpha, str) else alpha, full, part)
+        bound = full.n_samples / part.n_samples
+        if full.estimator == "per_sample" and threshold >= bound:
+            warnings.warn(
+                f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set exceeds "
+                f"n / n_forget = {bound:.6g} times that on the full set",
+                stacklevel=2,
+            )
     return SsdPlan(
         model,
         part,
         full,
         alpha=threshold,
         factors=factors,
-        hyperparameters={
-            "alpha": alpha,
-            "alpha_value": threshold,
-            **factors,
-            "estimator": full.estimator,
-            "power": full.power,
-            "loss_fn": callable_name(loss_fn),
-        },
+        hyperparameters={**hyperparameters, "alpha_value": threshold},
         seconds=seconds,
+        found=loop,
     )
 
 
@@ -170,47 +218,57 @@ def ssd(
     forget: Batches | Importance,
     retain: Batches | Importance | None = None,
     *,
+    task: Task | None = None,
     importance: Importance | None = None,
-    alpha: float | Literal["adaptive"] = "adaptive",
+    alpha: Alpha = "auto",
+    until: Until | Literal["auto"] = "auto",
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     lambda_: float = 0.1,
     exponent: float = 1.0,
     beta_min: float = 0.0,
     beta_max: float = 1.0,
     estimator: Estimator = "per_sample",
     power: int = 2,
-    loss_fn: LossFn = losses.cross_entropy,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
     """Dampen what matters far more to the forget set than to the full set: ``plan_ssd(...).apply()``.
 
+    By default in a closed loop: how much is dampened, and where, is chosen by what it does to the accuracy on
+    the forget and the retain data. The result tells what was measured before and after. Where the goal cannot
+    be reached within the budget the model is left as it was, ``result.reached`` is False and a warning says
+    what was tried. Test data are never read.
+
     Buffers (BatchNorm statistics) do not change. A failure leaves the model as it was. This is approximate
     unlearning; see ``plan_ssd`` for what the settings mean and for undoing it.
 
-    The defaults are ours. Of 120 requests to forget a class of scikit-learn's digits (twelve networks:
-    convolutional with batch or group norm, residual, transformers, tanh MLPs), 87 left the class at most 5 %
-    of test accuracy and cost at most 3 points on the retain set; 61 with lambda 1; 3 with the published
-    setting, squares of batch means of gradients, alpha 10 and lambda 1. What fails is mostly too little
-    forgetting, by networks that know their training set by heart: there the cross entropy's gradients, hence
-    the importances, come from the few samples that are still uncertain. ``loss_fn=losses.log_odds`` has no
-    such gap and reached 112 (``python -m bench.ssd_networks``). Measure before relying on it. Random samples,
-    which resemble what stays, are hardly forgotten.
+    The closed loop is for classes: where samples to retain carry a label of the forget set it refuses, since
+    dampening would break single samples, which is not forgetting. ``python -m bench.ssd_networks`` compares
+    it with one shot over many networks. Measure before relying on it.
 
     Args:
         model: The model, changed in place.
         forget: The forget set: re-iterable batches, or importances computed on them.
         retain: The retain set, in the same forms.
-        importance: Importances on the full set, instead of ``retain``.
-        alpha: Selection threshold, or ``"adaptive"``.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        importance: Importances on the full set, instead of ``retain`` or beside it.
+        alpha: ``"auto"`` for the closed loop, a threshold, or ``"adaptive"``.
+        until: The closed loop's goal.
+        budget: Retain accuracy that the closed loop may lose, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached.
         lambda_: Dampening constant.
         exponent: Exponent of the factor.
         beta_min: Lower bound of the factor.
         beta_max: Upper bound of the factor.
         estimator: See ``fisher_diagonal``.
         power: 2 for squared gradients, 1 for absolute values.
-        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; None as in ``plan_ssd``.
         generator: For the draws of ``estimator="mc"``.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         The record of the run.
@@ -218,21 +276,29 @@ def ssd(
     Source:
         Foster, Schoepf & Brintrup, "Fast Machine Unlearning Without Retraining Through Selective Synaptic
         Dampening", AAAI 2024. The published code squares gradients of batch means and uses alpha = 10; the
-        exact per-sample importances used here have another scale, which the adaptive rule finds.
+        exact per-sample importances used here have another scale, which the adaptive rule finds. Parity:
+        ``alpha`` a number and ``estimator="batch"``. The closed loop is ours.
 
     Example:
         >>> model = nn.Linear(2, 2)
         >>> forget = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))]
         >>> retain = [(torch.randn(12, 2), torch.ones(12, dtype=torch.long))]
-        >>> ssd(model, forget, retain).method
+        >>> ssd(model, forget, retain, alpha="adaptive").method
         'ssd'
     """
-    return plan_ssd(
+    # The closed loop measures as it goes; one shot is measured around it.
+    record = None if alpha == "auto" else Record(model, forget, retain, task)
+    plan = plan_ssd(
         model,
         forget,
         retain,
+        task=task,
         importance=importance,
         alpha=alpha,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
         lambda_=lambda_,
         exponent=exponent,
         beta_min=beta_min,
@@ -242,7 +308,22 @@ def ssd(
         loss_fn=loss_fn,
         generator=generator,
         progress=progress,
-    ).apply()
+    )
+    result = plan.apply()
+    return result if record is None else record.added_to(result)
+
+
+def _checked_goal(
+    alpha: Alpha, until: Until | Literal["auto"], budget: float, validation: Batches | None
+) -> Until:
+    default: Until = "forgotten" if alpha == "auto" else None
+    goal = default if isinstance(until, str) and until == "auto" else until
+    check_goal("plan_ssd", goal, budget, validation)
+    if alpha == "auto" and goal is None:
+        raise ValueError("plan_ssd: alpha must be a number or 'adaptive' for until=None, got 'auto'")
+    if alpha != "auto" and goal is not None:
+        raise ValueError(f"plan_ssd: until must be None where alpha is given, got {goal!r}")
+    return goal
 
 
 def _checked_factors(lambda_: float, exponent: float, beta_min: float, beta_max: float) -> dict[str, float]:
@@ -257,58 +338,3 @@ def _checked_factors(lambda_: float, exponent: float, beta_min: float, beta_max:
     if factors["beta_min"] > factors["beta_max"]:
         raise ValueError(f"plan_ssd: beta_min must not exceed beta_max, got {beta_min} and {beta_max}")
     return factors
-
-
-def _check_sources(
-    model: nn.Module, sources: Mapping[str, object], estimator: Estimator, power: int
-) -> list[str] | None:
-    # Everything that can be refused without a pass over the data is refused here. Returns the parameters to
-    # look at: those of stored importances where there are any.
-    stored = {name: source for name, source in sources.items() if isinstance(source, Importance)}
-    for name, source in sources.items():
-        if name not in stored:
-            if name == "importance":
-                raise TypeError(f"plan_ssd: importance must be an Importance, got {type(source).__name__}")
-            check_batches(source, name)
-    for name, given in stored.items():
-        parameters_of(model, given, "plan_ssd", trainable=True)
-        if len(stored) == 1 and (given.estimator, given.power) != (estimator, power):
-            raise ValueError(
-                f"plan_ssd: {name} holds {given.estimator!r} importances of power {given.power}, got "
-                f"estimator={estimator!r} and power={power} for the other set"
-            )
-    return next((list(given) for given in stored.values()), None)
-
-
-def _check_finite(which: str, importance: Importance) -> None:
-    for name, tensor in importance.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise FloatingPointError(
-                f"plan_ssd: the importance of {name} on the {which} set must be finite, got NaN or infinity"
-            )
-
-
-def _check_batch_sizes(forget: Importance, other: Importance) -> None:
-    if forget.estimator != "batch" or forget.batch_size == other.batch_size:
-        return
-    small = min(forget, other, key=lambda importance: importance.batch_size)
-    sizes = f"{forget.batch_size} (forget) and {other.batch_size}"
-    if small.n_batches > 1:
-        raise ValueError(f"plan_ssd: batch sizes must agree for the 'batch' estimator, got {sizes}")
-    warnings.warn(
-        f"plan_ssd: a set smaller than one batch has inflated 'batch' importances, got batch sizes {sizes}",
-        stacklevel=3,
-    )
-
-
-def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Importance) -> Importance:
-    # One order of names, and each tensor beside its parameter, whatever the importances were loaded from.
-    return Importance(
-        {name: importance[name].to(parameters[name].device, like[name].dtype) for name in like},
-        n_samples=importance.n_samples,
-        estimator=importance.estimator,
-        power=importance.power,
-        batch_size=importance.batch_size,
-        n_batches=importance.n_batches,
-        coverage=importance.coverage,
-    )

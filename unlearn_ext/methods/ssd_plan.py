@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.checksum import checksum
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.methods.ssd_journal import Entry, differing, entry, write
+from unlearn_ext.methods.ssd_search import Candidate, Outcome
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
+from unlearn_ext.methods.until import UnlearningFailed, Watch, figures
 from unlearn_ext.results import UnlearnResult
 
 # The adaptive rule selects what matters at least this many times as much to a sample to forget as to one to
@@ -23,52 +28,112 @@ _LEAST_ODDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class _JournalEntry:
-    """What reverting one parameter takes: the bits of the scalars that changed, and where they are."""
+class Found:
+    """What a closed loop found, kept without a copy of the model. Made by ``found_by``.
 
-    selected: Tensor  # packed mask over the parameter
-    values: Tensor  # their original values, row-major
-    checksum_after: int
+    Attributes:
+        outcome: What was tried and chosen; its weights are dropped.
+        watch: Who measured.
+        journal: What is to be written.
+        checksums: Of all parameters as they were.
+        strict: Whether a goal that was not reached is an error.
+    """
+
+    outcome: Outcome
+    watch: Watch
+    journal: Mapping[str, Entry]
+    checksums: Mapping[str, int]
+    strict: bool
+
+    @property
+    def reached(self) -> bool:
+        """Whether the goal is reached, by what was chosen or from the start."""
+        return self.outcome.reached
+
+    def figures(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return what was measured before, and of the chosen weights."""
+        sets = ("forget", "retain") if self.watch.has_retain else ("forget",)
+        before = figures({name: self.watch.before(name) for name in sets})
+        if not self.outcome.chosen:
+            return before, before
+        last = self.outcome.chosen[-1]
+        measured = {"forget": last.forget} | ({} if last.retain is None else {"retain": last.retain})
+        return before, figures(measured)
+
+
+def found_by(model: nn.Module, outcome: Outcome, watch: Watch, *, strict: bool) -> Found:
+    """Keep of an outcome what applying it takes.
+
+    Args:
+        model: The model, as it was before the search.
+        outcome: Of ``search``; gives up its weights.
+        watch: Who measured.
+        strict: See ``Found``.
+
+    Returns:
+        The record.
+    """
+    parameters = {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
+    journal = {}
+    for name, target in outcome.weights.items():
+        changed = differing(target, parameters[name])
+        if bool(changed.any()):
+            journal[name] = entry(changed, target[changed], parameters[name])
+    outcome.weights = {}
+    sums = {name: checksum(tensor) for name, tensor in parameters.items()}
+    return Found(outcome, watch, journal, sums, strict)
 
 
 class SsdPlan:
     """A dampening that has been worked out and not, or not yet, carried out. Made by ``plan_ssd``.
 
     Attributes:
-        importance_forget: Importances on the forget set; None after ``purge``.
-        importance_full: Importances on the full set; None after ``purge``.
-        alpha: The threshold, a number also for ``"adaptive"``.
+        importance_forget: Importances on the forget set; None after ``purge``, and where the request was
+            refused before any were measured.
+        importance_full: Importances on the full set; likewise.
+        alpha: The threshold, a number also for ``"adaptive"``; for ``"auto"`` that of the last round's
+            choice, NaN where there is none.
+        reached: Whether the closed loop reached its goal; None where there was none.
+        candidates: What the closed loop tried, in order.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        importance_forget: Importance,
-        importance_full: Importance,
+        importance_forget: Importance | None,
+        importance_full: Importance | None,
         *,
         alpha: float,
         factors: Mapping[str, float],
         hyperparameters: Mapping[str, object],
         seconds: Mapping[str, float],
+        found: Found | None = None,
     ) -> None:
         self.importance_forget: Importance | None = importance_forget
         self.importance_full: Importance | None = importance_full
         self.alpha = alpha
+        self.reached = None if found is None else found.reached
+        self.candidates: tuple[Candidate, ...] = () if found is None else tuple(found.outcome.candidates)
         self._model = model
         self._factors = dict(factors)
         self._hyperparameters = dict(hyperparameters)
         self._seconds = dict(seconds)
-        self._journal: dict[str, _JournalEntry] | None = None
+        self._found = found
+        self._journal: dict[str, Entry] | None = None
+        self._purged = False
 
     def summary(self) -> str:
-        """Say in a few lines what ``apply`` would do.
+        """Say in a few lines what ``apply`` would do, and why.
 
         Returns:
-            Data set sizes, settings, selected share, mean factor, and the parameters hit most.
+            Data set sizes, settings, selected share, mean factor, and the parameters hit most; of a closed
+            loop the goal, the candidates that were tried, those that were chosen, and the reason.
 
         Raises:
             RuntimeError: If the plan has been purged.
         """
+        if self._found is not None:
+            return self._loop_summary(self._found)
         full, forget = self._importances()
         counts = ops.selected_counts(list(full.values()), list(forget.values()), [self.alpha])[0].tolist()
         shares = {name: count / max(1, full[name].numel()) for name, count in zip(full, counts, strict=True)}
@@ -76,14 +141,45 @@ class SsdPlan:
         factor = self._mean_factor(self.alpha, self._factors["lambda_"], sum(counts))
         rule = "adaptive" if self._hyperparameters["alpha"] == "adaptive" else "given"
         lines = [
-            f"SSD: forget {forget.n_samples} of {full.n_samples} samples, "
-            f"{full.estimator} importances of power {full.power}",
+            self._sizes(forget, full),
             f"alpha {self.alpha:.6g} ({rule}), lambda {self._factors['lambda_']:g}",
             f"selected {sum(counts):,} of {total:,} scalars ({sum(counts) / max(1, total):.3%}), "
             f"mean factor {factor:.4f}",
         ]
-        most = sorted(((share, name) for name, share in shares.items() if share), reverse=True)[:10]
-        return "\n".join([*lines, *(f"  {share:8.3%}  {name}" for share, name in most)])
+        return "\n".join([*lines, *_hit_most(shares)])
+
+    def _loop_summary(self, found: Found) -> str:
+        if self._purged:
+            raise RuntimeError("SsdPlan: the plan has been purged")
+        watch, outcome = found.watch, found.outcome
+        before, after = found.figures()
+        lines = ["SSD: refused before any importance was measured"]
+        if self.importance_forget is not None and self.importance_full is not None:
+            lines = [self._sizes(self.importance_forget, self.importance_full)]
+        lines += [
+            f"goal: {watch.goal}, at most {100 * watch.budget:g} points of retain accuracy lost"
+            if watch.has_retain
+            else f"goal: {watch.goal}; nothing watches the retain set, of which there are no data",
+            f"lambda {self._factors['lambda_']:g}; before: {_in_words(before)}",
+        ]
+        lines += [
+            f"{'->' if any(candidate is chosen for chosen in outcome.chosen) else '  '} {candidate}"
+            for candidate in outcome.candidates
+        ]
+        lines.append(f"{'reached' if found.reached else 'not reached'}: {outcome.reason}")
+        if outcome.chosen:
+            lines.append(f"after: {_in_words(after)}, in {watch.passes:.1f} forward passes")
+        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
+        return "\n".join(
+            [*lines, *_hit_most({name: len(e.values) / sizes[name] for name, e in found.journal.items()})]
+        )
+
+    @staticmethod
+    def _sizes(forget: Importance, full: Importance) -> str:
+        return (
+            f"SSD: forget {forget.n_samples} of {full.n_samples} samples, "
+            f"{full.estimator} importances of power {full.power}"
+        )
 
     def sweep(
         self, alphas: Iterable[float | Literal["adaptive"]], lambdas: Iterable[float] = (1.0,)
@@ -115,7 +211,7 @@ class SsdPlan:
         )
 
     def apply(self) -> UnlearnResult:
-        """Dampen the model in place.
+        """Dampen the model in place; where a closed loop did not reach its goal, leave it as it is.
 
         Every parameter keeps its storage, every scalar that is not selected keeps its bits. The original
         values of the selected ones are kept for ``revert``.
@@ -124,11 +220,18 @@ class SsdPlan:
             The record of the run.
 
         Raises:
-            RuntimeError: If the plan has been applied, or purged.
+            RuntimeError: If the plan has been applied, or purged; of a closed loop also if the model has
+                changed since it was measured.
+            UnlearningFailed: If the closed loop did not reach its goal and ``strict`` was given; the model is
+                as it was. Without ``strict`` that is a warning.
             ValueError: If the model no longer has the parameters that the plan was made for.
         """
+        if self._purged:
+            raise RuntimeError("SsdPlan: the plan has been purged")
         if self._journal is not None:
             raise RuntimeError("SsdPlan.apply: the plan has been applied already; revert() it first")
+        if self._found is not None:
+            return self._apply_found(self._found)
         full, forget = self._importances()
         started = time.perf_counter()
         parameters = parameters_of(self._model, full)
@@ -146,10 +249,7 @@ class SsdPlan:
             changed = {
                 name: int((tensor[selected] != values).sum()) for name, tensor, selected, values in originals
             }
-            journal = {
-                name: _JournalEntry(ops.pack_mask(selected), values, checksum(tensor))
-                for name, tensor, selected, values in originals
-            }
+            journal = {name: entry(selected, values, tensor) for name, tensor, selected, values in originals}
             seconds = time.perf_counter() - started
             result = self._result(sum(len(values) for *_, values in originals), changed, seconds)
             self._journal = journal
@@ -168,14 +268,7 @@ class SsdPlan:
         """
         if self._journal is None:
             raise RuntimeError("SsdPlan.revert: the plan is not applied, or its journal has been purged")
-        parameters = parameters_of(self._model, self._journal)
-        for name, entry in self._journal.items():
-            if checksum(parameters[name].detach()) != entry.checksum_after:
-                raise RuntimeError(f"SsdPlan.revert: {name} has changed since apply()")
-        for name, entry in self._journal.items():
-            tensor = parameters[name].detach()
-            selected = ops.unpack_mask(entry.selected, list(tensor.shape)).to(tensor.device)
-            tensor[selected] = entry.values.to(tensor.device)
+        write(self._journal, parameters_of(self._model, self._journal), "SsdPlan.revert", "apply()")
         self._journal = None
 
     def purge(self) -> None:
@@ -184,36 +277,96 @@ class SsdPlan:
         Afterwards the plan can only say which ``alpha`` it used. The model stays as it is.
         """
         self.importance_forget = self.importance_full = None
-        self._journal = None
+        self._journal = self._found = None
+        self._purged = True
 
     def _importances(self) -> tuple[Importance, Importance]:
         if self.importance_full is None or self.importance_forget is None:
-            raise RuntimeError("SsdPlan: the plan has been purged")
+            why = "has been purged" if self._purged else "was refused before any importance was measured"
+            raise RuntimeError(f"SsdPlan: the plan {why}")
         return self.importance_full, self.importance_forget
+
+    def _apply_found(self, found: Found) -> UnlearnResult:
+        started = time.perf_counter()
+        parameters = parameters_of(self._model, found.checksums)
+        for name, known in found.checksums.items():
+            if checksum(parameters[name].detach()) != known:
+                raise RuntimeError(f"SsdPlan.apply: {name} has changed since plan_ssd() measured the model")
+        undo = write(found.journal, parameters, "SsdPlan.apply", "plan_ssd()")
+        changed = {name: len(values.values) for name, values in undo.items()}
+        result = self._loop_result(found, changed, time.perf_counter() - started)
+        if found.reached:
+            self._journal = undo
+            if not found.outcome.chosen:
+                warnings.warn(f"ssd: nothing was changed: {found.outcome.reason}", stacklevel=3)
+            return result
+        message = f"ssd: the model is as it was: {found.outcome.reason}"
+        if found.strict:
+            raise UnlearningFailed(message, result)
+        self._journal = undo
+        warnings.warn(message, stacklevel=3)
+        return result
+
+    def _loop_result(self, found: Found, changed: Mapping[str, int], seconds: float) -> UnlearnResult:
+        history: list[dict[str, object]] = []
+        if self.importance_forget is not None and self.importance_full is not None:
+            history.append(_importance_phase(self.importance_forget, self.importance_full))
+        for candidate in found.outcome.candidates:
+            history.append(
+                {
+                    "phase": "candidate",
+                    "round": candidate.round,
+                    "scope": candidate.scope,
+                    "k": candidate.k,
+                    "alpha": candidate.alpha,
+                    "selected": candidate.selected,
+                    "forget_accuracy": candidate.forget.accuracy,
+                    "retain_accuracy": None if candidate.retain is None else candidate.retain.accuracy,
+                    "reached": candidate.reached,
+                    "chosen": any(candidate is chosen for chosen in found.outcome.chosen),
+                }
+            )
+        history.append(
+            {"phase": "dampening", "changed": sum(changed.values()), "reason": found.outcome.reason}
+        )
+        before, after = found.figures()
+        return self._record(
+            changed,
+            seconds,
+            history,
+            reached=found.reached,
+            before=before,
+            after=after,
+            passes=found.watch.passes,
+        )
 
     def _result(self, selected: int, changed: Mapping[str, int], seconds: float) -> UnlearnResult:
         full, forget = self._importances()
-        sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
-        importance_phase = {
-            "phase": "importance",
-            "n_samples_forget": forget.n_samples,
-            "n_samples_full": full.n_samples,
-            "estimator": full.estimator,
-            "power": full.power,
-        }
         dampening_phase = {
             "phase": "dampening",
             "alpha": self.alpha,
             "selected": selected,
             "changed": sum(changed.values()),
         }
+        return self._record(changed, seconds, [_importance_phase(forget, full), dampening_phase])
+
+    def _record(
+        self,
+        changed: Mapping[str, int],
+        seconds: float,
+        history: list[dict[str, object]],
+        **closed_loop: Any,  # noqa: ANN401 - fields of the result
+    ) -> UnlearnResult:
+        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
         return UnlearnResult(
             method="ssd",
             hyperparameters=self._hyperparameters,
             seconds={**self._seconds, "dampening": seconds},
             changed=sum(changed.values()) / max(1, sum(sizes.values())),
             changed_per_parameter={name: changed.get(name, 0) / max(1, size) for name, size in sizes.items()},
-            history=(importance_phase, dampening_phase),
+            history=tuple(history),
+            coverage={} if self.importance_forget is None else dict(self.importance_forget.coverage),
+            **closed_loop,
         )
 
     def _mean_factor(self, alpha: float, lambda_: float, count: int) -> float:
@@ -228,6 +381,30 @@ class SsdPlan:
             )
             shrunk += float((1 - factors.double()).sum())
         return 1 - shrunk / count
+
+
+def _importance_phase(forget: Importance, full: Importance) -> dict[str, object]:
+    return {
+        "phase": "importance",
+        "n_samples_forget": forget.n_samples,
+        "n_samples_full": full.n_samples,
+        "estimator": full.estimator,
+        "power": full.power,
+    }
+
+
+def _hit_most(shares: Mapping[str, float]) -> list[str]:
+    most = sorted(((share, name) for name, share in shares.items() if share), reverse=True)[:10]
+    return [f"  {share:8.3%}  {name}" for share, name in most]
+
+
+def _in_words(measured: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}"
+        if name.endswith("loss")
+        else f"{name.replace('_', ' ')} {value:.2%}"
+        for name, value in measured.items()
+    )
 
 
 def checked(name: str, value: object) -> float:
@@ -294,7 +471,7 @@ def parameters_of(
     Raises:
         ValueError: If the model has no such parameter, it is frozen, or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     for name, value in named.items():
         found = parameters.get(name)
         if found is None or (trainable and not found.requires_grad):

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearn_ext.methods.common import Paired, n_classes, train_with_fixed_statistics, trainable
+from unlearn_ext.evaluation.metrics.divergences import kl_divergence
+from unlearn_ext.methods.common import (
+    Paired,
+    Portion,
+    check_count,
+    facts_of,
+    n_classes,
+    prepared,
+    required,
+    train_with_fixed_statistics,
+    trainable,
+    what_a_task_must_have,
+)
 from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches
+from unlearn_ext.tasks.losses import LossFn, resolve
+from unlearn_ext.tasks.positions import mean_over_positions
 
 
+@recorded
 def bad_teacher(
     model: nn.Module,
     forget: Batches,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     incompetent: nn.Module | None = None,
     retain_share: float = 0.3,
     epochs: int = 3,
     lr: float = 3e-4,
     temperature: float = 1.0,
+    task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Follow an untrained teacher on the forget set and the original on the retain set, with Adam.
 
@@ -43,23 +60,28 @@ def bad_teacher(
 
     Args:
         model: The model, changed in place; BatchNorm statistics stay.
-        forget: The forget set, with labels (which of them count is all that is read); started again
-            whenever it ends.
+        forget: The forget set; of labels all that is read is which count. Started again whenever it ends.
         retain: The retain set.
         incompetent: The untrained teacher. By default a copy of the model in which every layer is
             initialised afresh by its ``reset_parameters``, and N(0, 0.02^2) where there is none.
-        retain_share: Share of the retain batches that is used in an epoch, in (0, 1].
+        retain_share: Share of the retain batches that is used in an epoch, in (0, 1]; the next epoch goes on
+            with those that follow.
         epochs: Passes over them.
         lr: Learning rate.
         temperature: Of both distributions, > 0.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
 
     Raises:
-        ValueError: If a setting is out of range or a set is empty.
+        ValueError: If a setting is out of range or a set is missing or empty.
+        NotImplementedError: If the task has no classes.
 
     Source:
         Chundawat, Tarun, Mandal & Kankanhalli, "Can Bad Teaching Induce Forgetting?", AAAI 2023. One epoch
@@ -73,8 +95,11 @@ def bad_teacher(
         >>> bad_teacher(model, forget, retain).method
         'bad_teacher'
     """
-    check_batches(forget, "forget")
-    check_batches(retain, "retain")
+    chosen = prepared("bad_teacher", model, task, None)
+    required("bad_teacher", forget=forget, retain=retain)
+    assert retain is not None
+    check_count("bad_teacher", "epochs", epochs)
+    parameters = trainable(model, "bad_teacher", include, exclude)
     if not 0 < retain_share <= 1:
         raise ValueError(f"bad_teacher: retain_share must lie in (0, 1], got {retain_share}")
     _check_temperature("bad_teacher", temperature)
@@ -84,29 +109,40 @@ def bad_teacher(
         "epochs": epochs,
         "lr": lr,
         "temperature": temperature,
+        **({} if task is None else {"task": repr(task)}),
     }
-    with unlearning(model, "bad_teacher", settings, generator=generator) as run:
+    _check_has_classes("bad_teacher", model, forget, chosen)
+    with unlearning(model, "bad_teacher", settings, generator=generator, data=(forget, retain)) as run:
         competent = _teacher(model)
         ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
 
         def objective(model: nn.Module, pair: Batch) -> Tensor:
             kept, forgotten = cast("tuple[Batch, Batch]", pair)
             return (
-                divergence(ignorant, model, forgotten, temperature).mean()
-                + divergence(competent, model, kept, temperature).mean()
+                divergence(ignorant, model, forgotten, temperature, task=chosen).mean()
+                + divergence(competent, model, kept, temperature, task=chosen).mean()
             )
 
         train_with_fixed_statistics(model)
-        optimizer = torch.optim.Adam(trainable(model, "bad_teacher"), lr=lr)
-        pairs = Paired(_Part(retain, retain_share), forget)
-        train(run, "distil", pairs, objective, optimizer, epochs=epochs, progress=progress)
+        optimizer = torch.optim.Adam(parameters.values(), lr=lr)
+        train(
+            run,
+            "distil",
+            Paired("bad_teacher", Portion("bad_teacher", "retain", retain, retain_share), forget=forget),
+            objective,
+            optimizer,
+            parameters=parameters.values(),
+            epochs=epochs,
+            progress=progress,
+        )
     return run.result()
 
 
+@recorded
 def scrub(
     model: nn.Module,
     forget: Batches,
-    retain: Batches,
+    retain: Batches | None = None,
     *,
     epochs: int = 10,
     forget_epochs: int = 3,
@@ -116,8 +152,12 @@ def scrub(
     kl_weight: float = 0.5,
     temperature: float = 2.0,
     cap: float | None = None,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Disobey the original on the forget set and follow it on the retain set, epoch by epoch, with AdamW.
 
@@ -136,14 +176,20 @@ def scrub(
         kl_weight: Weight of the original on the retain set.
         temperature: Of both distributions, > 0.
         cap: Forget samples with a higher divergence do not count; by default T^2 log(number of classes).
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's CE.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record of the run.
 
     Raises:
-        ValueError: If a setting is out of range or a set is empty.
+        ValueError: If a setting is out of range or a set is missing or empty.
+        NotImplementedError: If the task has no classes.
 
     Source:
         Kurmanji, Triantafillou, Hayes & Triantafillou, "Towards Unbounded Machine Unlearning", NeurIPS 2023,
@@ -157,10 +203,15 @@ def scrub(
         >>> sorted(scrub(model, forget, retain).seconds)
         ['max', 'min']
     """
-    check_batches(forget, "forget")
-    check_batches(retain, "retain")
+    chosen = prepared("scrub", model, task, loss_fn)
+    required("scrub", forget=forget, retain=retain)
+    assert retain is not None
+    check_count("scrub", "epochs", epochs)
+    check_count("scrub", "forget_epochs", forget_epochs)
+    parameters = trainable(model, "scrub", include, exclude)
     _check_temperature("scrub", temperature)
-    limit = temperature**2 * math.log(n_classes(model, forget)) if cap is None else cap
+    n = _check_has_classes("scrub", model, forget, chosen)
+    limit = temperature**2 * math.log(n) if cap is None else cap
     settings = {
         "epochs": epochs,
         "forget_epochs": forget_epochs,
@@ -170,63 +221,73 @@ def scrub(
         "kl_weight": kl_weight,
         "temperature": temperature,
         "cap": limit,
+        **facts_of(task, loss_fn),
     }
-    with unlearning(model, "scrub", settings, generator=generator) as run:
+    with unlearning(model, "scrub", settings, generator=generator, data=(forget, retain)) as run:
         original = _teacher(model)
 
         def disobey(model: nn.Module, batch: Batch) -> Tensor:
-            return -(temperature**2 * divergence(original, model, batch, temperature)).clamp(max=limit)
+            distance = divergence(original, model, batch, temperature, task=chosen)
+            return -(temperature**2 * distance).clamp(max=limit)
 
         def follow(model: nn.Module, batch: Batch) -> Tensor:
-            distance = temperature**2 * divergence(original, model, batch, temperature)
-            return ce_weight * losses.cross_entropy(model, batch) + kl_weight * distance
+            distance = temperature**2 * divergence(original, model, batch, temperature, task=chosen)
+            return ce_weight * chosen.loss(model, batch) + kl_weight * distance
 
         train_with_fixed_statistics(model)
-        optimizer = torch.optim.AdamW(trainable(model, "scrub"), lr=lr, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
         for epoch in range(epochs):
             passed = sum(epoch >= round(share * epochs) for share in (0.5, 0.8, 0.9))
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.1**passed
             if epoch < forget_epochs:
-                train(run, "max", forget, disobey, optimizer, progress=progress)
-            train(run, "min", retain, follow, optimizer, progress=progress)
+                train(
+                    run,
+                    "max",
+                    forget,
+                    disobey,
+                    optimizer,
+                    parameters=parameters.values(),
+                    progress=progress,
+                )
+            train(run, "min", retain, follow, optimizer, parameters=parameters.values(), progress=progress)
     return run.result()
 
 
-def divergence(teacher: nn.Module, student: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+def divergence(
+    teacher: nn.Module,
+    student: nn.Module,
+    batch: Batch,
+    temperature: float = 1.0,
+    *,
+    task: Task | None = None,
+) -> Tensor:
     """Kullback-Leibler divergence of the student's prediction from the teacher's, KL(teacher || student).
 
     Args:
         teacher: Gets no gradient.
         student: Gets the gradient.
-        batch: A batch with labels; positions with a negative label do not count.
+        batch: A batch; positions whose label is ignored do not count.
         temperature: Divides the logits of both.
+        task: What the models are for; None tells it from the student and the batch.
 
     Returns:
         ``[N]``, in nats: the mean over each sample's positions.
     """
+    chosen = resolve(task, who="divergence")
     with torch.no_grad():
-        goal = F.log_softmax(scores_and_labels(teacher, batch)[0] / temperature, dim=-1)
-    scores, labels = scores_and_labels(student, batch)
-    logs = F.log_softmax(scores / temperature, dim=-1)
-    values = F.kl_div(logs, goal, reduction="none", log_target=True).sum(-1)
-    if labels.ndim == 1:
-        return values
-    counted = labels >= 0
-    return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        goal = chosen.log_scores(chosen.forward(teacher, batch), batch, temperature=temperature)
+    outputs = chosen.forward(student, batch)
+    logs = chosen.log_scores(outputs, batch, temperature=temperature)
+    values = kl_divergence(goal, logs)
+    return mean_over_positions(values, chosen.counted(outputs, batch))
 
 
-class _Part:
-    """A share of the batches, spread evenly over a pass, the first of them always; re-iterable."""
-
-    def __init__(self, data: Batches, share: float) -> None:
-        self._data = data
-        self._share = share
-
-    def __iter__(self) -> Iterator[Batch]:
-        for index, batch in enumerate(self._data):
-            if math.ceil((index + 1) * self._share - 1e-9) > math.ceil(index * self._share - 1e-9):
-                yield batch
+def _check_has_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
+    with what_a_task_must_have(
+        who, "it compares class probabilities; finetune works for tasks without classes"
+    ):
+        return n_classes(who, model, data, task)
 
 
 def _check_temperature(who: str, temperature: float) -> None:

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.methods.common import count_batches
+from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.methods.common import (
+    check_count,
+    count_batches,
+    facts_of,
+    n_classes,
+    prepared,
+    required,
+    single_values_normalised,
+    trainable,
+    what_a_task_must_have,
+)
 from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.results import UnlearnResult
-from unlearn_ext.tasks import losses
-from unlearn_ext.tasks.batches import (
-    Batch,
-    Batches,
-    check_batches,
-    count_samples,
-    device_of,
-    is_per_sample,
-    map_tensors,
-    read_batches,
-)
-from unlearn_ext.tasks.outputs import scores_and_labels, targets, with_targets
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, is_per_sample, read_batches
+from unlearn_ext.tasks.categorical import Categorical
+from unlearn_ext.tasks.fields import Path, described, entry, with_entry
+from unlearn_ext.tasks.losses import LossFn
 
 # The released loop runs over the channels where it means the batch, and copies what it gets so many times.
 _OFFICIAL_COPIES = 20
 
 
+@recorded
 def unsir(
     model: nn.Module,
-    forget_classes: int | Iterable[int],
-    retain: Batches,
+    forget: Batches | int | Iterable[int] | None = None,
+    retain: Batches | None = None,
     *,
+    forget_classes: int | Iterable[int] | None = None,
     noise_batch: int = 256,
     noise_steps: int = 40,
     noise_lr: float = 0.1,
@@ -51,8 +58,12 @@ def unsir(
     noise_label: Literal["class", "official"] = "class",
     repair_schedule: Literal["linear", "constant"] = "linear",
     freeze_bn_during_noise: bool = True,
+    task: Task | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> UnlearnResult:
     """Forget classes without their data: learn noise, impair the model with it, repair it on the rest.
 
@@ -60,8 +71,9 @@ def unsir(
         impair   one epoch of Adam on   CE(retain and some rows of every (N_c, c), shuffled together)
         repair   one epoch of Adam, started afresh, on   CE(retain)
 
-    While noise is learned the parameters are frozen (no weight gradient is computed) and the model is in eval
-    mode, so that its buffers stay. Impair and repair run in train mode and move BatchNorm statistics. Adam's
+    While noise is learned no weight gradient is computed, and the model is in eval mode, so that its buffers
+    stay. Impair and repair run in train mode and move BatchNorm statistics (where one gets a single value per
+    channel, as from a batch of one sample, it uses its statistics and leaves them). Adam's
     first steps change every scalar by about the learning rate, which is what impairs; networks that do not
     stand that (large or without normalisation, transformers) need smaller learning rates.
 
@@ -84,8 +96,10 @@ def unsir(
 
     Args:
         model: The model, changed in place.
-        forget_classes: The class, or the classes, as the integers that ``retain``'s labels are made of.
+        forget: The forget set, of which only the labels are read: its classes are forgotten. Not read where
+            ``forget_classes`` is given. (A class, or classes, in its place are taken for ``forget_classes``.)
         retain: Batches of the other classes, better shuffled; a small part of the training set will do.
+        forget_classes: The class, or the classes, as the integers that ``retain``'s labels are made of.
         noise_batch: Noise inputs learned per class.
         noise_steps: Steps of learning them.
         noise_lr: Learning rate of the noise.
@@ -103,16 +117,22 @@ def unsir(
             released, does not.
         freeze_bn_during_noise: False learns the noise in train mode, as the released code does: BatchNorm
             statistics then end up those of noise.
+        task: What the model is for; None tells it from the model and the batches, or refuses.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all that are trainable.
+        exclude: Parameters that may not change, likewise.
 
     Returns:
         The record: the noise loss of every class, step by step, and the epochs of impair and repair.
 
     Raises:
-        TypeError: If the inputs are not one floating-point tensor.
-        ValueError: If a setting is out of range, a class is none of the model's or occurs in ``retain``, or
-            the inputs are not all of one shape.
+        TypeError: If the inputs are not one floating-point tensor, or the labels no classes.
+        ValueError: If neither ``forget`` nor ``forget_classes``, or no ``retain`` is given, a setting is out
+            of range, a class is none of the model's or occurs in ``retain``, or the inputs are not all of one
+            shape.
         FloatingPointError: If a loss is NaN or infinite. The model is then as it was.
 
     Source:
@@ -122,10 +142,19 @@ def unsir(
     Example:
         >>> model = nn.Linear(4, 3)
         >>> retain = [(torch.randn(8, 4), torch.arange(8) % 2)]
-        >>> result = unsir(model, 2, retain, noise_batch=4)
+        >>> result = unsir(model, None, retain, forget_classes=2, noise_batch=4)
         >>> sorted(result.seconds)
         ['impair', 'noise', 'repair']
     """
+    chosen = prepared("unsir", model, task, loss_fn)
+    if forget_classes is None and _are_classes(forget):
+        forget, forget_classes = None, cast("int | Iterable[int]", forget)
+    required("unsir", retain=retain)
+    assert retain is not None
+    if forget_classes is None:
+        if forget is None:
+            raise ValueError("unsir: forget or forget_classes must be given")
+        forget_classes = _classes_in(cast("Batches", forget), chosen)
     classes = _checked_classes(forget_classes)
     settings = {
         "noise_batch": noise_batch,
@@ -147,7 +176,9 @@ def unsir(
     ):
         if choice not in choices:
             raise ValueError(f"unsir: {name} must be one of {', '.join(choices)}, got {choice!r}")
-    check_batches(retain, "retain")
+    check_count("unsir", "impair_epochs", impair_epochs)
+    check_count("unsir", "repair_epochs", repair_epochs)
+    trained = trainable(model, "unsir", include, exclude)
     hyperparameters = {
         "forget_classes": classes,
         **settings,
@@ -155,23 +186,34 @@ def unsir(
         "noise_label": noise_label,
         "repair_schedule": repair_schedule,
         "freeze_bn_during_noise": freeze_bn_during_noise,
+        **facts_of(task, loss_fn),
     }
-    with unlearning(model, "unsir", hyperparameters, generator=generator) as run:
-        with _frozen(model):
-            model.train(not freeze_bn_during_noise)
-            samples = _noise_samples(run, classes, retain, noise_batch)
+    with unlearning(model, "unsir", hyperparameters, generator=generator, data=(retain,)) as run:
+        model.train(not freeze_bn_during_noise)
+        reader = _Reader(chosen)
+        samples = _noise_samples(run, classes, retain, noise_batch, reader)
+        with single_values_normalised(model):
             noise = [
-                _learn_noise(run, label, samples, noise_steps, noise_lr, noise_l2, progress)
+                _learn_noise(run, label, samples, reader, noise_steps, noise_lr, noise_l2, progress)
                 for label in classes
             ]
         labels = classes if noise_label == "class" else [0] * len(classes)
-        mixed = _Mixed(run, retain, classes, labels, noise, noise_share, official=noise_rows == "official")
+        official = noise_rows == "official"
+        mixed = _Mixed(run, retain, classes, labels, noise, noise_share, reader, official=official)
 
         model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        impair = torch.optim.Adam(trained, lr=impair_lr)
-        train(run, "impair", mixed, losses.cross_entropy, impair, epochs=impair_epochs, progress=progress)
-        repair = torch.optim.Adam(trained, lr=repair_lr)
+        impair = torch.optim.Adam(trained.values(), lr=impair_lr)
+        train(
+            run,
+            "impair",
+            mixed,
+            chosen.loss,
+            impair,
+            parameters=trained.values(),
+            epochs=impair_epochs,
+            progress=progress,
+        )
+        repair = torch.optim.Adam(trained.values(), lr=repair_lr)
         if repair_schedule == "linear":
             n_steps = max(repair_epochs * mixed.n_batches(), repair_steps_min, 1)
             schedule = torch.optim.lr_scheduler.LinearLR(repair, 1.0, 0.0, total_iters=n_steps)
@@ -180,8 +222,9 @@ def unsir(
             run,
             "repair",
             retain,
-            losses.cross_entropy,
+            chosen.loss,
             repair,
+            parameters=trained.values(),
             epochs=repair_epochs,
             steps_min=repair_steps_min,
             progress=progress,
@@ -189,47 +232,19 @@ def unsir(
     return run.result()
 
 
-def unsir_by_data(
-    model: nn.Module,
-    forget: Batches | None,
-    retain: Batches,
-    *,
-    forget_classes: int | Iterable[int] | None = None,
-    **settings: Any,  # noqa: ANN401 - those of unsir
-) -> UnlearnResult:
-    """Call ``unsir`` in the form that all methods share.
-
-    Args:
-        model: The model, changed in place.
-        forget: The forget set; only its labels are read, and nothing where ``forget_classes`` is given.
-        retain: The retain set.
-        forget_classes: The classes; by default those whose labels occur in ``forget``.
-        **settings: See ``unsir``.
-
-    Returns:
-        The record of the run.
-
-    Raises:
-        ValueError: If neither ``forget`` nor ``forget_classes`` is given, or as in ``unsir``.
-    """
-    if forget_classes is None:
-        if forget is None:
-            raise ValueError("unsir: forget or forget_classes must be given")
-        found: set[int] = set()
-        with torch.random.fork_rng([]):  # a shuffling loader draws
-            for batch in check_batches(forget, "forget"):
-                found.update(targets(batch).flatten().tolist())
-        forget_classes = sorted(label for label in found if label >= 0)
-    return unsir(model, forget_classes, retain, **settings)
-
-
 def _learn_noise(
-    run: Run, label: int, samples: Batch, steps: int, lr: float, l2: float, progress: bool
+    run: Run,
+    label: int,
+    samples: Batch,
+    reader: _Reader,
+    steps: int,
+    lr: float,
+    l2: float,
+    progress: bool,
 ) -> Tensor:
     # Error-maximising noise: inputs on which the model is as wrong as it can be about their label.
-    key = _input_key(samples)
-    inputs = _entry(samples, key)
-    samples = with_targets(samples, torch.full_like(targets(samples), label))
+    inputs = reader.inputs(samples)
+    samples = reader.with_label(samples, label)
     noise = torch.randn_like(inputs, dtype=torch.promote_types(inputs.dtype, torch.float32)).requires_grad_()
     optimizer = torch.optim.Adam([noise], lr=lr)
     trace = []
@@ -237,7 +252,7 @@ def _learn_noise(
         for batch in read_batches(
             [samples] * steps, inputs.device, description=f"unsir: noise for class {label}", progress=progress
         ):
-            errors = losses.cross_entropy(run.model, _with_entry(batch, key, noise.to(inputs.dtype)))
+            errors = reader.task.loss(run.model, reader.with_inputs(batch, noise.to(inputs.dtype)))
             loss = -errors.mean() + l2 * noise.square().flatten(1).sum(1).mean()
             (noise.grad,) = torch.autograd.grad(loss, [noise])
             optimizer.step()
@@ -263,9 +278,11 @@ class _Mixed:
         labels: Sequence[int],
         noise: Sequence[Tensor],
         share: float,
+        reader: _Reader,
         *,
         official: bool,
     ) -> None:
+        self._reader = reader
         self._device = device_of(run.model)
         self._retain = retain
         self._classes = torch.tensor(classes, device=self._device)
@@ -277,7 +294,7 @@ class _Mixed:
             rows = min(noise[0].shape[1], len(noise[0])) if noise[0].ndim > 1 else 1
             self._noise = [part[:rows].repeat_interleave(_OFFICIAL_COPIES, 0) for part in noise]
             n_rows = sum(len(part) for part in self._noise)
-            self._ratio = n_rows / sum(count_samples(batch) for batch in retain)
+            self._ratio = n_rows / sum(reader.task.count(batch) for batch in retain)
 
     def __iter__(self) -> Iterator[Batch]:
         # Rows take turns over the classes; within a class the order is drawn anew for every epoch.
@@ -286,13 +303,13 @@ class _Mixed:
         seen = given = n_batches = 0
         for batch in read_batches(self._retain, self._device):
             self._check(batch)
-            seen += count_samples(batch)
+            seen += self._reader.task.count(batch)
             due = max(math.ceil(seen * self._ratio - 1e-6), n_classes)
             turns = [divmod(row, n_classes) for row in range(given, due)]
             given = due
             if turns:
                 rows = torch.stack([self._noise[c][order[c][turn % len(order[c])]] for turn, c in turns])
-                batch = _with_rows(batch, rows, self._labels[[c for _, c in turns]])
+                batch = self._reader.with_rows(batch, rows, self._labels[[c for _, c in turns]])
             n_batches += 1
             yield batch
         self._n_batches = n_batches
@@ -308,94 +325,107 @@ class _Mixed:
         return self._n_batches
 
     def _check(self, batch: Batch) -> None:
-        labels = targets(batch)
-        if labels.ndim == 1 and bool(torch.isin(labels, self._classes).any()):
+        labels = self._reader.task.classes_of(batch)
+        if labels is not None and bool(torch.isin(labels, self._classes).any()):
             raise ValueError(
                 f"unsir: retain must not hold samples of the classes to forget, {self._classes.tolist()}; "
                 "UNSIR forgets whole classes only"
             )
-        shape, first = _entry(batch, _input_key(batch)).shape[1:], self._noise[0].shape[1:]
+        shape, first = self._reader.inputs(batch).shape[1:], self._noise[0].shape[1:]
         if shape != first:
             raise ValueError(f"unsir: inputs must all have the shape {list(first)}, got {list(shape)}")
 
 
-def _noise_samples(run: Run, classes: Sequence[int], retain: Batches, rows: int) -> Batch:
+def _noise_samples(run: Run, classes: Sequence[int], retain: Batches, rows: int, reader: _Reader) -> Batch:
     # A batch of the user's form with as many rows as the noise; all but inputs and labels is borrowed from
     # retain samples.
     batch = next(read_batches(retain, device_of(run.model)), None)
     if batch is None:
         raise ValueError("unsir: retain must hold a batch, got none")
-    _input_key(batch)
-    with borrowed(run.model), torch.no_grad():
-        n_classes = scores_and_labels(run.model, batch)[0].shape[-1]
+    reader.inputs(batch)
+    reader.check_has_classes(run.model, batch)
+    with what_a_task_must_have("unsir", "finetune works for tasks without classes"):
+        known = n_classes("unsir", run.model, [batch], reader.task)
     for label in classes:
-        if label >= n_classes:
-            raise ValueError(f"unsir: forget_classes must lie in [0, {n_classes}), got {label}")
-    n = count_samples(batch)
-    chosen = torch.arange(rows, device=device_of(run.model)) % n
-    return map_tensors(lambda tensor: tensor[chosen] if is_per_sample(tensor, n) else tensor, batch)
+        if label >= known:
+            raise ValueError(f"unsir: forget_classes must lie in [0, {known}), got {label}")
+    return reader.task.select(batch, [row % reader.task.count(batch) for row in range(rows)])
 
 
-def _with_rows(batch: Batch, inputs: Tensor, labels: Tensor) -> Batch:
-    # Further entries of the new rows are those of the batch's own first samples.
-    key, n = _input_key(batch), count_samples(batch)
-    chosen = torch.arange(len(inputs), device=inputs.device) % n
-    longer = map_tensors(
-        lambda tensor: torch.cat([tensor, tensor[chosen]]) if is_per_sample(tensor, n) else tensor, batch
-    )
-    given = targets(batch)
-    spread = labels.to(given.dtype).view(-1, *[1] * (given.ndim - 1)).expand(-1, *given.shape[1:])
-    longer = with_targets(longer, torch.cat([given, spread]))
-    return _with_entry(longer, key, torch.cat([_entry(batch, key), inputs]))
+class _Reader:
+    """Finds the inputs of a batch, which noise takes the place of, and its labels.
+
+    Args:
+        task: The task.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def inputs(self, batch: Batch) -> Tensor:
+        return cast("Tensor", entry(batch, self._path(batch)))
+
+    def with_inputs(self, batch: Batch, inputs: Tensor) -> Batch:
+        return cast("Batch", with_entry(batch, self._path(batch), inputs))
+
+    def with_label(self, batch: Batch, label: int) -> Batch:
+        return self.task.with_labels(batch, torch.full_like(self._labels(batch), label))
+
+    def with_rows(self, batch: Batch, inputs: Tensor, labels: Tensor) -> Batch:
+        # Further entries of the new rows are those of the batch's own first samples.
+        n = self.task.count(batch)
+        longer = self.task.select(batch, [*range(n), *(row % n for row in range(len(inputs)))])
+        given = self._labels(batch)
+        spread = labels.to(given.dtype).view(-1, *[1] * (given.ndim - 1)).expand(-1, *given.shape[1:])
+        longer = self.task.with_labels(longer, torch.cat([given, spread]))
+        return self.with_inputs(longer, torch.cat([self.inputs(batch), inputs]))
+
+    def check_has_classes(self, model: nn.Module, batch: Batch) -> None:
+        if self.task.classes_of(batch) is None:
+            with borrowed(model):
+                known = self.task.settled(model, batch)
+            if not isinstance(known, Categorical):
+                raise TypeError(
+                    f"unsir: the samples of retain must be of one class each, got the task {known!r}; it "
+                    "forgets whole classes, finetune works for tasks without them"
+                )
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = self.task.labels(batch)
+        if labels.is_floating_point() and self.task.classes_of(batch) is None:
+            raise TypeError(
+                f"unsir: the labels of retain must be classes, integers, got {labels.dtype}; it forgets "
+                "whole classes, finetune works for tasks without them"
+            )
+        return labels
+
+    def _path(self, batch: Batch) -> Path:
+        self._labels(batch)
+        named = self.task.fields.inputs
+        n = self.task.count(batch)
+        paths: list[Path] = []
+        if isinstance(named, tuple):
+            paths = [path for path in named if _is_noise(entry(batch, path), n)]
+            fits = len(paths) == 1
+        elif callable(named):
+            fits = False
+        elif isinstance(batch, Mapping):
+            held_back = self.task.fields.labels_path(batch)
+            paths = [key for key, value in batch.items() if key != held_back and _is_noise(value, n)]
+            fits = len(paths) == 1 and "input_ids" not in batch
+        else:
+            paths = [0]
+            fits = _is_noise(batch[0], n)
+        if not fits:
+            raise TypeError(
+                f"unsir: the inputs of retain must be one floating-point tensor, got {described(batch)}; "
+                "noise cannot take the place of token ids or of several inputs"
+            )
+        return paths[0]
 
 
-def _input_key(batch: Batch) -> str | int:
-    n = count_samples(batch)
-    if isinstance(batch, Mapping):
-        keys: list[str | int] = [
-            name
-            for name, entry in batch.items()
-            if name != "labels"
-            and isinstance(entry, Tensor)
-            and is_per_sample(entry, n)
-            and entry.is_floating_point()
-        ]
-        found = ", ".join(str(name) for name in batch)
-        fits = len(keys) == 1 and "input_ids" not in batch
-    else:
-        keys = [0]
-        found = str(batch[0].dtype) if isinstance(batch[0], Tensor) else type(batch[0]).__name__
-        fits = isinstance(batch[0], Tensor) and batch[0].is_floating_point()
-    if not fits:
-        raise TypeError(
-            f"unsir: the inputs of retain must be one floating-point tensor, got {found}; noise cannot take "
-            "the place of token ids or of several inputs"
-        )
-    labels = targets(batch)
-    if labels.is_floating_point():
-        raise TypeError(f"unsir: the labels of retain must be integers, got {labels.dtype}")
-    return keys[0]
-
-
-def _entry(batch: Batch, key: str | int) -> Tensor:
-    return cast("Tensor", cast("Any", batch)[key])
-
-
-def _with_entry(batch: Batch, key: str | int, inputs: Tensor) -> Batch:
-    if isinstance(batch, Mapping):
-        return {**batch, cast("str", key): inputs}
-    return (inputs, *batch[1:])
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, requires_grad in flags:
-            p.requires_grad_(requires_grad)
+def _is_noise(value: object, n: int) -> bool:
+    return isinstance(value, Tensor) and is_per_sample(value, n) and value.is_floating_point()
 
 
 def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
@@ -412,6 +442,29 @@ def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
             allow_tf32=cudnn.allow_tf32,
         ),
     )
+
+
+def _are_classes(given: object) -> bool:
+    # The older form had the classes where the forget set is now.
+    if given is None or (hasattr(given, "__index__") and not isinstance(given, Tensor)):
+        return given is not None
+    if isinstance(given, (Tensor, range, set, frozenset)) or type(given).__module__ == "numpy":
+        return True
+    if isinstance(given, (list, tuple)):
+        return all(hasattr(entry, "__index__") and not isinstance(entry, (list, tuple)) for entry in given)
+    return False
+
+
+def _classes_in(forget: Batches, task: Task) -> list[int]:
+    found: set[int] = set()
+    with random_states_kept(forget):  # a shuffling loader draws
+        for batch in check_batches(forget, "forget"):
+            classes = task.classes_of(batch)
+            labels = task.labels(batch) if classes is None else classes
+            if labels.is_floating_point():
+                raise TypeError(f"unsir: the labels of forget must be classes, integers, got {labels.dtype}")
+            found.update(labels.flatten().tolist())
+    return sorted(label for label in found if label >= 0 and label != getattr(task, "ignore_index", None))
 
 
 def _checked_classes(forget_classes: int | Iterable[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unlearn_ext.ops.arguments import flat_padding, per_dimension
@@ -128,6 +129,7 @@ def project_out(grad: Tensor, basis: Tensor) -> Tensor:
         >>> ops.project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
         tensor([[0., 4.]])
     """
+    _refuse_forward_mode("project_out")
     projection: Tensor = OPS.project_out.default(grad, basis)
     return projection
 
@@ -191,6 +193,7 @@ def project_onto(grad: Tensor, basis: Tensor) -> Tensor:
         >>> ops.project_onto(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
         tensor([[3., 0.]])
     """
+    _refuse_forward_mode("project_onto")
     projection: Tensor = OPS.project_onto.default(grad, basis)
     return projection
 
@@ -222,3 +225,10 @@ def project_onto_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tens
     """
     op = OPS.project_onto_.default if isinstance(grad, Tensor) else OPS.project_onto_.list
     op(grad, basis)
+
+
+def _refuse_forward_mode(op: str) -> None:
+    # torch.func hides its tangents from the op, which would drop them; dual tensors the op itself refuses.
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack):
+        raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented; use reverse mode")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from unlearn_ext._internal.names import plain_name, with_plain_names
+
 STATE_DTYPES = {
     torch.float32: torch.float32,
     torch.float16: torch.float32,
@@ -61,7 +63,6 @@ def axis_moves(present: Order, wanted: Order, dim: int) -> list[int]:
     Returns:
         What ``Tensor.permute`` takes.
     """
-    """Return the permutation that takes a view in one order to a view in another."""
     row_major = tuple(range(dim))
     return [(present or row_major).index(d) for d in wanted or row_major]
 
@@ -100,19 +101,6 @@ def packed_size(param: Tensor) -> int:
         One bit per scalar, rounded up.
     """
     return (param.numel() + 7) // 8
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name as the module itself has it.
-
-    Args:
-        name: A name, perhaps of a compiled module.
-
-    Returns:
-        The name without what a wrapper has put in.
-    """
-    # torch.compile inserts this into the parameter names of a module it wraps.
-    return name.replace("_orig_mod.", "")
 
 
 class ConstrainedOptimizer(Optimizer):
@@ -238,11 +226,11 @@ class ConstrainedOptimizer(Optimizer):
         if "param_names" not in group:
             condition = f"be named_parameters(), since {self._keyword} are found by name"
             raise ValueError(self._error("params", condition, "parameters without names"))
-        by_name = {plain_name(name): value for name, value in given.items()}
+        by_name = with_plain_names(given)
         constraints = {}
         for name, param in zip(group["param_names"], group["params"], strict=True):
             label = f"{self._keyword}[{name!r}]"
-            value = by_name.get(plain_name(name))
+            value = by_name.get(name, by_name.get(plain_name(name)))
             if value is None:
                 self._missing(param, label)
             else:

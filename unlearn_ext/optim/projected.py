@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from unlearn_ext import ops
+from unlearn_ext._internal.names import plain_name
 from unlearn_ext.optim.constrained import (
     STATE_DTYPES,
     ConstrainedOptimizer,
     Constraint,
     Order,
     axis_moves,
-    plain_name,
     state_like,
     transposed,
     view_of,

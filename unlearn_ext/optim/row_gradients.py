@@ -9,6 +9,7 @@ to ``conv3d`` are led elsewhere while a ``RowGradients`` is entered, if their we
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from unlearn_ext._internal.modules import eager
 
 __all__ = ["RowGradients"]
 
@@ -26,7 +29,8 @@ class RowGradients(TorchFunctionMode):
     """While entered, the named weights get gradients in some rows only; the others are zero.
 
     Calls it does not know (of attention layers that keep three weights in one, under autocast, with another
-    padding) go through untouched and give full gradients, which are right in those rows as well.
+    padding) go through untouched and give full gradients, which are right in those rows as well. Compiled
+    models run eagerly.
 
     Args:
         rows: Weight to its rows that count, int64 in ascending order.
@@ -47,6 +51,18 @@ class RowGradients(TorchFunctionMode):
         super().__init__()
         self._rows = dict(rows)
         self.calls = 0
+        self._stack: list[ExitStack] = []
+
+    def __enter__(self) -> RowGradients:
+        # Compiled code would not be seen, or would be compiled anew for every pass.
+        self._stack.append(ExitStack())
+        self._stack[-1].enter_context(eager())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._stack.pop().close()
 
     def __torch_function__(
         self,
@@ -107,6 +123,15 @@ def _scattered(rows: Tensor, values: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).index_copy_(0, rows, values.to(like.dtype))
 
 
+def _is_wanted(ctx: Any, index: int) -> bool:  # noqa: ANN401
+    # needs_input_grad tells what requires grad; which of that this backward pass was asked for, the engine.
+    if not ctx.needs_input_grad[index]:
+        return False
+    source = ctx.next_functions[index][0]
+    is_leaf = hasattr(source, "variable")  # of which the engine does not tell; mostly the bias
+    return is_leaf or bool(torch._C._will_engine_execute_node(source))
+
+
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:  # noqa: ANN401
@@ -117,8 +142,8 @@ class _RowLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, weight, rows = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = grad @ weight if _is_wanted(ctx, 0) else None
+        grad_bias = grad.flatten(0, -2).sum(0) if _is_wanted(ctx, 2) else None
         some = grad.flatten(0, -2).index_select(1, rows)
         grad_weight = _scattered(rows, some.mT @ x.flatten(0, -2), weight)
         return grad_x, grad_weight, grad_bias, None
@@ -146,7 +171,7 @@ class _RowConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, weight, rows = ctx.saved_tensors
-        wants_x, _, wants_bias, *_ = ctx.needs_input_grad
+        wants_x, wants_bias = _is_wanted(ctx, 0), _is_wanted(ctx, 2)
         grad_x = (
             _convolution_backward(ctx, grad, x, weight, ctx.groups, (True, False))[0] if wants_x else None
         )

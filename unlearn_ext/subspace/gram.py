@@ -31,9 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.modules import check_model, eager
+from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
 from unlearn_ext.subspace.layers import Layer, layer_of
-from unlearn_ext.tasks.batches import Batches, check_batches, count_samples, device_of, read_batches
-from unlearn_ext.tasks.outputs import logits
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
+from unlearn_ext.tasks.losses import resolve
 
 _FILE = FileKind(
     "unlearn_ext.activation_gram.1",
@@ -84,11 +87,11 @@ class ActivationGram(Mapping[str, Tensor]):
                     f"ActivationGram: {name} must be [d, d], [groups, d, d] or [tokens], "
                     f"got {list(tensor.shape)}"
                 )
-        self._tensors = dict(tensors)
+        self._tensors = with_plain_names(tensors, plain_module_name)
         self.n_samples = n_samples
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name if name in self._tensors else plain_module_name(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -186,7 +189,14 @@ class ActivationGram(Mapping[str, Tensor]):
 
 
 def activation_gram(
-    model: nn.Module, data: Batches, *, modules: Iterable[str] | None = None, progress: bool = False
+    model: nn.Module,
+    data: Batches,
+    *,
+    modules: Iterable[str] | None = None,
+    task: Task | None = None,
+    progress: bool = False,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> ActivationGram:
     """Sum X^T X over the inputs of every linear, convolutional and embedding layer.
 
@@ -196,21 +206,29 @@ def activation_gram(
     one that does not run has no entry. Rows are raw inputs: not centred, and without the bias's constant 1.
 
     The model runs in eval mode, without gradients; forward hooks see the inputs, and nothing in the model is
-    replaced. Training flags, hooks, buffers and the global random state are as before afterwards, also after
-    an exception. Memory is that of the totals, 8 d^2 bytes per layer; patches are never stored as a whole.
+    replaced. A compiled model runs eagerly, since compiled code calls no hooks; names are those that it has
+    without a wrapper. Training flags, hooks, buffers and the global random state are as before afterwards,
+    also after an exception. Memory is that of the totals, 8 d^2 bytes per layer; patches are never stored as
+    a whole.
 
     Args:
         model: Any model.
         data: Re-iterable batches; labels are not needed.
         modules: Names of the modules to look at; all that are covered by default.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        task: What the model is for, where it takes more than the first entry of a tuple, or than all of a
+            mapping but the labels.
+        progress: Show a progress bar, where tqdm is installed.
+        include: Weights whose inputs to look at: names of them or of their modules, the last parts of such
+            names, or regular expressions that match a whole name. None: all.
+        exclude: Weights to leave out, likewise.
 
     Returns:
         The totals, on the devices of the weights.
 
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, or ``modules`` names a module that is not
-            there or not covered.
+            there or not covered, or no covered layer ran.
+        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
         FloatingPointError: If a total is NaN or infinite; the message names the module.
 
     Source:
@@ -226,7 +244,9 @@ def activation_gram(
         ([[10.0, 14.0], [14.0, 20.0]], 2)
     """
     batches = check_batches(data)
-    chosen = _chosen_modules(model, modules)
+    check_model(model, "activation_gram")
+    chosen = _chosen_modules(model, modules, include, exclude)
+    forward = _forward_of(task)
     totals: dict[str, Tensor] = {}
 
     def record(module: nn.Module, *inputs: Tensor) -> None:
@@ -237,16 +257,21 @@ def activation_gram(
         layer.add(totals[name], *inputs)
 
     n_samples = 0
-    with borrowed(model), torch.no_grad(), _watched(model, chosen, record):
+    with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
         for batch in read_batches(
             batches, device_of(model), description="activation Gram matrices", progress=progress
         ):
-            n = count_samples(batch)
+            n = _count(task, batch)
             if n:
-                logits(model, batch)
+                forward(model, batch)
                 n_samples += n
     if n_samples == 0:
         raise ValueError("activation_gram: data must hold at least one sample, got none")
+    if not totals:
+        raise ValueError(
+            "activation_gram: the model must run a layer that is covered, got none; see which are in "
+            "activation_gram's documentation"
+        )
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise FloatingPointError(
@@ -258,8 +283,23 @@ def activation_gram(
 _Chosen: TypeAlias = dict[nn.Module, tuple[str, Layer]]
 
 
-def _chosen_modules(model: nn.Module, names: Iterable[str] | None) -> _Chosen:
-    known = dict(model.named_modules())
+def _forward_of(task: Task | None) -> Callable[[nn.Module, Batch], object]:
+    # Nothing but the inputs matters here, and those are found without knowing what the labels mean.
+    chosen = Task() if task is None else resolve(task, who="activation_gram")
+    return chosen.forward
+
+
+def _count(task: Task | None, batch: Batch) -> int:
+    return count_samples(batch) if task is None else task.count(batch)
+
+
+def _chosen_modules(
+    model: nn.Module,
+    names: Iterable[str] | None,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+) -> _Chosen:
+    known = modules_by_name(model)
     layers = {name: layer_of(module) for name, module in known.items()}
     wanted = set(known) if names is None else {names} if isinstance(names, str) else set(names)
     for name in sorted(wanted if names is not None else ()):
@@ -268,7 +308,13 @@ def _chosen_modules(model: nn.Module, names: Iterable[str] | None) -> _Chosen:
         if layers[name] is None:
             kind = type(known[name]).__name__
             raise ValueError(f"activation_gram: modules must name covered layers, got {name!r}, a {kind}")
-    return {known[name]: (name, layer) for name, layer in layers.items() if layer and name in wanted}
+    weights = {
+        f"{name}.{layer.weight}".lstrip("."): (known[name], name, layer)
+        for name, layer in layers.items()
+        if layer and name in wanted
+    }
+    chosen = chosen_names(weights, include, exclude, "activation_gram")
+    return {module: (name, layer) for module, name, layer in (weights[weight] for weight in chosen)}
 
 
 # Note [Attention hides its layers]

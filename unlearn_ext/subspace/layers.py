@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext._internal.modules import is_hf_conv1d
 
 Side: TypeAlias = Literal["right", "left", "rows"]
 
@@ -59,7 +60,7 @@ def layer_of(module: nn.Module) -> Layer | None:
         return Layer("weight", "rows", (module.num_embeddings,), _add_counts)
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return Layer("in_proj_weight", "right", square(module.embed_dim, 3), _add_thirds)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's: x W + b
+    if is_hf_conv1d(module):  # x W + b
         weight = cast("Tensor", module.weight)
         return Layer("weight", "left", square(weight.shape[0]), ops.gram_accumulate_)
     return None

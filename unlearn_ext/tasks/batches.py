@@ -11,7 +11,6 @@ whose leading dimension is the number of samples holds one entry per sample; all
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -56,12 +55,17 @@ def check_batches(data: object, argument: str = "data") -> Batches:
     return data
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], batch: _Nested) -> _Nested:
+def map_tensors(
+    function: Callable[[Tensor], Tensor],
+    batch: _Nested,
+    others: Callable[[Any], object] | None = None,
+) -> _Nested:
     """Apply ``function`` to every tensor of a nested tuple, list or mapping.
 
     Args:
         function: Called on the tensors in reading order.
         batch: A tensor, or tuples, lists and mappings of them; anything else passes through.
+        others: Called on objects with a method ``to``, if given.
 
     Returns:
         The same structure; mappings come back as plain dictionaries, named tuples as themselves.
@@ -74,11 +78,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: _Nested) -> _Nested
     if isinstance(batch, Tensor):
         mapped = function(batch)
     elif isinstance(batch, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        mapped = {key: map_tensors(function, value, others) for key, value in batch.items()}
     elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        mapped = type(batch)(*(map_tensors(function, value) for value in batch))
+        mapped = type(batch)(*(map_tensors(function, value, others) for value in batch))
     elif isinstance(batch, (tuple, list)):
-        mapped = type(batch)(map_tensors(function, value) for value in batch)
+        mapped = type(batch)(map_tensors(function, value, others) for value in batch)
+    elif others is not None and callable(getattr(batch, "to", None)):
+        mapped = others(batch)
     return cast("_Nested", mapped)
 
 
@@ -119,33 +125,52 @@ def read_batches(
     """Yield the batches of ``data`` with their tensors on ``device``.
 
     Args:
-        data: Re-iterable batches.
+        data: Re-iterable batches: tuples, lists, mappings, or objects of a user's own (a graph, say) with a
+            method ``to(device)``, which their task reads.
         device: Where the tensors go.
         description: Text in front of the progress bar.
-        progress: Show a bar while reading; only on a terminal, and only where tqdm is installed.
+        progress: Show a bar while reading, where tqdm is installed.
 
     Yields:
         One batch after the other.
 
     Raises:
-        TypeError: If an item is neither a tuple, nor a list, nor a mapping.
+        TypeError: If an item is no batch.
     """
     batches: Iterable[object] = data
-    if progress and sys.stderr.isatty():
+    if progress:
         try:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
         except ImportError:
             pass
         else:
             batches = tqdm(data, desc=description, unit="batch", leave=False)
     for index, batch in enumerate(batches):
-        if not isinstance(batch, (tuple, list, Mapping)):
+        if not isinstance(batch, (tuple, list, Mapping)) and (
+            isinstance(batch, Tensor) or not hasattr(batch, "to")
+        ):
             hint = "; give a single batch as [(inputs, targets)]" if isinstance(batch, Tensor) else ""
             raise TypeError(
                 f"batch {index} must be a tuple, a list or a mapping, got {type(batch).__name__}{hint}"
             )
-        # Without blocking only towards a GPU: a copy to the CPU could be read before it has arrived.
-        yield map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"), batch)
+        yield cast("Batch", moved(batch, device))
+
+
+def moved(batch: _Nested, device: torch.device) -> _Nested:
+    """Move the tensors of a batch.
+
+    Args:
+        batch: A batch in any form; objects of a user's own inside it move themselves by ``to(device)``.
+        device: Where they go.
+
+    Returns:
+        A batch of the same form.
+    """
+    # Without blocking only towards a GPU: a copy to the CPU could be read before it has arrived.
+    waits = device.type != "cuda"
+    return map_tensors(
+        lambda tensor: tensor.to(device, non_blocking=not waits), batch, others=lambda part: part.to(device)
+    )
 
 
 def count_samples(batch: Batch) -> int:
@@ -170,6 +195,32 @@ def count_samples(batch: Batch) -> int:
     raise ValueError("a batch must hold a tensor with a leading sample dimension, got none")
 
 
+def take(batch: _Nested, n: int, samples: Sequence[int] | slice | Tensor) -> _Nested:
+    """Return the batch of some samples.
+
+    Args:
+        batch: A batch in any form.
+        n: Its number of samples.
+        samples: Which ones: positions, of which one may come several times, a slice, or bool ``[n]``.
+
+    Returns:
+        A batch of the same form. Per-sample tensors are views where ``samples`` is a slice; tensors that the
+        samples share, whose leading dimension is not ``n``, stay whole.
+
+    Example:
+        >>> take((torch.arange(4), torch.tensor(7)), 4, [2, 2, 0])
+        (tensor([2, 2, 0]), tensor(7))
+    """
+    chosen = samples if isinstance(samples, (slice, Tensor)) else torch.as_tensor(list(samples))
+
+    def part(tensor: Tensor) -> Tensor:
+        if not is_per_sample(tensor, n):
+            return tensor
+        return tensor[chosen.to(tensor.device) if isinstance(chosen, Tensor) else chosen]
+
+    return map_tensors(part, batch)
+
+
 def take_samples(batch: Batch, start: int, stop: int) -> Batch:
     """Return the batch that holds the samples ``start`` to ``stop - 1`` only.
 
@@ -185,8 +236,7 @@ def take_samples(batch: Batch, start: int, stop: int) -> Batch:
         >>> take_samples((torch.arange(4), torch.tensor(7)), 1, 3)
         (tensor([1, 2]), tensor(7))
     """
-    n = count_samples(batch)
-    return map_tensors(lambda tensor: tensor[start:stop] if is_per_sample(tensor, n) else tensor, batch)
+    return take(batch, count_samples(batch), slice(start, stop))
 
 
 def is_per_sample(tensor: Tensor, n: int) -> bool:

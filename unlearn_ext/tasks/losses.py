@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch
-from unlearn_ext.tasks.outputs import logits, scores_and_labels, targets
+from unlearn_ext.tasks.classification import Classification
+from unlearn_ext.tasks.fields import Fields, logits_in
+from unlearn_ext.tasks.infer import INFERRED, infer, interned
+from unlearn_ext.tasks.language import CausalLM
 
 LossFn: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """``loss_fn(model, batch) -> Tensor[N]``: one loss per sample."""
@@ -29,41 +31,27 @@ def cross_entropy(
         model: Returns logits ``[N, C]``, ``[N, T, C]`` or ``[N, C, ...]``.
         batch: ``(inputs, targets)``, or a mapping with ``labels``. Labels are integers, ``[N]`` or one per
             position, or class probabilities ``[N, C]``.
-        shift: Whether position ``t`` predicts the label of position ``t + 1``. None shifts the form of a
-            causal language model only: a mapping with labels ``[N, T]``. For token classification and masked
-            language models use ``functools.partial(cross_entropy, shift=False)``.
+        shift: Whether position ``t`` predicts the label of position ``t + 1``. None asks the model (Hugging
+            Face's classes tell); for a mapping with labels ``[N, T]`` of a model that does not tell, it must
+            be given, or a task.
         ignore_index: The label of positions that do not count.
 
     Returns:
         ``[N]``, in nats; float32 for half-precision models.
 
     Raises:
-        ValueError: If the batch has no labels, or their shape does not go with the logits.
+        ValueError: If the batch has no labels, their shape does not go with the logits, or they are no
+            classes; the message names the task to pass.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 2)
         >>> with torch.no_grad():
         ...     _ = model.weight.zero_(), model.bias.zero_()
         ...     cross_entropy(model, (torch.ones(3, 2), torch.tensor([0, 1, -100])))
         tensor([0.6931, 0.6931, 0.0000])
     """
-    labels = targets(batch)
-    if labels.is_floating_point():
-        scores = _at_least_float32(logits(model, batch))
-        if scores.shape != labels.shape or scores.ndim != 2:
-            raise ValueError(
-                f"class probabilities must have the logits' shape [N, C], got {list(labels.shape)} for "
-                f"logits {list(scores.shape)}"
-            )
-        return -(F.log_softmax(scores, dim=-1) * labels).sum(-1)
-    scores, labels = scores_and_labels(model, batch, shift=shift)
-    losses = F.cross_entropy(
-        scores.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    ).view(labels.shape)
-    if labels.ndim == 1:
-        return losses
-    counted = (labels != ignore_index).flatten(1).sum(1)
-    return losses.flatten(1).sum(1) / counted.clamp(min=1)
+    return task_of(model, batch, shift, ignore_index).loss(model, batch)
 
 
 def log_odds(
@@ -87,17 +75,11 @@ def log_odds(
         ``[N]``; float32 for half-precision models.
 
     Example:
+        >>> import torch
         >>> log_odds(nn.Identity(), (torch.tensor([[3.0, 1.0]]), torch.tensor([0])))
         tensor([-2.])
     """
-    scores, labels = scores_and_labels(model, batch, shift=shift)
-    counted = labels != ignore_index
-    index = labels.where(counted, 0).unsqueeze(-1)
-    others = scores.scatter(-1, index, -torch.inf).logsumexp(-1)
-    losses = (others - scores.gather(-1, index).squeeze(-1)) * counted
-    if labels.ndim == 1:
-        return losses
-    return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+    return task_of(model, batch, shift, ignore_index).odds_loss(model, batch)
 
 
 def logit_norm(model: nn.Module, batch: Batch) -> Tensor:
@@ -117,11 +99,88 @@ def logit_norm(model: nn.Module, batch: Batch) -> Tensor:
         Foster, Schoepf & Brintrup, "Loss-Free Machine Unlearning", 2024.
 
     Example:
+        >>> import torch
         >>> logit_norm(nn.Identity(), (torch.tensor([[3.0, 4.0]]),))
         tensor([25.])
     """
-    return _at_least_float32(logits(model, batch)).flatten(1).square().sum(1)
+    return _squared_norm(logits_in(Fields().call(model, batch)))
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def resolve(task: Task | None, loss_fn: LossFn | None = None, *, who: str = "ux") -> Task:
+    """Return the task that a call is about: the one object whose ``loss`` is to be used from then on.
+
+    Args:
+        task: What the user passed as ``task``; None infers it from the model and each batch.
+        loss_fn: What the user passed as ``loss_fn``; overrides the task's ``losses`` alone.
+            ``cross_entropy``, ``log_odds`` and ``logit_norm`` mean the task's own, where a task is given.
+        who: For messages.
+
+    Returns:
+        The task.
+
+    Raises:
+        TypeError: If ``task`` is no task, or ``loss_fn`` cannot be called as ``loss_fn(model, batch)``.
+    """
+    passed: object = task
+    if not isinstance(passed, Task | None):
+        hint = "; call it: a task is an object" if isinstance(passed, type) else ""
+        raise TypeError(f"{who}: task must be a ux.tasks.Task, got {passed!r}{hint}")
+    chosen = INFERRED if task is None else interned(task)
+    if loss_fn is None or (loss_fn is cross_entropy and task is not None):
+        return chosen
+    given: object = loss_fn
+    if not callable(given):
+        raise TypeError(f"{who}: loss_fn must be a function of model and batch, got {given!r}")
+    if isinstance(given, nn.Module) or getattr(loss_fn, "__module__", None) == "torch.nn.functional":
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"{who}: loss_fn must be called as loss_fn(model, batch) and return one loss per sample, got "
+            f"{name}, which is called as (outputs, targets); pass task=, such as ux.tasks.Classification() "
+            "or ux.tasks.Regression(), or a function of model and batch"
+        )
+    if task is not None and loss_fn is log_odds:
+        return chosen.with_loss(chosen.odds_loss)
+    if task is not None and loss_fn is logit_norm:
+        return chosen.with_loss(_LogitNorm(chosen))
+    return chosen.with_loss(loss_fn)
+
+
+class _LogitNorm:
+    """``logit_norm`` through a task's own call of the model."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return _squared_norm(cast("Tensor", self._task.forward(model, batch)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LogitNorm) and other._task is self._task
+
+    def __hash__(self) -> int:
+        return hash((_LogitNorm, id(self._task)))
+
+
+def _squared_norm(logits: Tensor) -> Tensor:
+    return logits.flatten(1).square().sum(1)
+
+
+def task_of(model: nn.Module, batch: Batch, shift: bool | None = None, ignore_index: int = -100) -> Task:
+    """Return the task of a model and a batch where no task is given.
+
+    Args:
+        model: The model.
+        batch: A batch.
+        shift: True for a causal language model, False for labels at their own positions; None infers.
+        ignore_index: The label of positions that do not count.
+
+    Returns:
+        The task.
+    """
+    if shift is not None:
+        return CausalLM(ignore_index) if shift else Classification(ignore_index)
+    found = infer(model, batch)
+    if getattr(found, "ignore_index", ignore_index) == ignore_index:
+        return found
+    settings: dict[str, Any] = {**found.settings(), "ignore_index": ignore_index}
+    return type(found)(**settings)

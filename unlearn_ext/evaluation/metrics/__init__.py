@@ -8,6 +8,7 @@ from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.evaluation.metrics.attacks import CONVENTIONS, Attack, Convention, Interval, mia
 from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence, zrf
+from unlearn_ext.evaluation.metrics.proxies import rf_jsd, tug_of_war
 from unlearn_ext.evaluation.metrics.relearning import anamnesis_index, relearn_steps
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "layer_distance",
     "mia",
     "relearn_steps",
+    "rf_jsd",
+    "tug_of_war",
     "zrf",
 ]

@@ -1,4 +1,4 @@
-"""Shares of labels that a model predicts."""
+"""Shares of answers that are right."""
 
 from __future__ import annotations
 
@@ -6,42 +6,52 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
-from unlearn_ext.tasks.outputs import scores_and_labels
+from unlearn_ext.evaluation.metrics.answers import answers, task_for
+from unlearn_ext.tasks import Task
+from unlearn_ext.tasks.batches import Batches
 
 
-def accuracy(model: nn.Module, data: Batches, *, shift: bool | None = None, progress: bool = False) -> float:
-    """Return the share of labels that the model predicts.
+def accuracy(
+    model: nn.Module,
+    data: Batches,
+    *,
+    task: Task | None = None,
+    shift: bool | None = None,
+    progress: bool = False,
+) -> float:
+    """Return the share of the model's answers that are right, as its task counts them.
 
-    Correct over total, not a mean over batches. Where a sample has a label per position (language models,
-    segmentation) every position counts; positions with a negative label are left out.
+    Right over counted, not a mean over batches. Where a sample has a label per position (language models,
+    segmentation) every position counts that the task does not ignore; of several labels at a time each one
+    counts; a number is right within the task's tolerance.
 
     Args:
         model: The model; run in eval mode, left as it was.
-        data: Re-iterable batches with integer labels.
-        shift: As in ``losses.cross_entropy``: whether position ``t`` predicts the label of position ``t +
-            1``.
-        progress: Show a progress bar on a terminal, where tqdm is installed.
+        data: Re-iterable batches with labels.
+        task: What the model is for; None infers it from the model and the batch. See ``ux.tasks``.
+        shift: The older way to say it: True for ``ux.tasks.CausalLM()``, False for
+            ``ux.tasks.Classification()``.
+        progress: Show a progress bar, where tqdm is installed.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: If there is no label to predict.
+        FloatingPointError: If an output of the model is NaN.
+        NotImplementedError: If the task has no right and wrong answers.
+        ValueError: If there is no label to predict, or the labels are not the task's.
 
     Example:
         >>> accuracy(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
         0.75
     """
-    correct = total = 0
+    judge = task_for("accuracy", task, shift)
+    right = counted = 0
     with borrowed(model), torch.no_grad():
-        for batch in read_batches(
-            check_batches(data), device_of(model), description="accuracy", progress=progress
-        ):
-            scores, labels = scores_and_labels(model, batch, shift=shift)
-            counted = labels >= 0
-            correct += int(((scores.argmax(-1) == labels) & counted).sum())
-            total += int(counted.sum())
-    if total == 0:
+        for batch, outputs in answers("accuracy", model, judge, data, progress=progress):
+            hits, total = judge.correct(outputs, batch)
+            right += int(hits.sum())
+            counted += int(total.sum())
+    if counted == 0:
         raise ValueError("accuracy: data must hold at least one label, got none")
-    return correct / total
+    return right / counted

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
-from unlearn_ext.tasks.outputs import logits, scores_and_labels
+from unlearn_ext.evaluation.metrics.answers import answers, checked, log_probabilities, task_for
+from unlearn_ext.tasks import Task
+from unlearn_ext.tasks.batches import Batches
 
 
 def zrf(
@@ -20,6 +20,8 @@ def zrf(
     incompetent: nn.Module,
     data: Batches,
     convention: Literal["paper", "release"] = "paper",
+    *,
+    task: Task | None = None,
 ) -> float:
     """Return the zero retrain forgetting score: how close predictions are to those of an untrained model.
 
@@ -31,14 +33,17 @@ def zrf(
     Args:
         model: The unlearned model.
         incompetent: A randomly initialised model of the same outputs.
-        data: The forget set.
+        data: The forget set, with labels or without.
         convention: Which of the two.
+        task: What the models are for; None infers it. See ``ux.tasks``.
 
     Returns:
         The score, in [0, 1] for ``"paper"``.
 
     Raises:
-        ValueError: If ``data`` is empty or the convention is unknown.
+        FloatingPointError: If an output of a model is NaN.
+        NotImplementedError: If the task has no classes.
+        ValueError: If ``data`` is empty, the convention is unknown, or the outputs differ in shape.
 
     Source:
         Chundawat et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023.
@@ -46,28 +51,33 @@ def zrf(
     if convention not in ("paper", "release"):
         raise ValueError(f"zrf: convention must be paper or release, got {convention!r}")
     if convention == "paper":
-        return 1 - js_divergence(model, incompetent, data)
+        return 1 - _mean_over_positions("zrf", model, incompetent, data, task, _bits)
 
-    def reversed_divergence(p: Tensor, q: Tensor) -> Tensor:
-        mixed = (p + q) / 2
-        return (_divergence(mixed, p) + _divergence(mixed, q)) / (2 * p.shape[-1])
+    def reversed_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+        mixed = _mixed(log_p, log_q)
+        return (kl_divergence(mixed, log_p) + kl_divergence(mixed, log_q)) / (2 * log_p.shape[-1])
 
-    return 1 - _mean_over_positions("zrf", model, incompetent, data, reversed_divergence)
+    return 1 - _mean_over_positions("zrf", model, incompetent, data, task, reversed_divergence)
 
 
-def js_divergence(model: nn.Module, reference: nn.Module, data: Batches) -> float:
+def js_divergence(
+    model: nn.Module, reference: nn.Module, data: Batches, *, task: Task | None = None
+) -> float:
     """Return the mean Jensen-Shannon divergence of two models' predictions, in bits.
 
     Args:
         model: A model.
         reference: Another of the same outputs, usually the retrained one.
-        data: Where to compare them.
+        data: Where to compare them, with labels or without. Positions that the task ignores do not count.
+        task: What the models are for; None infers it. See ``ux.tasks``.
 
     Returns:
         A number in [0, 1]; 0 for equal predictions.
 
     Raises:
-        ValueError: If ``data`` is empty.
+        FloatingPointError: If an output of a model is NaN.
+        NotImplementedError: If the task has no classes.
+        ValueError: If ``data`` is empty, or the outputs differ in shape.
 
     Example:
         >>> certain, other = [(torch.tensor([[30.0, 0.0]]),)], nn.Linear(2, 2, bias=False)
@@ -76,39 +86,68 @@ def js_divergence(model: nn.Module, reference: nn.Module, data: Batches) -> floa
         >>> round(js_divergence(nn.Identity(), other, certain), 3)
         1.0
     """
-
-    def bits(p: Tensor, q: Tensor) -> Tensor:
-        mixed = (p + q) / 2
-        return (_divergence(p, mixed) + _divergence(q, mixed)) / (2 * math.log(2))
-
-    return _mean_over_positions("js_divergence", model, reference, data, bits)
+    return _mean_over_positions("js_divergence", model, reference, data, task, _bits)
 
 
-def activation_distance(model: nn.Module, reference: nn.Module, data: Batches) -> float:
+def activation_distance(
+    model: nn.Module, reference: nn.Module, data: Batches, *, task: Task | None = None
+) -> float:
     """Return the mean Euclidean distance of two models' predicted probabilities.
 
     Args:
         model: A model.
         reference: Another of the same outputs, usually the retrained one.
-        data: Where to compare them.
+        data: Where to compare them, with labels or without. Positions that the task ignores do not count.
+        task: What the models are for; None infers it. See ``ux.tasks``.
 
     Returns:
         A number in [0, sqrt(2)].
 
     Raises:
-        ValueError: If ``data`` is empty.
+        FloatingPointError: If an output of a model is NaN.
+        NotImplementedError: If the task has no classes.
+        ValueError: If ``data`` is empty, or the outputs differ in shape.
 
     Source:
         Golatkar, Achille & Soatto, "Forgetting Outside the Box", ECCV 2020.
     """
-    return _mean_over_positions(
-        "activation_distance", model, reference, data, lambda p, q: (p - q).square().sum(-1).sqrt()
-    )
+
+    def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).square().sum(-1).sqrt()
+
+    return _mean_over_positions("activation_distance", model, reference, data, task, distance)
 
 
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    # Kullback-Leibler over the last axis, in nats, with 0 log 0 = 0.
-    return F.kl_div(q.log(), p, reduction="none").nan_to_num(nan=0.0).sum(-1)
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Kullback-Leibler divergence KL(p || q) over the last axis, in nats; differentiable in both.
+
+    Args:
+        log_p: Logarithms of probabilities ``[..., C]``.
+        log_q: Those of others, of the same shape.
+
+    Returns:
+        ``[...]``; a class of probability 0 under p contributes nothing.
+
+    Example:
+        >>> p = torch.tensor([0.75, 0.25])
+        >>> round(float(kl_divergence(p.log(), p.flip(0).log())), 4)  # log(3) / 2
+        0.5493
+    """
+    never = torch.isneginf(log_p)
+    # Before the difference, which would be NaN, and so would be its gradient.
+    difference = log_p.masked_fill(never, 0.0) - log_q.masked_fill(never, 0.0)
+    return (log_p.exp() * difference).sum(-1)
+
+
+def _mixed(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.logaddexp(log_p, log_q) - math.log(2)
+
+
+def _bits(log_p: Tensor, log_q: Tensor) -> Tensor:
+    mixed = _mixed(log_p, log_q)
+    # Rounding can bring equal predictions below 0.
+    nats = ((kl_divergence(log_p, mixed) + kl_divergence(log_q, mixed)) / 2).clamp(min=0)
+    return nats / math.log(2)
 
 
 def _mean_over_positions(
@@ -116,28 +155,24 @@ def _mean_over_positions(
     model: nn.Module,
     reference: nn.Module,
     data: Batches,
+    task: Task | None,
     distance: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
+    judge = task_for(who, task)
     total, count = 0.0, 0
     with borrowed(model), borrowed(reference), torch.no_grad():
-        for batch in read_batches(check_batches(data), device_of(model)):
-            p = _probabilities(model, batch)
-            q = _probabilities(reference, batch).to(p.device)
-            if p.shape != q.shape:
+        for batch, outputs in answers(who, model, judge, data):
+            others = checked(who, judge.forward(reference, batch), "the reference's answers")
+            log_p = log_probabilities(who, judge, outputs, batch)
+            log_q = log_probabilities(who, judge, others, batch).to(log_p.device)
+            if log_p.shape != log_q.shape:
                 raise ValueError(
-                    f"{who}: models must have outputs of one shape, got {list(p.shape)} and {list(q.shape)}"
+                    f"{who}: models must have outputs of one shape, got {list(log_p.shape)} and "
+                    f"{list(log_q.shape)}"
                 )
-            values = distance(p, q)
+            counted = judge.counted(outputs, batch)
+            values = distance(log_p, log_q)[counted]
             total, count = total + float(values.sum()), count + values.numel()
     if count == 0:
         raise ValueError(f"{who}: data must hold at least one sample, got none")
     return total / count
-
-
-def _probabilities(model: nn.Module, batch: Batch) -> Tensor:
-    # Labels, where there are any, tell which axis the classes are on.
-    try:
-        scores, _ = scores_and_labels(model, batch, shift=False)
-    except ValueError:
-        scores = logits(model, batch)
-    return scores.double().softmax(-1)

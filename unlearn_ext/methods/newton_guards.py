@@ -1,0 +1,161 @@
+"""What a second-order step may cost: how samples are answered before and after, and what is too much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches, device_of, read_batches
+
+# See Note [What a small validation set can tell].
+_DEVIATIONS, _MANY_DEVIATIONS = 2.0, 3.0
+# How many times its share of unseen samples a class's share of the forget set is where it is aimed at.
+_CONCENTRATED = 2.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the samples of a set are answered.
+
+    Attributes:
+        right: Right answers, per sample.
+        labels: Answers that count, per sample.
+        classes: The class of every sample, where it has one.
+        loss: Mean of the samples' losses.
+    """
+
+    right: Tensor
+    labels: Tensor
+    classes: Tensor | None
+    loss: float = math.nan
+
+    @property
+    def counted(self) -> int:
+        """Number of samples with a label."""
+        return int((self.labels > 0).sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labels that are predicted."""
+        return float(self.right.sum()) / float(self.labels.sum())
+
+    def share(self, label: int) -> float:
+        """Return the share of samples of a class.
+
+        Args:
+            label: The class.
+
+        Returns:
+            A number in [0, 1]; 0 where samples have no classes.
+        """
+        return 0.0 if self.classes is None else float((self.classes == label).double().mean())
+
+
+def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
+    """See how a model answers.
+
+    Args:
+        model: The model; run in eval mode, left as it was.
+        task: What it is for.
+        data: Re-iterable batches.
+        name: Of the set, for the message.
+
+    Returns:
+        What is right.
+
+    Raises:
+        ValueError: If there is no label.
+    """
+    right: list[Tensor] = []
+    counted: list[Tensor] = []
+    classes: list[Tensor] = []
+    losses: list[Tensor] = []
+    with borrowed(model), torch.no_grad():
+        for batch in read_batches(data, device_of(model)):
+            if task.count(batch) == 0:
+                continue
+            outputs = task.forward(model, batch)
+            for found, part in zip((right, counted), task.correct(outputs, batch), strict=True):
+                found.append(part.long().cpu())
+            losses.append(task.losses(outputs, batch).double().cpu())
+            own = task.classes_of(batch)
+            classes += [] if own is None else [own.cpu()]
+    if not counted or not bool(torch.cat(counted).any()):
+        raise ValueError(f"newton: {name} must hold at least one label, got none")
+    known = len(classes) == len(counted)
+    return Answers(
+        torch.cat(right),
+        torch.cat(counted),
+        torch.cat(classes) if known else None,
+        float(torch.cat(losses).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Budgets: shares of accuracy that may be lost.
+
+    Attributes:
+        retain: On the retain set.
+        validation: On the validation set.
+        classes: On every class of the validation set.
+
+    Raises:
+        ValueError: If one is not in [0, 1].
+    """
+
+    retain: float
+    validation: float
+    classes: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("", self.retain), ("validation_", self.validation), ("class_", self.classes)):
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ValueError(f"newton: {name}budget must lie in [0, 1], got {value}")
+
+    def broken(self, before: Mapping[str, Answers], after: Mapping[str, Answers]) -> list[str]:
+        """Say which budgets are exceeded.
+
+        Args:
+            before: Answers of the untouched model, by set.
+            after: Answers after the step.
+
+        Returns:
+            A phrase for every one.
+        """
+        told = []
+        if "retain" in before and before["retain"].accuracy - after["retain"].accuracy > self.retain:
+            lost = before["retain"].accuracy - after["retain"].accuracy
+            told.append(f"retain accuracy {100 * lost:.1f} points lower")
+        was, now = before["validation"], after["validation"]
+        change = was.right - now.right
+        if _exceeds(change, was.labels, self.validation, _DEVIATIONS):
+            lost = was.accuracy - now.accuracy
+            told.append(f"validation accuracy {100 * lost:.1f} points lower")
+        if was.classes is None:
+            return told
+        for label in sorted(set(was.classes[was.labels > 0].tolist())):
+            own = was.classes == label
+            # Harm to a class is to be expected where the request is about that class: no excuses then.
+            is_aimed_at = before["forget"].share(label) > _CONCENTRATED * was.share(label)
+            deviations = 0.0 if is_aimed_at else _MANY_DEVIATIONS
+            if _exceeds(change[own], was.labels[own], self.classes, deviations):
+                lost = float(change[own].sum()) / float(was.labels[own].sum())
+                told.append(f"class {label}: validation accuracy {100 * lost:.1f} points lower")
+        return told
+
+
+# Note [What a small validation set can tell]
+# Answers change both ways, the more the further the step: of 50 samples of a class, a network retrained with
+# another seed answers several differently. A loss counts if it exceeds the budget and more answers got worse
+# than got better by other than chance: the sign test, as a normal deviate. With many classes some look worse
+# by chance, so their bar is higher.
+def _exceeds(change: Tensor, counted: Tensor, budget: float, deviations: float) -> bool:
+    net, spread = float(change.sum()), math.sqrt(float(change.abs().sum()))
+    return net > budget * float(counted.sum()) and net > deviations * spread

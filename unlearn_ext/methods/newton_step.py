@@ -1,0 +1,178 @@
+"""The second-order step of ``newton``: its direction, and taking it to some length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.fisher.kfac import KroneckerFactors
+from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches, device_of, read_batches
+from unlearn_ext.tasks.losses import LossFn
+
+
+@dataclass(frozen=True)
+class _Part:
+    parameter: nn.Parameter
+    original: Tensor
+    change: Tensor
+
+
+class Step:
+    """A direction in the space of some parameters; size 1 doubles the norm of the layer that it changes most.
+
+    Args:
+        parts: Parameters with their values and changes.
+    """
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+
+    @torch.no_grad()
+    def take(self, size: float) -> None:
+        """Go to a distance from where the parameters were.
+
+        Args:
+            size: The distance.
+        """
+        for part in self._parts:
+            torch.add(part.original, part.change, alpha=size, out=part.parameter.detach())
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Put back every bit."""
+        for part in self._parts:
+            part.parameter.copy_(part.original)
+
+
+def direction(
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches | None,
+    factors: KroneckerFactors,
+    *,
+    task: Task,
+    loss_fn: LossFn | None,
+    damping: float,
+    keep: bool,
+) -> Step:
+    """Work out the step.
+
+    Args:
+        model: The model; left as it was.
+        forget: The forget set.
+        retain: The retain set, where it is at hand.
+        factors: Of the retain set.
+        task: What the model is for.
+        loss_fn: What to raise instead of the weighted log-odds.
+        damping: See ``KroneckerFactors.solve``.
+        keep: Whether the factors serve again.
+
+    Returns:
+        The step, scaled so that size 1 is a relative change of 1 of the layer that changes most.
+
+    Raises:
+        ValueError: If the factors are not this model's, or the forget set is empty or tells no direction.
+        FloatingPointError: If a gradient is NaN or infinite.
+    """
+    layers = _layers_of(model, factors)
+    names = [(name, part) for name, layer in layers.items() for part in layer.parameters]
+    tensors = [cast("nn.Parameter", getattr(layers[name].module, part)) for name, part in names]
+    totals = _mean_gradient("forget", model, forget, task, loss_fn, tensors)
+    if retain is not None:
+        kept = _mean_gradient("retain", model, retain, task, loss_fn, tensors)
+        totals = [a - b for a, b in zip(totals, kept, strict=True)]
+    gradients: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for (name, part), total in zip(names, totals, strict=True):
+        if not bool(torch.isfinite(total).all()):
+            raise FloatingPointError(
+                f"newton: the gradient of {name}.{part} must be finite, got NaN or infinity"
+            )
+        gradients[name][part] = total
+    changes, largest = {}, 0.0
+    for name, layer in layers.items():
+        changes[name] = _solved(layer, gradients[name], factors, name, damping, keep)
+        values = layer.matrix(
+            {part: getattr(layer.module, part).detach().double() for part in layer.parameters}
+        )
+        norm = float(values.norm())
+        if norm > 0:
+            largest = max(largest, float(changes[name].norm()) / norm)
+    if largest == 0:
+        raise ValueError("newton: forget must have a gradient in a layer with factors, got zero everywhere")
+    parts = []
+    for name, layer in layers.items():
+        for part, change in layer.split(changes[name] / largest).items():
+            parameter = cast("nn.Parameter", getattr(layer.module, part))
+            parts.append(_Part(parameter, parameter.detach().clone(), change.to(parameter.dtype)))
+    return Step(parts)
+
+
+def _layers_of(model: nn.Module, factors: KroneckerFactors) -> dict[str, Factored]:
+    modules = dict(model.named_modules())
+    layers = {}
+    for name, (inputs, outputs) in factors.items():
+        module = modules.get(name)
+        why = "no such module" if module is None else why_not_factored(module)
+        if why or module is None:
+            raise ValueError(f"newton: factors must be of layers of the model, got {name!r}: {why}")
+        layer = Factored(module)
+        form = layer.matrix({part: cast("Tensor", getattr(module, part)) for part in layer.parameters}).shape
+        if (outputs.shape[-1], inputs.shape[-1]) != (form[1], form[2]) or outputs.shape[:-2].numel() != form[
+            0
+        ]:
+            raise ValueError(
+                f"newton: factors of {name} must be {list(form[1:])}, "
+                f"got {[outputs.shape[-1], inputs.shape[-1]]}"
+            )
+        layers[name] = layer
+    return layers
+
+
+def _mean_gradient(
+    name: str,
+    model: nn.Module,
+    data: Batches,
+    task: Task,
+    loss_fn: LossFn | None,
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:
+    # Of what rises along the step on the forget set: a weighted mean over samples.
+    totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
+    weight = torch.zeros((), dtype=torch.float64, device=device_of(model))
+    with borrowed(model):
+        for batch in read_batches(data, device_of(model)):
+            if task.count(batch) == 0:
+                continue
+            values = task.odds_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+            # Samples that are known best have the least left to give, and the most in common with the rest.
+            own = values.detach()
+            weights = torch.sigmoid(own).sqrt() if loss_fn is None else torch.ones_like(own)
+            found = torch.autograd.grad((weights * values).sum(), tensors, allow_unused=True)
+            for total, gradient in zip(totals, found, strict=True):
+                if gradient is not None:
+                    total += gradient.to_dense()
+            weight += weights.sum()
+    if not bool(weight > 0):
+        raise ValueError(f"newton: {name} must hold at least one sample, got none")
+    return [total / weight for total in totals]
+
+
+def _solved(
+    layer: Factored,
+    gradients: dict[str, Tensor],
+    factors: KroneckerFactors,
+    name: str,
+    damping: float,
+    keep: bool,
+) -> Tensor:
+    matrix = layer.matrix(gradients)
+    grouped = factors[name].outputs.ndim == 3
+    solved = factors.solve(name, matrix if grouped else matrix.squeeze(0), damping=damping, keep=keep)
+    return solved if grouped else solved.unsqueeze(0)

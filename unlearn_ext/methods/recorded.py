@@ -1,0 +1,121 @@
+"""What every method says of its run: how the forget and the retain set are answered before and after."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import ParamSpec, cast
+
+from torch import nn
+
+from unlearn_ext._internal.modules import check_model
+from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.methods.until import Measured, figures, measure
+from unlearn_ext.results import UnlearnResult
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches
+
+_LOG = logging.getLogger("unlearn_ext")
+
+_Settings = ParamSpec("_Settings")
+
+
+def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, UnlearnResult]:
+    """Let a method's record tell what was measured before and after, and warn where nothing was forgotten.
+
+    That costs two forward passes over the sets. What cannot be measured (importances in place of data, data
+    without labels) is left out.
+
+    Args:
+        method: Takes ``model``, ``forget`` and perhaps ``retain`` and ``task``.
+
+    Returns:
+        The method.
+    """
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def measured(*args: _Settings.args, **settings: _Settings.kwargs) -> UnlearnResult:
+        try:
+            given = signature.bind_partial(*args, **settings).arguments
+        except TypeError:  # which the method itself says better
+            return method(*args, **settings)
+        record = Record(given.get("model"), given.get("forget"), given.get("retain"), given.get("task"))
+        return record.added_to(method(*args, **settings))
+
+    return measured
+
+
+class Record:
+    """What was measured of a model before it is changed.
+
+    Args:
+        model: The model.
+        forget: The forget set; only what is data is measured.
+        retain: The retain set, likewise.
+        task: What the model is for; None infers it.
+    """
+
+    def __init__(self, model: object, forget: object, retain: object, task: object) -> None:
+        self._model = model
+        self._task = task if isinstance(task, Task) else None
+        self._sets: dict[str, Batches] = {
+            name: data  # type: ignore[misc]
+            for name, data in (("forget", forget), ("retain", retain))
+            if data is not None and not isinstance(data, Importance)
+        }
+        try:
+            check_model(cast("nn.Module", model), "Record")
+        except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
+            self._sets = {}
+        self._before = self._measured()
+
+    def added_to(self, result: UnlearnResult) -> UnlearnResult:
+        """Measure again, and add both to a method's record.
+
+        Args:
+            result: The record.
+
+        Returns:
+            The record with both; as it is where it has them already.
+        """
+        if result.before or not self._before:
+            return result
+        after = self._measured()
+        both = {name: self._before[name] for name in after}
+        if "forget" in after:
+            _warn_if_known(result.method, both["forget"], after["forget"])
+        return replace(
+            result,
+            before=figures(both),
+            after=figures(after),
+            passes=result.passes + 2.0,
+        )
+
+    def _measured(self) -> Mapping[str, Measured]:
+        found = {}
+        for name, data in self._sets.items():
+            try:
+                with random_states_kept(*self._sets.values()):
+                    if isinstance(self._model, nn.Module):
+                        check_model(self._model, "measure")  # what the method refuses is not to be run
+                        found[name] = measure(self._model, data, self._task)
+            except Exception as error:  # what is wrong with the data is the method's to say
+                _LOG.debug("the %s set is not measured: %s", name, error)
+        return found
+
+
+def _warn_if_known(method: str, before: Measured, after: Measured) -> None:
+    if math.isnan(before.accuracy):
+        known, text = after.loss <= before.loss, f"loss {before.loss:.4g} before, {after.loss:.4g} after"
+    else:
+        known = 0 < before.accuracy <= after.accuracy
+        text = f"accuracy {before.accuracy:.2%} before, {after.accuracy:.2%} after"
+    if known:
+        warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=4)
