@@ -270,7 +270,11 @@ def test_bags_with_offsets(mode):
         assert coverage["bag.weight"] == "fused"
 
 
-def selected(model, batches, select, n, loss_fn=ux.losses.cross_entropy):
+def plain_cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def selected(model, batches, select, n, loss_fn=plain_cross_entropy):
     """Run the engine with a ``select`` of the caller's, and a loop of single samples in float64."""
     import copy
 
