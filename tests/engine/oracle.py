@@ -57,3 +57,25 @@ def assert_exact(model, batch, *, power=2, tolerance=1e-5, size=None, fused=True
         names = set(expected) if fused is True else set(fused or ())
         assert {name for name, how in found.coverage.items() if how == "fused"} == names, found.coverage
     return found
+
+
+def expected_of(model, batches, loss_fn=losses.cross_entropy, power=2):
+    """The loop over all samples of batches of several sizes."""
+    parts = [(len(b[0]), one_by_one(model, b, loss_fn, power)) for b in batches]
+    total = sum(n for n, _ in parts)
+    return {name: sum(n * part[name] for n, part in parts) / total for name in parts[0][1]}
+
+
+def assert_right(model, batches, *, tolerance=1e-5, fused=None, loss_fn=losses.cross_entropy, power=2):
+    """As ``assert_exact``, for batches of several sizes; ``fused`` None asks for nothing."""
+    expected = expected_of(model, batches, loss_fn, power)
+    found = fisher_diagonal(model, batches, loss_fn=loss_fn, power=power)
+    wrong = {
+        k: (e, found.coverage[k]) for k, e in errors(found, expected, power).items() if not e <= tolerance
+    }
+    assert not wrong
+    if fused is not None:
+        assert {k for k, how in found.coverage.items() if how == "fused"} == (
+            set(expected) if fused is True else set(fused)
+        ), found.coverage
+    return found

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.models import GPTLMHeadModel
 from unlearn_ext import fisher_diagonal, importance, ops
+from unlearn_ext.fisher import diagonal
 from unlearn_ext.fisher.engine import Channels, Gradients, Product, layers
 
 N, CLASSES = 6, 3
@@ -207,7 +208,9 @@ def watched(model, batch, **settings):
     return operators
 
 
-def test_neither_weight_gradients_nor_gradients_per_sample_are_made():
+@pytest.mark.usefixtures("no_certificates")
+def test_neither_weight_gradients_nor_gradients_per_sample_are_made(monkeypatch):
+    monkeypatch.setattr(diagonal, "weights_fingerprint", lambda *_, **__: "none")  # reads all weights at once
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 3))
     operators = watched(model, (torch.randn(16, 100), torch.randint(3, (16,))))
@@ -222,6 +225,7 @@ def test_neither_weight_gradients_nor_gradients_per_sample_are_made():
     assert watched(model, (text[:, :-1], text[:, 1:])).largest <= 20 * 8 * 500  # the logits
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_convolutions_compute_no_weight_gradient():
     model, batch = small("cnn")
     seen = []
@@ -238,6 +242,7 @@ def test_convolutions_compute_no_weight_gradient():
     assert seen == [(True, False, False)] * 3
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_frozen_parameters_and_those_left_out_cause_no_work():
     model, batch = small("vit")
     model.requires_grad_(False)
@@ -253,6 +258,7 @@ def test_frozen_parameters_and_those_left_out_cause_no_work():
     assert not [name for name in operators.names if "attention" in name and "backward" in name]
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_the_graph_of_a_pass_is_gone_afterwards():
     import gc
 

@@ -15,10 +15,12 @@ import unlearn_ext as ux
 # torch's list of modules lies beside base classes of its tests, and one of those comes from a package that
 # nothing else here needs.
 sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
+# It freezes PyTorch's flags for the whole process, which other tests set.
+FROZEN = "__allow_nonbracketed_mutation_flag"
+allowed = getattr(torch.backends, FROZEN)
 from torch.testing._internal.common_modules import module_db  # noqa: E402
 
-# Importing it forbids the whole process to set flags of backends, which other tests do.
-torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+setattr(torch.backends, FROZEN, allowed)
 
 N = 4
 SEED = 3
@@ -62,7 +64,7 @@ def usable(kind, given):
     return module, x, arguments[1:], names
 
 
-@pytest.mark.parametrize("kind, given", cases())
+@pytest.mark.parametrize("kind, given", list(cases()))
 def test_modules_of_torch(kind, given):
     torch.manual_seed(SEED)
     with warnings.catch_warnings():

@@ -156,6 +156,7 @@ def test_a_later_batch_that_uses_parameters_elsewhere_is_checked_again():
     assert set(found.coverage.values()) == {"fused"}
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_a_parameter_that_keeps_turning_up_elsewhere_is_proven_each_time():
     class Restless(nn.Module):
         """Gives its norm as many axes as there are positions."""
@@ -281,6 +282,7 @@ def test_rows_that_belong_to_no_sample_in_some_batches():
     assert_exact(Grouped(), batch, size=8)
 
 
+@pytest.mark.usefixtures("no_certificates")
 def test_a_model_is_checked_once():
     torch.manual_seed(0)
     model, batch = Sequences(), (torch.randn(12, 5, 5), torch.randint(CLASSES, (12,)))
