@@ -139,6 +139,11 @@ def test_forward_mode_of_torch_func_is_refused(project):
         torch.func.jvp(lambda g: project(g, basis), (grad,), (torch.ones_like(grad),))
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jacfwd(lambda g: project(g, basis))(grad)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.compile(
+            lambda g: torch.func.jvp(lambda x: project(x, basis), (g,), (torch.ones_like(g),)),
+            backend="eager",
+        )(grad)
 
 
 def test_autocast_does_not_lower_the_precision_of_products(door):
