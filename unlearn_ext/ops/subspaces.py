@@ -239,6 +239,6 @@ def _is_forward_mode() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
-# torch.compiler.assume_constant_result without its import of the compiler, which before torch 2.13 cannot read
-# the stack. Called while a graph is traced, the function sees the transforms around the call.
+# torch.compiler.assume_constant_result without its import of the compiler, which before torch 2.13 cannot
+# read the stack. Called while a graph is traced, the function sees the transforms around the call.
 cast("Any", _is_forward_mode)._dynamo_marked_constant = True
