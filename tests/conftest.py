@@ -91,3 +91,5 @@ def pytest_runtest_setup(item):
     # Tests of this size gain nothing from threads; that results do not depend on them has its own tests.
     # Before fixtures of any scope, and after a test that asked for more.
     torch.set_num_threads(1)
+    # Some modules of torch.testing freeze the flags of backends for the whole process when they are imported.
+    torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
