@@ -229,6 +229,8 @@ def project_onto_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tens
 
 def _refuse_forward_mode(op: str) -> None:
     # torch.func hides its tangents from the op, which would drop them; dual tensors the op itself refuses.
+    if torch.compiler.is_compiling():  # which cannot look at the stack, nor differentiate forwards
+        return
     stack = torch._C._functorch.get_interpreter_stack() or ()
     if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack):
         raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented; use reverse mode")
