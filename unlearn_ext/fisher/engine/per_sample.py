@@ -385,7 +385,7 @@ class PerSample:
                 return False
             if failures:
                 return False
-        return kept.difference <= 0.3 * tolerance.gradient
+        return kept.difference <= tolerance.gradient / 10
 
     def _fall_back(self, samples: Samples, reasons: Mapping[str, str]) -> Tensor:
         names = tuple(name for name in self._chosen if name in reasons)
