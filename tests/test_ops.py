@@ -746,14 +746,12 @@ def test_a_diagonal_may_lie_between_the_values_that_are_read(device, generator):
     assert_same_bits(base[:, 1::3], expected[:, 1::3])
 
 
-def test_lazily_negated_diagonals_are_written_or_refused(device):
+@pytest.mark.parametrize("door", [ops, _C], ids=["ops", "_C"])
+def test_lazily_negated_diagonals_are_written(door, device):
     fisher = _lazily_negated(4, device)
     before, ones = fisher.clone(), torch.ones(2, 4, device=device)
-    with pytest.raises(ValueError, match=r"^fisher_bias_: fisher(\[0\])? must .*negated"):
-        _C.fisher_bias_(fisher, ones)
-    assert torch.equal(fisher, before)
     # torch's dispatcher hands the op a copy, and writes that back.
-    ops.fisher_bias_(fisher, ones)
+    door.fisher_bias_(fisher, ones)
     assert torch.equal(fisher, before + 2)
 
 

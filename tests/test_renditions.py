@@ -59,7 +59,7 @@ def test_dampening(sets):
 def test_projected_gradients(sets):
     model = network()
     ours, plain = copy.deepcopy(model), copy.deepcopy(model)
-    METHODS["pgu"](ours, *sets, epochs=3, leak=None, energy=0.9)
+    METHODS["pgu"](ours, *sets, epochs=3, leak=None, energy=0.9, until=None)
     speed.plain_pgu(plain, *sets, energy=0.9, epochs=3)
     assert_same_but_not_as_before(ours, plain, model)
 

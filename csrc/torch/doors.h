@@ -108,6 +108,9 @@ inline bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special = c10::python_ks | c10::functorch_transforms_ks |
                                           c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
                                                                c10::DispatchKey::ZeroTensor, c10::DispatchKey::Fake});
+#if !defined(UNLEARN_CUDA)
+  if (t.defined() && t.is_cuda()) return true;  // the op says what is missing before it reads anything
+#endif
   return !t.defined() || (!t.key_set().has_any(special) && (t.is_cpu() || t.is_cuda()));
 }
 inline bool is_plain(const std::optional<at::Tensor>& t) { return !t || is_plain(*t); }

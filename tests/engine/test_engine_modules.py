@@ -15,12 +15,11 @@ import unlearn_ext as ux
 # torch's list of modules lies beside base classes of its tests, and one of those comes from a package that
 # nothing else here needs.
 sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
-# It freezes PyTorch's flags for the whole process, which other tests set.
-FROZEN = "__allow_nonbracketed_mutation_flag"
-allowed = getattr(torch.backends, FROZEN)
 from torch.testing._internal.common_modules import module_db  # noqa: E402
 
-setattr(torch.backends, FROZEN, allowed)
+# Importing it forbids the whole process to set flags of backends, which other tests do. The module object
+# may be a stand-in, the functions' globals are not.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 N = 4
 SEED = 3

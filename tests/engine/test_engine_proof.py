@@ -1,5 +1,7 @@
 """Cases aimed at the proof: what README.md beside the engine assumes, and what violates it."""
 
+import copy
+
 import pytest
 import torch
 from oracle import assert_right, errors, expected_of
@@ -225,3 +227,47 @@ def test_a_certificate_finds_what_no_proof_can_see(monkeypatch):
     with pytest.warns(UserWarning, match="samples influence each other"):
         found = fisher_diagonal(model, Data())
     assert max(errors(found, expected).values()) <= 1e-5
+
+
+def test_a_class_token_is_told_apart_on_fewer_samples(monkeypatch):
+    """65 positions of 16 samples: one row of each sample has a gradient, and 65 = 1 modulo 16."""
+    from unlearn_ext.fisher.engine import per_sample
+
+    torch.manual_seed(0)
+
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Linear(5, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            n, t, _ = x.shape
+            rows = self.mix(self.embed(x).reshape(n * t, 8)).reshape(n, t, 8)
+            return self.head(rows[:, 0].tanh())
+
+    model = Token()
+    batches = [(torch.randn(16, 65, 5), torch.randint(3, (16,))) for _ in range(4)]
+    proofs = []
+    real = per_sample.LayoutProof
+
+    class Counted(real):
+        def run(self, names):
+            proofs.append(self._n)
+            return super().run(names)
+
+    monkeypatch.setattr(per_sample, "LayoutProof", Counted)
+    importance = ux.fisher_diagonal(model, batches)
+    assert set(importance.coverage.values()) == {"fused"}
+    assert proofs == [16, 3]  # the first batch, three of its samples, and none after that
+    oracle = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    twin = copy.deepcopy(model).double()
+    for x, y in batches:
+        for n in range(16):
+            loss = nn.functional.cross_entropy(twin(x[n : n + 1].double()), y[n : n + 1])
+            for (name, _), grad in zip(
+                twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True
+            ):
+                oracle[name] += grad.square() / 64
+    for name, expected in oracle.items():
+        torch.testing.assert_close(importance[name].double(), expected, rtol=1e-5, atol=1e-9)

@@ -34,7 +34,7 @@ def check_settings(
     Example:
         >>> check_settings("compare", "ssd", methods.ssd, {"alpa": 3})
         Traceback (most recent call last):
-        ValueError: compare: ssd has no setting 'alpa'; did you mean 'alpha'? It has importance, alpha, ...
+        ValueError: compare: ssd has no setting 'alpa'; did you mean 'alpha'? It has ...
     """
     accepted = _accepted(name, function)
     if accepted is None:

@@ -38,6 +38,8 @@ from unlearn_ext.tasks.losses import LossFn
 CERTIFICATES = 0.01
 # Batches that may refute the layout of a parameter before it falls back for good.
 _REFUTATIONS = 4
+# Numbers of samples on which layouts are told apart that look alike in a whole batch.
+_FEWER = (3, 5)
 # Samples of which a change of the memory format is checked.
 _FORMATTED = 8
 
@@ -189,7 +191,25 @@ class PerSample:
             self._fall_back(samples, plan.reasons)
         if not is_new:
             trust.seconds += time.perf_counter() - start
+        if not trust.tried_fewer and n > max(_FEWER):
+            trust.tried_fewer = True
+            self._tell_apart(samples, trust)
         return losses
+
+    def _tell_apart(self, samples: Samples, trust: Trust) -> None:
+        # Where one position of many has a gradient (a class token), two layouts may explain what is seen in a
+        # batch of one size, such as 65 positions of 32 samples, and hardly in those of others.
+        for n in _FEWER:
+            names = trust.unsettled(self._chosen)
+            if not names:
+                return
+            fewer = Samples(samples.take(range(n)), n, self._select)
+            with traced(self._loss, self._formatted(fewer, trust), n) as trace:
+                if not trace.losses.requires_grad or not bool(torch.isfinite(trace.losses).all()):
+                    return
+                for name, proven in LayoutProof(trace, self._chosen).run(names).items():
+                    if proven.error is None and proven.reach is trust.reaches.get(name):
+                        trust.learn(name, proven)
 
     def _formatted(self, samples: Samples, trust: Trust) -> Batch:
         return in_channels_last(samples.batch, samples.n) if trust.channels_last else samples.batch

@@ -26,10 +26,10 @@ _ALONG = {
     *("Stack", "Topk", "UnsafeSplit", "UnsafeSplitWithSizes"),
 }
 # Kinds that take a dimension away: an axis that is still there has not been moved along.
-_WITHOUT = {"Kthvalue", "Max", "Median", "Min", "Mode", "Nanmedian", "Select", "Unbind"}
+_WITHOUT = {"AsStrided", "Kthvalue", "Max", "Median", "Min", "Mode", "Nanmedian", "Select", "Unbind"}
 # Kinds that may move anything anywhere.
 _ANYWHERE = {
-    *("AsStrided", "CopySlices", "Embedding", "EmbeddingBag", "GroupedMm", "IndexPut", "IndexPutImpl"),
+    *("CopySlices", "Embedding", "EmbeddingBag", "GroupedMm", "IndexPut", "IndexPutImpl"),
     *("MaskedScatter", "MaskedSelect", "PackPaddedSequence", "Put", "SegmentReduce", "SparseAddmm"),
     *("SparseMm", "SparseSampledAddmm", "Take", "UnsafeIndex", "UnsafeIndexPut", "UnsafeMaskedIndex"),
 }

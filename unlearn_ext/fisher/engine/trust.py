@@ -49,6 +49,7 @@ class Trust:
         seconds: Time that passes have taken since a sample was compared with itself on its own.
         price: Time that this comparison takes.
         certificates: How many there were.
+        tried_fewer: Layouts were proven on a few samples too.
     """
 
     reaches: dict[str, Reach] = field(default_factory=dict)
@@ -66,6 +67,26 @@ class Trust:
     seconds: float = 0.0
     price: float = 0.0
     certificates: int = 0
+    tried_fewer: bool = False
+
+    def unsettled(self, names: Iterable[str]) -> list[str]:
+        """Return the parameters with a place that more than one regular layout explains.
+
+        Args:
+            names: Parameters.
+
+        Returns:
+            Those of them.
+        """
+        return [
+            name
+            for name in names
+            if name not in self.reasons
+            if any(
+                not place.is_settled and place.axis is not Axis.MEASURED
+                for place in self.places.get(name, {}).values()
+            )
+        ]
 
     def learn(self, name: str, proven: Proven) -> None:
         """Note what a proof has shown of a parameter; what was proven before is not given up for less.
