@@ -235,8 +235,6 @@ def _refuse_forward_mode(op: str) -> None:
 
 def _is_forward_mode() -> bool:
     # torch.func hides its tangents from the op, which would drop them; dual tensors the op itself refuses.
-    if torch.compiler.is_compiling():  # which cannot look at the stack, nor differentiate forwards
-        return
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
