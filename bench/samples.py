@@ -410,6 +410,7 @@ def main() -> None:
             "torch": torch.__version__,
             "device": f"CPU, {options.threads} thread",
             "command": f"`python -m bench.samples {given}`",
+            "rows": "measured now" if not options.kept else "kept from runs of earlier commits of the day",
         },
         "rows": [],
         "half": [],

@@ -1,6 +1,7 @@
 """Gram matrices of layer inputs, and projections out of and onto subspaces."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -228,9 +229,16 @@ def project_onto_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tens
 
 
 def _refuse_forward_mode(op: str) -> None:
-    # torch.func hides its tangents from the op, which would drop them; dual tensors the op itself refuses.
-    if torch.compiler.is_compiling():  # which cannot look at the stack, nor differentiate forwards
-        return
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack):
+    if _is_forward_mode():
         raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented; use reverse mode")
+
+
+def _is_forward_mode() -> bool:
+    # torch.func hides its tangents from the op, which would drop them; dual tensors the op itself refuses.
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+# torch.compiler.assume_constant_result without its import of the compiler, which before torch 2.13 cannot
+# read the stack. Called while a graph is traced, the function sees the transforms around the call.
+cast("Any", _is_forward_mode)._dynamo_marked_constant = True
