@@ -365,6 +365,10 @@ def test_probabilities_that_stop_adding_up_are_refused_later_too():
 def test_a_loss_of_outputs_and_targets_is_refused(wrong):
     with pytest.raises(TypeError, match=r"loss_fn\(model, batch\).*task="):
         ux.fisher_diagonal(nn.Linear(3, 2), [(X3, Y % 2)], loss_fn=wrong)
+    data = [(X3, Y % 2)]
+    for method in ("ssd", "finetune", "gradient_masking", "random_label"):
+        with pytest.raises(TypeError, match=r"loss_fn\(model, batch\).*task="):
+            ux.unlearn(method, nn.Linear(3, 2), data, data, loss_fn=wrong)
 
 
 def test_a_class_in_place_of_a_task_is_refused():

@@ -249,7 +249,7 @@ def test_pairs_and_portions_name_the_set_that_is_empty():
         list(Paired("who", [(1,)], retain=[]))
     with pytest.raises(ValueError, match=r"^who: retain must hold a batch, got none"):
         list(Portion("who", "retain", [], 0.5))
-    for name in ("gradient_masking", "bad_teacher"):
+    for name in ("gradient_masking", "bad_teacher", "random_label", "neg_grad_plus"):
         settings = {"score": "grad"} if name == "gradient_masking" else {}
         with pytest.raises(ValueError, match=f"{name}: retain must hold a batch"):
             run(name, network(), sets()[0], [], **settings)

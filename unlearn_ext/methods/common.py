@@ -349,12 +349,17 @@ class Paired:
 
     def __init__(self, who: str, first: Batches, **second: Batches) -> None:
         ((name, data),) = second.items()
+        self._who, self._name = who, "retain" if name == "forget" else "forget"
         self._first = first
         self._second = Endless(who, name, data)
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
+        is_empty = True
         for batch in self._first:
+            is_empty = False
             yield batch, next(self._second)
+        if is_empty:
+            raise ValueError(f"{self._who}: {self._name} must hold a batch, got none")
 
 
 class Portion:

@@ -34,7 +34,7 @@ from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks import losses
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches
-from unlearn_ext.tasks.losses import LossFn
+from unlearn_ext.tasks.losses import LossFn, resolve
 
 Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
@@ -134,6 +134,7 @@ def plan_ssd(
         True
     """
     check_model(model, "plan_ssd")
+    resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)
