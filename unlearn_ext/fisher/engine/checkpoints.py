@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -47,7 +48,18 @@ def patched() -> Iterator[None]:
         yield
         return
 
-    class Twice(hook):  # type: ignore[misc, valid-type]
+    twice, not_reentrant = _readable_kinds(checkpoint, hook)
+    checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = twice, not_reentrant
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = hook, function
+
+
+@functools.cache
+def _readable_kinds(checkpoint: Any, hook: Any) -> tuple[type, type]:  # noqa: ANN401 - torch's module and class
+    # Made once: a pass over a small batch takes little longer than making classes.
+    class Twice(hook):  # type: ignore[misc]
         def __init__(self, frame: object) -> None:
             super().__init__(frame)
             unpack_once = self.unpack_hook
@@ -70,8 +82,4 @@ def patched() -> Iterator[None]:
                 run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
             )
 
-    checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = Twice, NotReentrant
-    try:
-        yield
-    finally:
-        checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = hook, function
+    return Twice, NotReentrant
