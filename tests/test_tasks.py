@@ -301,6 +301,7 @@ REFUSED = {
         (X3, torch.tensor([[1.0, 1], [0, 0], [1, 0], [0, 1]])),
         r"MultiLabel\(\)",
     ),
+    "several_labels_as_integers": (nn.Linear(3, 2), (X3, torch.ones(4, 2).long()), r"MultiLabel\(\)"),
     "one_logit_floats": (nn.Linear(3, 1), (X3, torch.ones(4, 1)), r"Binary\(\)"),
     "one_logit_integers": (nn.Linear(3, 1), (X3, torch.tensor([0, 1, 1, 0])), r"Binary\(\)"),
     "one_logit_zeros": (nn.Linear(3, 1), (X3, torch.zeros(4, dtype=torch.long)), r"Binary\(\)"),

@@ -65,7 +65,7 @@ class Classification(Categorical):
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"labels must have the shape of the logits without the class dimension, got labels "
-                f"{list(labels.shape)} for logits {list(outputs.shape)}"
+                f"{list(labels.shape)} for logits {list(outputs.shape)}; {_FLOATS}"
             )
         labels = labels.long()
         self._check_one_logit(labels, logits)
