@@ -23,8 +23,10 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, trainable
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
@@ -44,6 +46,10 @@ def msg(
     lr: float = 1e-3,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -63,6 +69,13 @@ def msg(
         lr: Highest learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; inferred, or refused, where it is not given.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -103,7 +116,19 @@ def msg(
         "task": repr(task),
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
     }
-    with unlearning(model, "msg", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "msg",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=task,
+    )
+    settings |= goal.facts
+    with unlearning(model, "msg", settings, generator=generator, data=(forget, retain), goal=goal) as run:
         with run.phase("draw"):
             chosen = _draw(model, layers, forget, retain, task, share)
         run.record("draw", drawn=sum(int(marks.sum()) for marks in chosen.values()))
@@ -128,7 +153,7 @@ def msg(
         finally:
             for handle in handles:
                 handle.remove()
-    return run.result()
+    return goal.result(run)
 
 
 def _is_drawn(module: nn.Module) -> bool:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
+from unlearn_ext.methods.goal import GoalRule
 from unlearn_ext.methods.loop import train
-from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
+from unlearn_ext.methods.pgu_rules import Bound, GapRule
 from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.run import unlearning
