@@ -1,4 +1,4 @@
-"""Small models of Hugging Face's transformers, built from configurations (nothing is downloaded), and batches for them."""
+"""Small models of transformers, built from configurations (nothing is downloaded), and batches for them."""
 
 import torch
 
@@ -132,7 +132,7 @@ def decoder_batch(side="right"):
 
 
 def packed_batch():
-    """Two documents in a row: positions restart, and a document's first token is not predicted from another."""
+    """Two documents in a row: positions restart, and no token is predicted from another document."""
     cuts = (3, 5, 4, 6)
     ids = tokens(len(cuts), 8)
     labels = ids.clone()

@@ -1,4 +1,4 @@
-"""The per-sample engine on the models of Hugging Face's transformers: everything is read off the graph, and right."""
+"""The per-sample engine on models of transformers: everything is read off the graph, and right."""
 
 import contextlib
 import copy

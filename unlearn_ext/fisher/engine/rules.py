@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +250,8 @@ def looked_up(node: Node, shape: Sequence[int]) -> Tensor | None:
         The rows' numbers, none of them negative; None if the node takes something else than rows.
     """
     if kind_of(node) == "Embedding":
-        return cast("Tensor", node._saved_indices)
+        indices: Tensor = node._saved_indices
+        return indices
     if kind_of(node) != "Index":
         return None
     first, *others = node._saved_indices
@@ -258,7 +259,7 @@ def looked_up(node: Node, shape: Sequence[int]) -> Tensor | None:
         return None
     if first.dtype not in (torch.int64, torch.int32):  # a mask takes as many rows as the data say
         return None
-    return cast("Tensor", torch.where(first < 0, first + shape[0], first))
+    return torch.where(first < 0, first + shape[0], first)
 
 
 def _embedding_bag(call: Call) -> PerSampleGradients:
