@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, trainable
@@ -52,6 +53,9 @@ def msg(
     strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
@@ -78,6 +82,12 @@ def msg(
             model is as it was either way.
         task: What the model is for; inferred, or refused, where it is not given.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all of these.
+        exclude: Parameters that may not change, likewise.
         generator: Decides every random choice.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
@@ -103,9 +113,7 @@ def msg(
     if not factor >= 0:
         raise ValueError(f"msg: factor must be >= 0, got {factor}")
     task = resolve(task, loss_fn, who="msg")
-    layers = [module for module in model.modules() if _is_drawn(module)]
-    if not layers:
-        raise ValueError("msg: model must have a trainable convolution or linear layer, got none")
+    choices = choice(params, include, exclude)
     settings = {
         "share": share,
         "factor": factor,
@@ -115,6 +123,7 @@ def msg(
         "weight_decay": weight_decay,
         "task": repr(task),
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
+        **choices,
     }
     goal = ClosedLoop(
         "msg",
@@ -128,7 +137,13 @@ def msg(
         task=task,
     )
     settings |= goal.facts
-    with unlearning(model, "msg", settings, generator=generator, data=(forget, retain), goal=goal) as run:
+    with (
+        restricted(model, "msg", **choices),
+        unlearning(model, "msg", settings, generator=generator, data=(forget, retain), goal=goal) as run,
+    ):
+        layers = [module for module in model.modules() if _is_drawn(module)]
+        if not layers:
+            raise ValueError("msg: model must have a trainable convolution or linear layer, got none")
         with run.phase("draw"):
             chosen = _draw(model, layers, forget, retain, task, share)
         run.record("draw", drawn=sum(int(marks.sum()) for marks in chosen.values()))

@@ -24,6 +24,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
@@ -56,6 +57,9 @@ def newton(
     strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
@@ -67,10 +71,9 @@ def newton(
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
     It is taken only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached``
-    is False and a warning says what was tried. What the validation set shows
-    counts
-    beyond chance only, by a sign test; a class that the request is about (a share of the forget set more than
-    twice its share of the validation set) has to stay within its budget whatever chance may do.
+    is False and a warning says what was tried. What the validation set shows counts beyond chance only, by a
+    sign test; a class that the request is about (a share of the forget set more than twice its share of the
+    validation set) has to stay within its budget whatever chance may do.
 
     Limits that were measured: a quarter or half of the data, and most whole classes, are refused (for classes
     use ``ssd``); forgotten samples are learnt again faster than new ones.
@@ -91,6 +94,12 @@ def newton(
         task: What the model is for; inferred, or refused, where it is not given. It must have log-odds.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``: what to raise on the forget set instead of the
             weighted log-odds, all samples alike.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all of these.
+        exclude: Parameters that may not change, likewise. A layer of which either leaves a part stays.
         generator: For the draws of the factors.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
@@ -122,6 +131,7 @@ def newton(
     _check(forget, retain, validation, factors, damping)
     task = resolve(task, who="newton")
     guard = Guard(budget, validation_budget, class_budget)
+    choices = choice(params, include, exclude)
     settings = {
         "budget": budget,
         "validation_budget": validation_budget,
@@ -129,10 +139,14 @@ def newton(
         "damping": damping,
         "factors": "given" if factors is not None else None,
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
+        **choices,
     }
     sets = {"forget": forget, "validation": validation, "retain": retain}
     watched = {name: data for name, data in sets.items() if data is not None}
-    with unlearning(model, "newton", settings, generator=generator, data=watched.values()) as run:
+    with (
+        restricted(model, "newton", **choices) as names,
+        unlearning(model, "newton", settings, generator=generator, data=watched.values()) as run,
+    ):
         if factors is None:
             with run.phase("factors"):
                 given, found = False, kfac_factors(model, watched["retain"], task=task, progress=progress)
@@ -150,7 +164,15 @@ def newton(
             )
         with run.phase("direction"):
             step = direction(
-                model, forget, retain, found, task=task, loss_fn=loss_fn, damping=damping, keep=given
+                model,
+                forget,
+                retain,
+                found,
+                task=task,
+                loss_fn=loss_fn,
+                damping=damping,
+                keep=given,
+                only_trainable=names is not None,
             )
         with run.phase("search"):
             size = _search(
