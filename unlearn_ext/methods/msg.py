@@ -114,7 +114,7 @@ def msg(
         raise ValueError(f"msg: factor must be >= 0, got {factor}")
     task = resolve(task, loss_fn, who="msg")
     choices = choice(params, include, exclude)
-    settings = {
+    settings: dict[str, object] = {
         "share": share,
         "factor": factor,
         "epochs": epochs,

@@ -96,8 +96,11 @@ def plan_ssd(
         until: The closed loop's goal: ``"forgotten"`` (accuracy on the forget set at most 1 %: classes),
             ``"unseen"`` (no higher than on ``validation``), a number (the highest accuracy on the forget
             set), or a callable that is given the model and says whether it will do. ``"auto"`` is
-            ``"forgotten"`` with ``alpha="auto"``, else None: one shot.
-        budget: Retain accuracy that the closed loop may lose, as a share.
+            ``"forgotten"`` with ``alpha="auto"``, else None: one shot. For texts (tasks of language models)
+            ``"unseen"`` is a loss no lower than on ``validation``, and what ``"auto"`` means where that is
+            given: most tokens of any text are told.
+        budget: Retain accuracy that the closed loop may lose, as a share; for texts the share by which the
+            perplexity on the retain set may rise.
         validation: Data that the model never saw, for ``until="unseen"``.
         strict: Let ``apply`` raise ``UnlearningFailed`` where the goal was not reached, not warn.
         lambda_: Dampening constant, >= 0. Lower dampens more; the papers have 1 or 0.1.
@@ -144,12 +147,13 @@ def plan_ssd(
         True
     """
     check_model(model, "plan_ssd")
-    resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
+    judge = resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)
     check_estimator("plan_ssd", estimator, power)
-    goal = _checked_goal(alpha, until, budget, validation)
+    is_text = alpha == "auto" and judge.yardstick(model) == "loss"
+    goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
     choices = choice(params, include, exclude)
     with restricted(model, "plan_ssd", **choices) as names:
         sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
@@ -339,9 +343,16 @@ def ssd(
 
 
 def _checked_goal(
-    alpha: Alpha, until: Until | Literal["auto"], budget: float, validation: Batches | None
+    alpha: Alpha,
+    until: Until | Literal["auto"],
+    budget: float,
+    validation: Batches | None,
+    *,
+    is_text: bool,
 ) -> Until:
     default: Until = "forgotten" if alpha == "auto" else None
+    if is_text and validation is not None:
+        default = "unseen"
     goal = default if isinstance(until, str) and until == "auto" else until
     check_goal("plan_ssd", goal, budget, validation)
     if alpha == "auto" and goal is None:
