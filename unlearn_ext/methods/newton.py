@@ -19,6 +19,7 @@ Source:
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from unlearn_ext.methods.common import check_count
 from unlearn_ext.methods.newton_guards import Answers, Guard, answers
 from unlearn_ext.methods.newton_step import Step, direction
 from unlearn_ext.methods.run import Run, unlearning
-from unlearn_ext.methods.until import UnlearningFailed
+from unlearn_ext.methods.until import FORGOTTEN, UnlearningFailed, Until, check_goal
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task, Yardstick
 from unlearn_ext.tasks.batches import Batches, check_batches
@@ -44,6 +45,13 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 
 _START = 1e-3  # the largest relative change of a layer that is tried first
 _DOUBLINGS = 14
+# What the retain set's gradient is multiplied by, at first and where that breaks a budget: more of it costs
+# unseen samples less and retained ones more.
+_RETAIN_WEIGHTS = (1.0, 2.0)
+_IN_WORDS = {
+    "unseen": "makes the forget samples like unseen ones",
+    "forgotten": "makes the forget samples forgotten",
+}
 _FINE = 1.05  # how near to the first success the search comes
 _FEW = 50  # validation samples below which the comparison means little
 # By what is watched. See Note [Steps for texts].
@@ -58,6 +66,7 @@ def newton(
     *,
     validation: Batches | None = None,
     factors: KroneckerFactors | None = None,
+    until: Until = "unseen",
     budget: float = 0.02,
     validation_budget: float = 0.03,
     class_budget: float = 0.10,
@@ -79,8 +88,9 @@ def newton(
 
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
-    It is taken only if it costs no more than the budgets allow. Otherwise every bit is put back, ``reached``
-    is False and a warning says what was tried. What the validation set shows counts beyond chance only, by a
+    It is taken only if it costs no more than the budgets allow; where it costs more, a second one is tried for
+    which the retain set's gradient weighs twice as much. Otherwise every bit is put back, ``reached`` is False
+    and a warning says what was tried. What the validation set shows counts beyond chance only, by a
     sign test; a class that the request is about (a share of the forget set more than twice its share of the
     validation set) has to stay within its budget whatever chance may do.
 
@@ -100,6 +110,8 @@ def newton(
         validation: Samples that the model never saw, at least 50; not test data.
         factors: ``kfac_factors(model, retain)``, kept from before. They are decomposed once and serve many
             requests.
+        until: The goal: ``"unseen"`` as above, ``"forgotten"`` (accuracy on the forget set at most 1 %), an
+            accuracy, or a function of the model that says whether it will do.
         budget: How much retain accuracy may be lost, as a share; of texts, how far the perplexity may rise.
         validation_budget: How much validation accuracy may be lost, as a share.
         class_budget: The same for every class of the validation set, where samples have one label each.
@@ -149,10 +161,18 @@ def newton(
     damping = _DAMPING[yardstick] if damping is None else damping
     rounds = _ROUNDS[yardstick] if rounds is None else rounds
     _check(forget, retain, validation, factors, damping)
+    if until is None:
+        raise ValueError(
+            "newton: until must be a goal, which is what decides the length of the step, got None"
+        )
+    check_goal("newton", until, budget, validation)
     check_count("newton", "rounds", rounds, 1)
     guard = Guard(budget, validation_budget, class_budget, yardstick)
+    # A number of the user's is an accuracy, also for texts.
+    by: Yardstick = yardstick if until == "unseen" else "accuracy"
     choices = choice(params, include, exclude)
     settings = {
+        "until": until,
         "budget": budget,
         "validation_budget": validation_budget,
         "class_budget": class_budget,
@@ -183,9 +203,8 @@ def newton(
                 f"{before['validation'].counted}: how unseen samples are answered is not known well",
                 stacklevel=2,
             )
-        way = _Way(run, task, forget, yardstick)
 
-        def next_step() -> Step:
+        def next_step(retain_weight: float) -> Step:
             return direction(
                 model,
                 forget,
@@ -194,35 +213,50 @@ def newton(
                 task=task,
                 loss_fn=loss_fn,
                 damping=damping,
-                keep=given or rounds > 1,
+                keep=given or rounds > 1 or retain is not None,
                 only_trainable=names is not None,
+                retain_weight=retain_weight,
             )
 
-        size = way.gone(next_step, before["forget"], before["validation"], rounds)
-        with run.phase("guards"):
-            after = (
-                before
-                if size == 0
-                else {name: answers(model, task, data, name) for name, data in watched.items()}
+        tried: list[float] = []
+        told: list[str] = []
+        read = 0
+        for weight in _RETAIN_WEIGHTS if retain is not None else _RETAIN_WEIGHTS[:1]:
+            way = _Way(run, task, forget, by, tried, until if callable(until) else None)
+            step = functools.partial(next_step, weight)
+            goal = _goal(until, before["validation"], by)
+            size = way.gone(step, before["forget"].known(by), goal, rounds)
+            with run.phase("guards"):
+                after = (
+                    before
+                    if size == 0
+                    else {name: answers(model, task, data, name) for name, data in watched.items()}
+                )
+                read += size != 0
+            lost = (
+                [f"no step that {_IN_WORDS.get(str(until), 'reaches until')}"]
+                if size is None
+                else guard.broken(before, after)
             )
-        if size is None:
-            lost = ["no step that makes the forget samples like unseen ones"]
-        else:
-            lost = guard.broken(before, after)
-        if lost:
+            run.record("outcome", step=size, lost=lost, retain_weight=weight)
+            if not lost:
+                break
             way.take_back()
-        run.record("outcome", step=size, lost=lost)
-    tried = way.tried
+            told += (
+                lost if not told else [f"with the retain set weighing {weight:g} times as much: {lost[0]}"]
+            )
+            if size is None:
+                break
     result = replace(
         run.result(),
         reached=not lost,
         before=_figures(before),
         after=_figures(before if lost else after),
-        passes=_passes(before, len(tried)),
+        passes=_passes(before, read, len(tried)),
     )
     if lost:
         message = (
-            f"newton: forget must be forgotten within the budget, got {'; '.join(lost)} ({len(tried)} steps "
+            f"newton: forget must be forgotten within the budget, got {'; '.join(told)} ({len(tried)} steps "
             f"tried, up to a relative change of a layer of {max(tried, default=0):.3g}); "
             "the model is as it was"
         )
@@ -232,10 +266,10 @@ def newton(
     return result
 
 
-def _passes(sets: Mapping[str, Answers], tried: int) -> float:
-    # Answers before and after, and the search on the forget set.
+def _passes(sets: Mapping[str, Answers], after: int, tried: int) -> float:
+    # Answers before and after every attempt, and the search on the forget set.
     whole = sum(len(part.right) for part in sets.values())
-    return 2.0 + tried * len(sets["forget"].right) / whole
+    return 1.0 + after + tried * len(sets["forget"].right) / whole
 
 
 def _figures(sets: Mapping[str, Answers]) -> dict[str, float]:
@@ -269,6 +303,13 @@ def _check(
         raise ValueError(f"newton: damping must be finite and > 0, got {damping}")
 
 
+def _goal(until: Until, unseen: Answers, yardstick: Yardstick) -> float:
+    # How well the forget set may be known.
+    if isinstance(until, (int, float)):
+        return float(until)
+    return FORGOTTEN if until == "forgotten" else unseen.known(yardstick)
+
+
 class _Way:
     """The steps towards the goal: each is the least with which its part of the way is made.
 
@@ -277,29 +318,39 @@ class _Way:
         task: What the model is for.
         forget: The forget set.
         yardstick: What is watched.
+        tried: Takes up the sizes of steps that were tried.
+        will_do: Judges the model in place of a goal for the forget set.
     """
 
-    def __init__(self, run: Run, task: Task, forget: Batches, yardstick: Yardstick) -> None:
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        forget: Batches,
+        yardstick: Yardstick,
+        tried: list[float],
+        will_do: Callable[[nn.Module], bool] | None,
+    ) -> None:
         self._run, self._task, self._forget, self._by = run, task, forget, yardstick
+        self._will_do = will_do
         self._steps: list[Step] = []
-        self.tried: list[float] = []
+        self._tried = tried
 
-    def gone(
-        self, next_step: Callable[[], Step], forget: Answers, unseen: Answers, rounds: int
-    ) -> float | None:
+    def gone(self, next_step: Callable[[], Step], start: float, goal: float, rounds: int) -> float | None:
         """Go there.
 
         Args:
             next_step: Works out the step at the weights as they are.
-            forget: How the forget set is answered at first.
-            unseen: How it is to be answered in the end: no better.
-            rounds: Number of steps.
+            start: How well the forget set is known at first.
+            goal: How well it may be known in the end; not looked at where something else judges.
+            rounds: Number of steps; one where something else judges.
 
         Returns:
             The sum of the steps' sizes; 0.0 where nothing is to be done, None where the goal is not reached.
         """
-        start, goal = forget.known(self._by), unseen.known(self._by)
-        if start <= goal:
+        if self._will_do is not None:
+            rounds = 1
+        if start <= goal if self._will_do is None else self._will_do(self._run.model):
             return 0.0
         total, first = 0.0, _START
         for number in range(1, rounds + 1):
@@ -325,8 +376,10 @@ class _Way:
             step.take(size)
             found = answers(self._run.model, self._task, self._forget, "forget")
             self._run.record("search", step=size, forget=found.loss if self._by == "loss" else found.accuracy)
-            self.tried.append(size)
-            return found.known(self._by) <= target
+            self._tried.append(size)
+            return (
+                found.known(self._by) <= target if self._will_do is None else self._will_do(self._run.model)
+            )
 
         high = first
         for _ in range(_DOUBLINGS):

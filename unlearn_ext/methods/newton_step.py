@@ -62,6 +62,7 @@ def direction(
     damping: float,
     keep: bool,
     only_trainable: bool = False,
+    retain_weight: float = 1.0,
 ) -> Step:
     """Work out the step.
 
@@ -75,6 +76,7 @@ def direction(
         damping: See ``KroneckerFactors.solve``.
         keep: Whether the factors serve again.
         only_trainable: Leave out layers with factors that are not trainable, instead of refusing them.
+        retain_weight: What the retain set's gradient is multiplied by before it is subtracted.
 
     Returns:
         The step, scaled so that size 1 is a relative change of 1 of the layer that changes most.
@@ -89,7 +91,7 @@ def direction(
     totals = _mean_gradient("forget", model, forget, task, loss_fn, tensors)
     if retain is not None:
         kept = _mean_gradient("retain", model, retain, task, loss_fn, tensors)
-        totals = [a - b for a, b in zip(totals, kept, strict=True)]
+        totals = [a - retain_weight * b for a, b in zip(totals, kept, strict=True)]
     gradients: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, part), total in zip(names, totals, strict=True):
         if not bool(torch.isfinite(total).all()):

@@ -29,7 +29,7 @@ Until: TypeAlias = Literal["forgotten", "unseen"] | float | Callable[[nn.Module]
 """When to stop: a name, the highest accuracy on the forget set, a test of the model, or None: one shot."""
 
 # Accuracy on the forget set at which a class counts as forgotten.
-_FORGOTTEN = 0.01
+FORGOTTEN = 0.01
 
 
 class UnlearningFailed(RuntimeError):  # noqa: N818 - what the public contract calls it
@@ -170,7 +170,7 @@ class Watch:
     def limit(self) -> float:
         """The highest accuracy on the forget set where the goal is such a number; else NaN."""
         if self._until == "forgotten":
-            return _FORGOTTEN
+            return FORGOTTEN
         return float(self._until) if isinstance(self._until, (int, float)) else math.nan
 
     @property
