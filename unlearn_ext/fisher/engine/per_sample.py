@@ -159,6 +159,7 @@ class PerSample:
             was_known = bool(trust.edges)
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
+            if is_new or n not in trust.sizes:
                 trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
             if self._chosen.keys() - trust.reasons.keys():
                 plan = self._plan(trace, trust)
@@ -243,6 +244,8 @@ class PerSample:
             chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
         elif n not in trust.sizes or is_due:
             chosen = [trust.certificates * 40503 % n]
+            if n > max(trust.sizes, default=0):  # nothing was ever at the last place
+                chosen = sorted({*chosen, n - 1})
             trust.certificates += 1
         found = []
         try:
@@ -281,7 +284,7 @@ class PerSample:
             if name in trust.reasons:
                 plan.reasons[name] = trust.reasons[name]
                 continue
-            if only is None and name in trust.reaches:
+            if only is None and name in trust.reaches and not trust.may_couple:
                 try:
                     reads = trace.reads(self._chosen[name], trust.reaches[name])
                     known = trust.layouts(name, reads, trace.n, moved)

@@ -249,6 +249,8 @@ class Verification:
         # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
         # holds nothing but this sample runs the same ones: what differs then is the others' influence.
         company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n).detach()
-        difference = abs(here - float(company[found.sample]))
+        # Wherever in the batch it stands, since places may matter as well.
+        farthest = float((company - company[found.sample]).abs().max())
+        influence = max(abs(here - float(company[found.sample])), farthest)
         # The logits, which may be large where the loss is small, have rounded alike.
-        return difference <= tolerance.loss * size or difference <= 0.1 * abs(here - there)
+        return influence <= tolerance.loss * size or influence <= 0.1 * difference
