@@ -20,13 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unlearn_ext.fisher.engine.sample_axis import (
-    FACTORIES,
-    MixedError,
-    Operation,
-    SampleAxis,
-    rule_for,
-)
+from unlearn_ext.fisher.engine.axis_rules import FACTORIES, rule_for
+from unlearn_ext.fisher.engine.sample_axis import MixedError, Operation, SampleAxis
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
 from unlearn_ext.tasks.batches import is_per_sample, tensors_in
 
@@ -42,7 +37,7 @@ def _is_own_check() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name != __name__ and name.partition(".")[0] != "torch":
+        if name.partition(".")[0] != "torch" and not name.startswith("unlearn_ext.fisher."):
             return str(name).startswith("unlearn_ext.tasks")
         frame = frame.f_back
     return False
@@ -104,19 +99,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._axes.is_mixed and not self.is_suspended:
             try:
                 self._follow(function, before, kwargs or {}, result)
-            except Exception as error:  # also what a rule did not expect
+            except Exception:  # also what a rule did not expect
                 self._axes.is_mixed = not _is_own_check()
-                if __import__("os").environ.get("WHY") and self._axes.is_mixed:
-                    print(
-                        "mixed by",
-                        function,
-                        repr(error),
-                        [tuple(a.shape) if isinstance(a, Tensor) else a for a in args],
-                        [self._axes.get(a) for a in args if isinstance(a, Tensor)],
-                    )
-                    __import__("traceback").print_stack(
-                        limit=int(__import__("os").environ["WHY"]), file=__import__("sys").stdout
-                    )
         return result
 
     def _is_to_be_written(self, args: tuple[Any, ...]) -> bool:
@@ -142,7 +126,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith(FACTORIES) or name.endswith("_like"):
             return
         rule = rule_for(name, function.tags)
-        if rule is None or function.namespace not in ("aten", "prims"):
+        if rule is None or function.namespace not in ("aten", "prims") or "out" in kwargs:
             raise MixedError(name)
         named = {a.name: a.default_value for a in function._schema.arguments if a.has_default_value()}
         named = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | {
@@ -151,10 +135,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key not in {a.name for a in function._schema.arguments[: len(args)]}
         }
         found = rule(Operation(name, named, result, self._axes.n, axes))
-        several = isinstance(result, (tuple, list))
-        for tensor, at in zip(
-            result if several else [result], found if isinstance(found, list) else [found], strict=True
-        ):
+        results: list[Any] = list(result) if isinstance(result, (tuple, list)) else [result]
+        for tensor, at in zip(results, found if isinstance(found, list) else [found], strict=True):
             if at is None or not isinstance(tensor, Tensor):
                 continue
             if name != packet and tensor is not args[0]:

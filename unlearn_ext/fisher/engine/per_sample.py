@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -74,6 +75,7 @@ class PerSample:
         power: 1 or 2.
         select: ``select(batch, samples) -> batch`` for batches whose samples do not lie along a leading
             dimension; by default they do.
+        guard: What the forward passes of a model that nothing is known about run inside.
 
     Raises:
         NotImplementedError: If parameters are sharded, or not there.
@@ -87,10 +89,11 @@ class PerSample:
         fisher: Mapping[str, Tensor],
         power: int,
         select: Select | None = None,
+        guard: AbstractContextManager[object] | None = None,
     ) -> None:
         check_parameters(chosen)
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._select = select
+        self._select, self._guard = select, guard
         self._loss = PerSampleLoss(model, loss_fn)
         self._trust_cache = TrustCache(model, loss_fn, chosen)
         self._verification = Verification(self._loss, chosen)
@@ -118,6 +121,8 @@ class PerSample:
         with prepared(self._model):
             samples = Samples(batch, n, self._select)
             trust = self._trust_cache.lookup(batch, n)
+            self._loss.surroundings = None if trust.sizes else self._guard
+            self._guard = None  # what a model does not write in its first batch, it hardly will
             losses = None if trust.is_mixed else self._add(samples, trust)
             return self._add_on_their_own(samples) if losses is None else losses
 
@@ -328,7 +333,13 @@ class PerSample:
         is_new: bool,
     ) -> dict[str, Exception]:
         def accumulate(name: str, term: PerSampleGradients) -> None:
-            if self._verification.check(name, term, alone, tolerance):
+            try:
+                is_evident = self._verification.check(name, term, alone, tolerance)
+            except MismatchError:
+                raise
+            except Exception as error:  # of a function of parameters, say, that autograd differentiates once
+                raise MismatchError(describe(error)) from error
+            if is_evident:
                 trust.evident.add(name)
             elif name in plan.unseen and name not in trust.evident:
                 if term.is_zero():
