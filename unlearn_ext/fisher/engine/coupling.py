@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from unlearn_ext.fisher.engine.axis_rules import FACTORIES, rule_for
 from unlearn_ext.fisher.engine.sample_axis import MixedError, Operation, SampleAxis
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
-from unlearn_ext.tasks.batches import is_per_sample, tensors_in
+from unlearn_ext.tasks.batches import Batch, is_per_sample, tensors_in
 
 Function: TypeAlias = Any  # an operator, or a function of torch's
 
@@ -202,6 +203,38 @@ class _Functions(TorchFunctionMode):
         return result
 
 
+class Watch:
+    """Watches a forward pass, for what may let samples influence each other.
+
+    Args:
+        batch: The batch that the pass is over.
+        n: Its number of samples.
+        is_leading: They lie along a leading dimension. If not, nobody knows which tensors hold samples.
+
+    Attributes:
+        is_mixed: They might influence each other; also set where a pass cannot be watched.
+    """
+
+    def __init__(self, batch: Batch, n: int, *, is_leading: bool = True) -> None:
+        self.is_mixed = not is_leading
+        self._axes = _Axes(n)
+        self._stack = ExitStack()
+        for tensor in tensors_in(batch):
+            if is_per_sample(tensor, n):
+                self._axes.set(tensor, SampleAxis(0))
+
+    def __enter__(self) -> Watch:
+        if not self.is_mixed and self._axes.n > 1:
+            operators = _Operators(self._axes)
+            self._stack.enter_context(_Functions(self._axes, operators))
+            self._stack.enter_context(operators)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self.is_mixed |= self._axes.is_mixed
+
+
 def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     """Say whether samples might influence each other in a way that only some batches show.
 
@@ -212,18 +245,10 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     Returns:
         True if an operator ran through which they might, or if the model cannot be watched.
     """
-    if samples.n == 1:
-        return False
-    if not samples.is_leading:  # nobody knows which of its tensors hold samples, and where
-        return True
-    axes = _Axes(samples.n)
-    operators = _Operators(axes)
-    for tensor in tensors_in(samples.batch):
-        if is_per_sample(tensor, samples.n):
-            axes.set(tensor, SampleAxis(0))
+    watch = Watch(samples.batch, samples.n, is_leading=samples.is_leading)
     try:
-        with _Functions(axes, operators), operators:
+        with watch:
             loss.losses(samples.batch, samples.n)
-    except Exception:  # a model that cannot run while it is watched
+    except Exception:
         return True
-    return axes.is_mixed
+    return watch.is_mixed

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.coupling import Watch, may_couple
 from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
@@ -154,7 +154,10 @@ class PerSample:
         n, start = samples.n, time.perf_counter()
         if trust.channels_last is None:
             trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
-        with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
+        batch, watch = self._formatted(samples, trust), None
+        if not trust.edges:
+            watch = Watch(batch, n, is_leading=samples.is_leading)
+        with traced(self._loss, batch, n, is_whole=True, watch=watch) as trace:
             losses = trace.losses.detach()
             if not bool(torch.isfinite(losses).all()):
                 return losses
@@ -164,8 +167,8 @@ class PerSample:
             was_known = bool(trust.edges)
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
-            if is_new or n not in trust.sizes:
-                trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
+            if not trust.may_couple and (is_new or n not in trust.sizes):
+                trust.may_couple = watch.is_mixed if watch is not None else may_couple(self._loss, samples)
             if self._chosen.keys() - trust.reasons.keys():
                 plan = self._plan(trace, trust)
             else:
@@ -246,7 +249,7 @@ class PerSample:
         elif is_new or not trust.certificates:
             # The largest losses have gradients to show; two batches, since all samples of one may be alike.
             trust.certificates += not is_new
-            chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
+            chosen = losses.abs().argsort(descending=True, stable=True)[: 1 + is_new].tolist()
         elif n not in trust.sizes or is_due:
             chosen = [trust.certificates * 40503 % n]
             if n > max(trust.sizes, default=0):  # nothing was ever at the last place
