@@ -6,12 +6,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.coupling import Watch, may_couple
 from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
@@ -74,6 +75,7 @@ class PerSample:
         power: 1 or 2.
         select: ``select(batch, samples) -> batch`` for batches whose samples do not lie along a leading
             dimension; by default they do.
+        guard: What the forward passes of a model that nothing is known about run inside.
 
     Raises:
         NotImplementedError: If parameters are sharded, or not there.
@@ -87,10 +89,11 @@ class PerSample:
         fisher: Mapping[str, Tensor],
         power: int,
         select: Select | None = None,
+        guard: AbstractContextManager[object] | None = None,
     ) -> None:
         check_parameters(chosen)
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._select = select
+        self._select, self._guard = select, guard
         self._loss = PerSampleLoss(model, loss_fn)
         self._trust_cache = TrustCache(model, loss_fn, chosen)
         self._verification = Verification(self._loss, chosen)
@@ -118,6 +121,8 @@ class PerSample:
         with prepared(self._model):
             samples = Samples(batch, n, self._select)
             trust = self._trust_cache.lookup(batch, n)
+            self._loss.surroundings = None if trust.sizes else self._guard
+            self._guard = None  # what a model does not write in its first batch, it hardly will
             losses = None if trust.is_mixed else self._add(samples, trust)
             return self._add_on_their_own(samples) if losses is None else losses
 
@@ -149,7 +154,10 @@ class PerSample:
         n, start = samples.n, time.perf_counter()
         if trust.channels_last is None:
             trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
-        with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
+        batch, watch = self._formatted(samples, trust), None
+        if not trust.edges:
+            watch = Watch(batch, n, is_leading=samples.is_leading)
+        with traced(self._loss, batch, n, is_whole=True, watch=watch) as trace:
             losses = trace.losses.detach()
             if not bool(torch.isfinite(losses).all()):
                 return losses
@@ -159,7 +167,8 @@ class PerSample:
             was_known = bool(trust.edges)
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
-                trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
+            if not trust.may_couple and (is_new or n not in trust.sizes):
+                trust.may_couple = watch.is_mixed if watch is not None else may_couple(self._loss, samples)
             if self._chosen.keys() - trust.reasons.keys():
                 plan = self._plan(trace, trust)
             else:
@@ -240,9 +249,11 @@ class PerSample:
         elif is_new or not trust.certificates:
             # The largest losses have gradients to show; two batches, since all samples of one may be alike.
             trust.certificates += not is_new
-            chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
+            chosen = losses.abs().argsort(descending=True, stable=True)[: 1 + is_new].tolist()
         elif n not in trust.sizes or is_due:
             chosen = [trust.certificates * 40503 % n]
+            if n > max(trust.sizes, default=0):  # nothing was ever at the last place
+                chosen = sorted({*chosen, n - 1})
             trust.certificates += 1
         found = []
         try:
@@ -281,7 +292,7 @@ class PerSample:
             if name in trust.reasons:
                 plan.reasons[name] = trust.reasons[name]
                 continue
-            if only is None and name in trust.reaches:
+            if only is None and name in trust.reaches and not trust.may_couple:
                 try:
                     reads = trace.reads(self._chosen[name], trust.reaches[name])
                     known = trust.layouts(name, reads, trace.n, moved)
@@ -325,7 +336,13 @@ class PerSample:
         is_new: bool,
     ) -> dict[str, Exception]:
         def accumulate(name: str, term: PerSampleGradients) -> None:
-            if self._verification.check(name, term, alone, tolerance):
+            try:
+                is_evident = self._verification.check(name, term, alone, tolerance)
+            except MismatchError:
+                raise
+            except Exception as error:  # of a function of parameters, say, that autograd differentiates once
+                raise MismatchError(describe(error)) from error
+            if is_evident:
                 trust.evident.add(name)
             elif name in plan.unseen and name not in trust.evident:
                 if term.is_zero():
