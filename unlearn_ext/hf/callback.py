@@ -94,7 +94,8 @@ class _Guard:
         frees = {parameters[name]: _packed(mask, parameters[name], name) for name, mask in found.items()}
         self._frees = frees
         for parameter in frees:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._zero))
+            handle = parameter.register_post_accumulate_grad_hook(self._zero)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
 
     def leave(self) -> None:
         """Let gradients be."""

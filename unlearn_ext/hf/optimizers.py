@@ -117,9 +117,10 @@ def _settings(
 
 def _with_names(groups: Groups, model: nn.Module, who: str) -> list[dict[str, Any]]:
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
-    given = list(groups)
-    if not given or not isinstance(given[0], dict):
-        given = [{"params": given}]
+    entries = list(groups)
+    given: list[dict[str, Any]] = [entry for entry in entries if isinstance(entry, dict)]
+    if not given:
+        given = [{"params": entries}]
     named = []
     for group in given:
         pairs = []
@@ -131,7 +132,8 @@ def _with_names(groups: Groups, model: nn.Module, who: str) -> list[dict[str, An
                     f"of shape {list(parameter.shape)} that is not; pass the model that is trained"
                 )
             pairs.append((name, parameter))
-        named.append({**group, "params": pairs})
+        if pairs:  # torch takes an empty group, as the Trainer makes of adapters, for one without names
+            named.append({**group, "params": pairs})
     return named
 
 
@@ -153,7 +155,7 @@ class _ForTrainer(ConstrainedOptimizer):
         named = _with_names(params, names_from, who)
         found = None if masks is None else masks_by_parameter(names_from, masks, who)
         self._clip_free = clip_free
-        super().__init__(named, masks=found, **options)  # type: ignore[call-arg, arg-type]
+        super().__init__(named, masks=found, **options)  # type: ignore[call-arg]
         if masks is not None:
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -196,7 +198,7 @@ class _ForTrainer(ConstrainedOptimizer):
             if mask is not None and grad is not None and grad.layout == torch.strided:
                 ops.apply_mask_([view_of(grad, mask.order)], [mask.tensor])
 
-        handle = parameter.register_post_accumulate_grad_hook(zero_masked)
+        handle = parameter.register_post_accumulate_grad_hook(zero_masked)  # type: ignore[no-untyped-call]
 
 
 class _TrainerAdamW(_ForTrainer, MaskedAdamW):  # type: ignore[misc]
