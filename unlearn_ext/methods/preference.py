@@ -317,8 +317,10 @@ def sequence_log_probability(model: nn.Module, batch: Batch, task: Task) -> Tens
     outputs = task.forward(model, batch)
     with what_a_task_must_have("npo"):
         counted = task.counted(outputs, batch)
-    return -task.losses(outputs, batch) * counted.flatten(1).sum(1) if counted.ndim > 1 else -task.losses(
-        outputs, batch
+    return (
+        -task.losses(outputs, batch) * counted.flatten(1).sum(1)
+        if counted.ndim > 1
+        else -task.losses(outputs, batch)
     )
 
 

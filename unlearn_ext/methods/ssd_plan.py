@@ -156,7 +156,9 @@ class SsdPlan:
         lines = ["SSD: refused before any importance was measured"]
         if self.importance_forget is not None and self.importance_full is not None:
             lines = [self._sizes(self.importance_forget, self.importance_full)]
-        of = "% of retain perplexity gained" if watch.yardstick == "loss" else "points of retain accuracy lost"
+        of = (
+            "% of retain perplexity gained" if watch.yardstick == "loss" else "points of retain accuracy lost"
+        )
         lines += [
             f"goal: {watch.goal}, at most {100 * watch.budget:g} {of}"
             if watch.has_retain

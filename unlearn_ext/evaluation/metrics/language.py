@@ -188,8 +188,10 @@ def truth_ratios(
             f"got {len(wrong)}"
         )
     grouped = wrong.reshape(len(right), -1)
-    logs = grouped.mean(1) if mean == "geometric" else grouped.logsumexp(1) - torch.log(
-        torch.tensor(float(grouped.shape[1]), dtype=grouped.dtype)
+    logs = (
+        grouped.mean(1)
+        if mean == "geometric"
+        else grouped.logsumexp(1) - torch.log(torch.tensor(float(grouped.shape[1]), dtype=grouped.dtype))
     )
     return (logs - right).exp()
 
