@@ -310,8 +310,8 @@ def _reason(outcome: Outcome, watch: Watch) -> str:
         )
     least = min((found.forget for found in outcome.candidates), key=watch.knows)
     return (
-        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the best of them came "
-        f"to {_how_known(watch, least)}"
+        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the best of them "
+        f"came to {_how_known(watch, least)}"
     )
 
 
