@@ -6,6 +6,7 @@ Every estimator here is a mean of powers of gradients; they differ in which grad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import parameters_by_name, plain_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.fisher.engine import (
     PerSample,
     PerSampleLoss,
@@ -23,12 +25,13 @@ from unlearn_ext.fisher.engine import (
     unwritten,
 )
 from unlearn_ext.fisher.engine import register_layer as register_layer
-from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, joined_coverage, loss_name
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
+@lockstep
 def fisher_diagonal(
     model: nn.Module,
     data: Batches,
@@ -40,6 +43,7 @@ def fisher_diagonal(
     params: Iterable[str] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> Importance:
     """Estimate the diagonal of the Fisher information of every trainable parameter.
 
@@ -75,6 +79,10 @@ def fisher_diagonal(
         generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
             calls draw the same targets.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of the data (perhaps none; see
+            ``ux.data.shard_batches``). Sums and counts are added up over them, once, at the end: the result
+            is that of all data, the same on every rank to the bit. ``"mc"`` draws from a stream of each
+            rank's own. A model in ``DistributedDataParallel`` is taken out of it.
 
     Returns:
         The importances, on the parameters' devices; float32, float64 for double parameters.
@@ -102,10 +110,13 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
+    ranks = ranks_of(process_group, "fisher_diagonal")
     chosen = _chosen_parameters(model, params)
     check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
     with borrowed(model), unwritten(model):
+        if estimator == "mc":
+            generator = ranks.own_generator(generator)
         fisher = {
             name: torch.zeros_like(
                 parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -129,6 +140,12 @@ def fisher_diagonal(
             _check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
         gradients.finish()
+    coverage = gradients.coverage
+    if ranks.are_many:
+        n_samples, n_batches, batch_size, coverage = _joined(
+            ranks, n_samples, n_batches, batch_size, coverage
+        )
+        ranks.sum_("importances", fisher.values())
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
     for name, tensor in fisher.items():
@@ -146,10 +163,27 @@ def fisher_diagonal(
         power=power,
         batch_size=batch_size,
         n_batches=n_batches,
-        coverage=gradients.coverage,
+        coverage=coverage,
         loss=loss_name(judge),
         weights_digest=weights_fingerprint(model),
     )
+
+
+def _joined(
+    ranks: Ranks, n_samples: int, n_batches: int, batch_size: int, coverage: dict[str, str]
+) -> tuple[int, int, int, dict[str, str]]:
+    # A rank without data has covered nothing, and says nothing of how the others have.
+    found = ranks.exchange("counts", (n_samples, n_batches, batch_size, coverage))
+    samples, batches, sizes, coverages = zip(*found, strict=True)
+    known = [each for each in coverages if each] or [{}]
+    joined = functools.reduce(_with_all, known)
+    return sum(samples), sum(batches), max(sizes), joined
+
+
+def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+    names = dict.fromkeys([*a, *b])
+    both = [{name: each.get(name, other.get(name, "")) for name in names} for each, other in ((a, b), (b, a))]
+    return joined_coverage(*both)
 
 
 class _BatchGradients:

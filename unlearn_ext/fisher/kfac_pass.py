@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
 from unlearn_ext.tasks.base import Outputs, Task
@@ -26,6 +27,7 @@ _PROBE = 3  # samples on which coverage is found out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
+@lockstep
 def kfac_factors(
     model: nn.Module,
     data: Batches,
@@ -34,6 +36,7 @@ def kfac_factors(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> KroneckerFactors:
     """Sum the Kronecker factors of every linear, convolutional and embedding layer over a data set.
 
@@ -63,6 +66,9 @@ def kfac_factors(
         generator: For the draws. Without one the global random state is used, and put back: two calls draw
             the same labels.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none; the
+            totals are those of all data, with the same bits on every rank. Each rank draws labels from a
+            stream of its own. See ``fisher_diagonal``.
 
     Returns:
         The factors, on the devices of the weights.
@@ -89,9 +95,12 @@ def kfac_factors(
     """
     batches = check_batches(data)
     task = resolve(task, loss_fn, who="kfac_factors")
+    ranks = ranks_of(process_group, "kfac_factors")
     n_samples = 0
     watch: _Watch | None = None
     with borrowed(model):
+        if loss_fn is None:
+            generator = ranks.own_generator(generator)
         for index, batch in enumerate(
             read_batches(batches, device_of(model), description="Kronecker factors", progress=progress)
         ):
@@ -111,8 +120,12 @@ def kfac_factors(
                 )
             watch.take(loss, n)
             n_samples += n
-    if watch is None:
+    (n_samples,) = ranks.total("samples", n_samples)
+    if n_samples == 0:
         raise ValueError("kfac_factors: data must hold at least one sample, got none")
+    if watch is None:  # this rank has no data, others have
+        watch = _Watch(model, task, None, is_drawn=loss_fn is None)
+    watch.join(ranks)
     return watch.result(n_samples, TEMPERED if loss_fn is None else callable_name(loss_fn))
 
 
@@ -132,7 +145,7 @@ class _Layer:
 class _Watch:
     """The layers of a model that have factors, and what they have shown so far."""
 
-    def __init__(self, model: nn.Module, task: Task, batch: Batch, *, is_drawn: bool) -> None:
+    def __init__(self, model: nn.Module, task: Task, batch: Batch | None, *, is_drawn: bool) -> None:
         self._model = model
         self._task = task
         self._layers: dict[nn.Module, _Layer] = {}
@@ -161,7 +174,7 @@ class _Watch:
                 is_factored = factored is not None and parameter.rpartition(".")[2] in factored.parameters
                 bias = "the bias of a transposed convolution"
                 self.coverage.setdefault(parameter, why or ("factored" if is_factored else bias))
-        if self._layers:
+        if self._layers and batch is not None:
             self._probe(batch, is_drawn)
         if not self._layers:
             told = "; ".join(sorted(set(self.coverage.values())))
@@ -205,6 +218,28 @@ class _Watch:
                 if sums is not None:
                     layer.totals.add_outputs(sums)
             layer.uses.clear()
+
+    def join(self, ranks: Ranks) -> None:
+        """Add up what all ranks have seen; a layer that one has to leave out, all leave out.
+
+        Args:
+            ranks: The ranks.
+        """
+        if not ranks.are_many:
+            return
+        mine = {layer.name: layer.totals.rows for layer in self._layers.values()}
+        found = ranks.exchange("layers", (mine, self.coverage))
+        for layer in list(self._layers.values()):
+            without = next((coverage for rows, coverage in found if layer.name not in rows), None)
+            if without is not None:
+                prefix = f"{layer.name}." if layer.name else ""
+                self._drop(layer, without[f"{prefix}{layer.factored.parameters[0]}"])
+        tensors: list[Tensor] = []
+        for layer in self._layers.values():
+            totals = layer.totals
+            totals.rows = sum(rows[layer.name] for rows, _ in found)
+            tensors += [t for t in (totals.inputs, totals.outputs, totals.column) if t is not None]
+        ranks.sum_("totals", tensors)
 
     def result(self, n_samples: int, gradients: str) -> KroneckerFactors:
         """Return the totals.

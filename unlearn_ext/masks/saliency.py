@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import chosen_names, parameters_by_name, plain_name, with_plain_names
+from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep, ranks_of
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
@@ -113,6 +114,7 @@ def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: st
     return total / sum(row.shape[1] for row in rows) if reduction == "mean" else total
 
 
+@lockstep
 def saliency(
     model: nn.Module,
     forget: Batches,
@@ -125,6 +127,7 @@ def saliency(
     loss_fn: LossFn | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> Scores:
     """Score every trainable scalar by how much it answers for the forget set.
 
@@ -153,6 +156,9 @@ def saliency(
         include: Parameters to score: names of them or of their modules, the last parts of such names, or
             regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters to leave out, likewise.
+        process_group: Ranks that call this together, each with its own share of both sets, perhaps none: the
+            scores are those of all data, with the same bits on every rank, and so are masks made of them.
+            ``"random"`` takes rank 0's draw. See ``fisher_diagonal``.
 
     Returns:
         Scores by parameter name, float32 (float64 for double parameters), with the neurons of every layer.
@@ -185,7 +191,8 @@ def saliency(
     if not parameters:
         raise ValueError("saliency: the model must have a trainable parameter, got none")
     names = chosen_names(parameters, include, exclude, "saliency")
-    return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
+    ranks = ranks_of(process_group, "saliency")
+    return scored("saliency", model, forget, retain, chosen, score, names, progress, generator, ranks)
 
 
 def scored(
@@ -198,6 +205,7 @@ def scored(
     names: Sequence[str],
     progress: bool = False,
     generator: torch.Generator | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Do what ``saliency`` does, for parameters that have been chosen and a task that has been resolved.
 
@@ -211,6 +219,7 @@ def scored(
         names: Plain names of the parameters.
         progress: As for ``saliency``.
         generator: As for ``saliency``.
+        ranks: Those that call this together.
 
     Returns:
         The scores.
@@ -228,12 +237,14 @@ def scored(
     known = parameters_by_name(model)
     parameters = {name: known[name] for name in names}
     loss_fn = task.loss
-    groups = neuron_groups(model, forget, task=task, names=names)
+    groups = neuron_groups(model, forget, task=task, names=names, ranks=ranks)
 
     coverage: dict[str, str] = {}
 
     def fisher(data: Batches, power: int = 2) -> Importance:
-        importance = fisher_diagonal(model, data, task=task, power=power, params=names, progress=progress)
+        importance = fisher_diagonal(
+            model, data, task=task, power=power, params=names, progress=progress, process_group=ranks
+        )
         coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
         return importance
 
@@ -255,9 +266,10 @@ def scored(
     elif score == "obd":
         tensors = {name: f * parameters[name].detach().square() / 2 for name, f in fisher(forget).items()}
     elif score == "random":
-        tensors = _random(parameters, generator)
+        with torch.random.fork_rng([]):
+            tensors = _random(parameters, ranks.shared_generator(generator))
     else:
-        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress)
+        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
@@ -288,6 +300,7 @@ def _mean_gradients(
     parameters: Mapping[str, Tensor],
     loss_fn: LossFn,
     progress: bool,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     totals = {name: _accumulator(p) for name, p in parameters.items()}
     n = 0
@@ -303,8 +316,10 @@ def _mean_gradients(
                 for total, grad in zip(totals.values(), grads, strict=True):
                     if grad is not None:
                         total.add_(grad)
+    (n,) = ranks.total("samples", n)
     if n == 0:
         raise ValueError(f"{who}: forget must hold at least one sample, got none")
+    ranks.sum_("gradients", totals.values())
     for total in totals.values():
         total.div_(n)
     return totals

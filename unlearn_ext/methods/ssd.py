@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 import torch
@@ -24,6 +25,8 @@ from torch import nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.agree import check_same_weights
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, sources_of
@@ -39,6 +42,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
 
+@lockstep
 def plan_ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -60,6 +64,7 @@ def plan_ssd(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> SsdPlan:
     """Work out a selective synaptic dampening and leave the model as it is.
 
@@ -108,6 +113,9 @@ def plan_ssd(
             ``losses.cross_entropy`` for one shot, as the task has them.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
+            ``fisher_diagonal``. All of them come to the same plan, that of all data; what is done with it
+            afterwards (``apply``, ``revert``) each does for itself.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
@@ -152,7 +160,8 @@ def plan_ssd(
         "loss_fn": callable_name(loss),
     }
     seconds: dict[str, float] = {}
-    measure = Measure(model, task, loss, estimator, power, params, generator, progress)
+    ranks = ranks_of(process_group, "plan_ssd")
+    measure = Measure(model, task, loss, estimator, power, params, generator, progress, ranks)
 
     started = time.perf_counter()
     watch = None
@@ -167,6 +176,7 @@ def plan_ssd(
             budget=budget,
             validation=validation,
             task=task,
+            ranks=ranks,
         )
         outcome = settled(watch, goal)
         seconds["search"] = time.perf_counter() - started
@@ -214,6 +224,7 @@ def plan_ssd(
     )
 
 
+@lockstep
 def ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -235,6 +246,7 @@ def ssd(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Dampen what matters far more to the forget set than to the full set: ``plan_ssd(...).apply()``.
 
@@ -270,6 +282,8 @@ def ssd(
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; None as in ``plan_ssd``.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set; see ``plan_ssd``.
+            Every rank ends with the same model, which is verified.
 
     Returns:
         The record of the run.
@@ -287,8 +301,9 @@ def ssd(
         >>> ssd(model, forget, retain, alpha="adaptive").method
         'ssd'
     """
+    ranks = ranks_of(process_group, "ssd")
     # The closed loop measures as it goes; one shot is measured around it.
-    record = None if alpha == "auto" else Record(model, forget, retain, task)
+    record = None if alpha == "auto" else Record(model, forget, retain, task, ranks)
     plan = plan_ssd(
         model,
         forget,
@@ -309,9 +324,21 @@ def ssd(
         loss_fn=loss_fn,
         generator=generator,
         progress=progress,
+        process_group=ranks,
     )
-    result = plan.apply()
+    result = _applied(plan, model, ranks)
     return result if record is None else record.added_to(result)
+
+
+def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks) -> UnlearnResult:
+    # On all ranks or on none.
+    with ExitStack() as undo:
+        with ranks.failing_together():
+            result = plan.apply()
+            undo.callback(plan.revert)
+            check_same_weights(ranks, model, "after the dampening")
+        undo.pop_all()
+    return result
 
 
 def _checked_goal(
