@@ -107,7 +107,7 @@ def check_replicated(model: nn.Module, who: str) -> None:
         kind = type(parameter).__name__
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2 or "4bit" in kind:
             raise NotImplementedError(
-                f"{who}: model must have floating-point parameters, got {name} of {parameter.dtype} ({kind}); "
+                f"{who}: model must have floating-point parameters, got {name}, {kind} of {parameter.dtype}; "
                 "quantised ones must be dequantised first"
             )
 

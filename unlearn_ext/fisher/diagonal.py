@@ -7,7 +7,11 @@ Every estimator here is a mean of powers of gradients; they differ in which grad
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +25,15 @@ from unlearn_ext.fisher.engine import (
     PerSampleLoss,
     add_gradient,
     check_parameters,
+    forget,
     prepared,
     unwritten,
 )
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, joined_coverage, loss_name
+from unlearn_ext.resume import Progress
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
@@ -44,6 +50,8 @@ def fisher_diagonal(
     generator: torch.Generator | None = None,
     progress: bool = False,
     process_group: Group = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 200,
 ) -> Importance:
     """Estimate the diagonal of the Fisher information of every trainable parameter.
 
@@ -83,6 +91,13 @@ def fisher_diagonal(
             ``ux.data.shard_batches``). Sums and counts are added up over them, once, at the end: the result
             is that of all data, the same on every rank to the bit. ``"mc"`` draws from a stream of each
             rank's own. A model in ``DistributedDataParallel`` is taken out of it.
+        checkpoint: A file for the progress of the pass, so that the same call goes on where it was
+            interrupted, even by a power cut, and comes to the same bits. Of many ranks each keeps its own,
+            with its number in the name. SIGTERM is held back until the next batch is done and written. The
+            file stays when the pass is over, and the same call then only reads the data to see that they are
+            the same; it derives from the data, so delete it with them. Needs safetensors.
+        checkpoint_every: Batches from one writing to the next. Each costs as much as the proof of a first
+            call.
 
     Returns:
         The importances, on the parameters' devices; float32, float64 for double parameters.
@@ -90,7 +105,8 @@ def fisher_diagonal(
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, no parameter is trainable, ``params`` names
             an unknown or frozen one, the loss is not one value per sample or does not depend on the
-            parameters, or ``"mc"`` finds no targets it could replace.
+            parameters, or ``"mc"`` finds no targets it could replace; if ``checkpoint`` is damaged, or of
+            other data, weights or settings.
         TypeError: If a parameter is of another dtype.
         FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
         NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
@@ -113,7 +129,21 @@ def fisher_diagonal(
     ranks = ranks_of(process_group, "fisher_diagonal")
     chosen = _chosen_parameters(model, params)
     check_parameters(chosen)
-    n_samples = n_batches = batch_size = 0
+    tally = _Tally()
+    kept = Progress(
+        "fisher_diagonal",
+        checkpoint,
+        checkpoint_every,
+        model=model,
+        settings={
+            "estimator": estimator,
+            "power": power,
+            "params": list(chosen),
+            "loss": loss_name(judge),
+            "task": repr(judge),
+        },
+        ranks=ranks,
+    )
     with borrowed(model), unwritten(model):
         if estimator == "mc":
             generator = ranks.own_generator(generator)
@@ -123,29 +153,52 @@ def fisher_diagonal(
             )
             for name, parameter in chosen.items()
         }
-        gradients: _BatchGradients | PerSample
-        if estimator == "batch":
-            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power)
-        else:
+        if kept.found is not None:
+            tally = _Tally(**kept.found[1])
+            for name, total in fisher.items():
+                total.copy_(kept.found[0][name])
+
+        def new_engine() -> _BatchGradients | PerSample:
+            if estimator == "batch":
+                return _BatchGradients(model, judge.loss, chosen, fisher, power)
+            if kept.is_kept:
+                forget(model)
             own = judge.select if judge.has_own_select else None
-            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own)
-        reader = read_batches(batches, device_of(model), description="importance", progress=progress)
-        for index, batch in enumerate(reader):
-            n = judge.count(batch)
-            if n == 0:
-                continue
-            values = gradients.accumulate(
-                _with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
-            )
-            _check_finite("loss", values, index)
-            n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
-        gradients.finish()
-    coverage = gradients.coverage
-    if ranks.are_many:
-        n_samples, n_batches, batch_size, coverage = _joined(
-            ranks, n_samples, n_batches, batch_size, coverage
+            return PerSample(model, judge.loss, chosen, fisher, power, select=own)
+
+        gradients = new_engine()
+
+        def so_far() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            nonlocal gradients
+            gradients.finish()
+            tally.coverage = _with_all(tally.coverage, gradients.coverage)
+            gradients = new_engine()
+            return fisher, asdict(tally)
+
+        reader = kept.read(
+            batches,
+            device_of(model),
+            save=so_far,
+            generator=generator if estimator == "mc" else None,
+            description="importance",
+            progress=progress,
         )
+        with closing(reader):  # type: ignore[type-var]
+            for index, batch in reader:
+                n = judge.count(batch)
+                if n == 0:
+                    continue
+                drawn = (
+                    _with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch
+                )
+                _check_finite("loss", gradients.accumulate(drawn, n), index)
+                tally.add(n)
+        gradients.finish()
+    tally.coverage = _with_all(tally.coverage, gradients.coverage)
+    if ranks.are_many:
+        tally = _joined(ranks, tally)
         ranks.sum_("importances", fisher.values())
+    n_samples, n_batches = tally.n_samples, tally.n_batches
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
     for name, tensor in fisher.items():
@@ -161,26 +214,40 @@ def fisher_diagonal(
         n_samples=n_samples,
         estimator=estimator,
         power=power,
-        batch_size=batch_size,
+        batch_size=tally.batch_size,
         n_batches=n_batches,
-        coverage=coverage,
+        coverage=tally.coverage,
         loss=loss_name(judge),
         weights_digest=weights_fingerprint(model),
     )
 
 
-def _joined(
-    ranks: Ranks, n_samples: int, n_batches: int, batch_size: int, coverage: dict[str, str]
-) -> tuple[int, int, int, dict[str, str]]:
-    # A rank without data has covered nothing, and says nothing of how the others have.
-    found = ranks.exchange("counts", (n_samples, n_batches, batch_size, coverage))
-    samples, batches, sizes, coverages = zip(*found, strict=True)
-    known = [each for each in coverages if each] or [{}]
-    joined = functools.reduce(_with_all, known)
-    return sum(samples), sum(batches), max(sizes), joined
+@dataclass
+class _Tally:
+    # What a pass has read, and how it has computed what it has.
+    n_samples: int = 0
+    n_batches: int = 0
+    batch_size: int = 0
+    coverage: dict[str, str] = field(default_factory=dict)
+
+    def add(self, n: int) -> None:
+        self.n_samples += n
+        self.n_batches += 1
+        self.batch_size = max(self.batch_size, n)
+
+
+def _joined(ranks: Ranks, mine: _Tally) -> _Tally:
+    found = ranks.exchange("counts", mine)
+    return _Tally(
+        sum(each.n_samples for each in found),
+        sum(each.n_batches for each in found),
+        max(each.batch_size for each in found),
+        functools.reduce(_with_all, [each.coverage for each in found]),
+    )
 
 
 def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+    # A part without data has covered nothing, and says nothing of how another has.
     names = dict.fromkeys([*a, *b])
     both = [{name: each.get(name, other.get(name, "")) for name in names} for each, other in ((a, b), (b, a))]
     return joined_coverage(*both)
