@@ -65,3 +65,45 @@ def test_passes_over_shards_are_those_over_all_data(world, size, forms):
             if name != "random":  # of which no two calls know anything
                 assert many.difference(ours, tensors) <= 1e-6, (form, name)
                 assert many.difference(ours, oracle[name][0]) <= 2e-6, (form, name)
+
+
+def _figures(model, forget, retain, test, **group):
+    other = work.model_of(work.Plain, 5)
+    found = [ux.metrics.accuracy(model, forget, **group)]
+    for convention in ("paper", "release"):
+        found.append(ux.metrics.zrf(model, other, forget, convention, **group))
+    found.append(ux.metrics.js_divergence(model, other, retain, **group))
+    found.append(ux.metrics.activation_distance(model, other, test, **group))
+    attack = ux.metrics.mia(
+        model,
+        forget=forget,
+        retain=retain,
+        test=test,
+        convention="loss",
+        reference=other,
+        calibration=[other],
+        bootstrap=20,
+        **group,
+    )
+    return [*found, attack.auc, attack.tpr, *attack.auc_interval, attack.reference_auc]
+
+
+def _sets_for_figures(world):
+    whole = [work.batches(*work.samples(n, seed=n), 4) for n in (18, 30, 21)]
+    shared = [
+        work.shares(part, world, form) for part, form in zip(whole, ("empty", "even", "ragged"), strict=True)
+    ]
+    # In the order in which the ranks' samples are joined.
+    return shared, [[batch for share in shares for batch in share] for shares in shared]
+
+
+def _measured(rank, world):
+    shared, _ = _sets_for_figures(world)
+    model = DistributedDataParallel(work.model_of(work.Plain))
+    return _figures(model, *(shares[rank] for shares in shared), process_group=dist.group.WORLD)
+
+
+def test_figures_over_shards_are_those_over_all_data():
+    found = many.run(_measured, 2)
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(_figures(work.model_of(work.Plain), *_sets_for_figures(2)[1]), rel=1e-6)

@@ -165,10 +165,10 @@ def test_a_loader_that_shuffles_gives_the_interrupted_order_again(own, tmp_path)
         return DataLoader(TensorDataset(inputs, labels), batch_size=4, shuffle=True, generator=generator)
 
     whole = _fisher(_model(), loader(1), tmp_path / "whole")
+    data = loader(1)
+    stopping = Stopping(data, 7)
+    stopping.generator = data.generator
     with pytest.raises(Stop):
-        data = loader(1)
-        stopping = Stopping(data, 7)
-        stopping.generator = data.generator
         _fisher(_model(), stopping, tmp_path / "file")
     # Another seed now, and other draws: those of the interrupted run count.
     random.seed(5)
@@ -236,10 +236,8 @@ def test_a_damaged_file_is_never_believed(tmp_path):
             assert _same(_fisher(_model(), data, path), whole)
             outcomes.add("older")
         except ValueError as error:
-            assert "damaged" in str(error)
-            assert trial % 4 >= 2
-            outcomes.add("refused")
-    assert outcomes == {"older", "refused"}
+            outcomes.add(("damaged" in str(error), trial % 4 >= 2))
+    assert outcomes == {"older", (True, True)}
     # Cut off between the two renamings: the file of before counts.
     path.unlink()
     old.write_bytes(older)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, lockstep, ranks_of
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
 from unlearn_ext.methods.newton_guards import Answers, Guard, answers
@@ -42,6 +43,7 @@ _FINE = 1.05  # how near to the first success the search comes
 _FEW = 50  # validation samples below which the comparison means little
 
 
+@lockstep
 def newton(
     model: nn.Module,
     forget: Batches,
@@ -58,6 +60,7 @@ def newton(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Forget samples learnt by heart in one second-order step, scaled until they are like unseen ones.
 
@@ -93,6 +96,8 @@ def newton(
             weighted log-odds, all samples alike.
         generator: For the draws of the factors.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
+            ``fisher_diagonal``. Every rank ends with the same weights, which is verified.
 
     Returns:
         The record of the run, with ``reached``, and what was measured before and after.
@@ -121,6 +126,7 @@ def newton(
     """
     _check(forget, retain, validation, factors, damping)
     task = resolve(task, who="newton")
+    ranks = ranks_of(process_group, "newton")
     guard = Guard(budget, validation_budget, class_budget)
     settings = {
         "budget": budget,
@@ -132,16 +138,27 @@ def newton(
     }
     sets = {"forget": forget, "validation": validation, "retain": retain}
     watched = {name: data for name, data in sets.items() if data is not None}
-    with unlearning(model, "newton", settings, generator=generator, data=watched.values()) as run:
+    with unlearning(
+        model,
+        "newton",
+        settings,
+        generator=generator,
+        data=watched.values(),
+        changes=(),
+        ranks=ranks,
+    ) as run:
         if factors is None:
             with run.phase("factors"):
-                given, found = False, kfac_factors(model, watched["retain"], task=task, progress=progress)
+                given = False
+                found = kfac_factors(
+                    model, watched["retain"], task=task, progress=progress, process_group=ranks
+                )
         else:
             given, found = True, factors
         left_out = sorted(name for name, how in found.coverage.items() if how != "factored")
         run.record("factors", n_samples=found.n_samples, left_out=left_out)
         with run.phase("measure"):
-            before = {name: answers(model, task, data, name) for name, data in watched.items()}
+            before = {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
         if before["validation"].counted < _FEW:
             warnings.warn(
                 f"newton: validation should hold at least {_FEW} samples, got "
@@ -150,7 +167,7 @@ def newton(
             )
         with run.phase("direction"):
             step = direction(
-                model, forget, retain, found, task=task, loss_fn=loss_fn, damping=damping, keep=given
+                run, forget, retain, found, task=task, loss_fn=loss_fn, damping=damping, keep=given
             )
         with run.phase("search"):
             size = _search(
@@ -160,7 +177,7 @@ def newton(
             after = (
                 before
                 if size == 0
-                else {name: answers(model, task, data, name) for name, data in watched.items()}
+                else {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
             )
         if size is None:
             lost = ["no step that makes the forget samples like unseen ones"]
@@ -234,7 +251,7 @@ def _search(run: Run, step: Step, task: Task, forget: Batches, target: float, be
 
     def reached(size: float) -> bool:
         step.take(size)
-        accuracy = answers(run.model, task, forget, "forget").accuracy
+        accuracy = answers(run.model, task, forget, "forget", run.ranks).accuracy
         run.record("search", step=size, forget=accuracy)
         return accuracy <= target
 

@@ -100,7 +100,9 @@ class Measure:
         check_same_kind("plan_ssd", part, other)
         _check_weights(part, other)
         _check_batch_sizes(part, other)
-        full = other if "importance" in sources else pool(part, other)
+        # What was measured here is nobody's: it need not stay beside the full set's.
+        is_ours = not isinstance(list(sources.values())[1], Importance)
+        full = other if "importance" in sources else pool(part, other, into=is_ours)
         if "importance" in sources and part.weights_digest == full.weights_digest is not None:
             check_covers("plan_ssd", full, part)
         if full.n_samples < part.n_samples:
