@@ -31,6 +31,8 @@ from torch import nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, lockstep, ranks_of
+from unlearn_ext.distributed.group import on_all
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
 from unlearn_ext.methods.common import check_count
@@ -59,6 +61,7 @@ _ROUNDS: dict[Yardstick, int] = {"accuracy": 1, "loss": 4}
 _DAMPING: dict[Yardstick, float] = {"accuracy": 0.01, "loss": 0.1}
 
 
+@lockstep
 def newton(
     model: nn.Module,
     forget: Batches,
@@ -80,6 +83,7 @@ def newton(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Forget samples learnt by heart in one second-order step, scaled until they are like unseen ones.
 
@@ -88,9 +92,9 @@ def newton(
 
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
-    It is taken only if it costs no more than the budgets allow; where it costs more, a second one is tried for
-    which the retain set's gradient weighs twice as much. Otherwise every bit is put back, ``reached`` is False
-    and a warning says what was tried. What the validation set shows counts beyond chance only, by a
+    It is taken only if it costs no more than the budgets allow; where it costs more, a second one is tried
+    for which the retain set's gradient weighs twice as much. Otherwise every bit is put back, ``reached`` is
+    False and a warning says what was tried. What the validation set shows counts beyond chance only, by a
     sign test; a class that the request is about (a share of the forget set more than twice its share of the
     validation set) has to stay within its budget whatever chance may do.
 
@@ -129,6 +133,8 @@ def newton(
         exclude: Parameters that may not change, likewise. A layer of which either leaves a part stays.
         generator: For the draws of the factors.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
+            ``fisher_diagonal``. Every rank ends with the same weights, which is verified.
 
     Returns:
         The record of the run, with ``reached``, and what was measured before and after.
@@ -167,6 +173,7 @@ def newton(
         )
     check_goal("newton", until, budget, validation)
     check_count("newton", "rounds", rounds, 1)
+    ranks = ranks_of(process_group, "newton")
     guard = Guard(budget, validation_budget, class_budget, yardstick)
     # A number of the user's is an accuracy, also for texts.
     by: Yardstick = yardstick if until == "unseen" else "accuracy"
@@ -186,17 +193,28 @@ def newton(
     watched = {name: data for name, data in sets.items() if data is not None}
     with (
         restricted(model, "newton", **choices) as names,
-        unlearning(model, "newton", settings, generator=generator, data=watched.values()) as run,
+        unlearning(
+            model,
+            "newton",
+            settings,
+            generator=generator,
+            data=watched.values(),
+            changes=(),
+            ranks=ranks,
+        ) as run,
     ):
         if factors is None:
             with run.phase("factors"):
-                given, found = False, kfac_factors(model, watched["retain"], task=task, progress=progress)
+                given = False
+                found = kfac_factors(
+                    model, watched["retain"], task=task, progress=progress, process_group=ranks
+                )
         else:
             given, found = True, factors
         left_out = sorted(name for name, how in found.coverage.items() if how != "factored")
         run.record("factors", n_samples=found.n_samples, left_out=left_out)
         with run.phase("measure"):
-            before = {name: answers(model, task, data, name) for name, data in watched.items()}
+            before = {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
         if before["validation"].counted < _FEW:
             warnings.warn(
                 f"newton: validation should hold at least {_FEW} samples, got "
@@ -206,7 +224,7 @@ def newton(
 
         def next_step(retain_weight: float) -> Step:
             return direction(
-                model,
+                run,
                 forget,
                 retain,
                 found,
@@ -230,7 +248,7 @@ def newton(
                 after = (
                     before
                     if size == 0
-                    else {name: answers(model, task, data, name) for name, data in watched.items()}
+                    else {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
                 )
                 read += size != 0
             lost = (
@@ -350,7 +368,7 @@ class _Way:
         """
         if self._will_do is not None:
             rounds = 1
-        if start <= goal if self._will_do is None else self._will_do(self._run.model):
+        if start <= goal if self._will_do is None else self._judged(self._will_do):
             return 0.0
         total, first = 0.0, _START
         for number in range(1, rounds + 1):
@@ -370,16 +388,17 @@ class _Way:
         for step in self._steps[:1]:
             step.take_back()
 
+    def _judged(self, will_do: Callable[[nn.Module], bool]) -> bool:
+        return on_all(self._run.ranks, "until", lambda: bool(will_do(self._run.model)))
+
     def _searched(self, step: Step, target: float, first: float) -> float | None:
         # From below: far beyond the goal, a model that knows nothing would do as well.
         def reached(size: float) -> bool:
             step.take(size)
-            found = answers(self._run.model, self._task, self._forget, "forget")
+            found = answers(self._run.model, self._task, self._forget, "forget", self._run.ranks)
             self._run.record("search", step=size, forget=found.loss if self._by == "loss" else found.accuracy)
             self._tried.append(size)
-            return (
-                found.known(self._by) <= target if self._will_do is None else self._will_do(self._run.model)
-            )
+            return found.known(self._by) <= target if self._will_do is None else self._judged(self._will_do)
 
         high = first
         for _ in range(_DOUBLINGS):

@@ -113,7 +113,8 @@ class GapRule:
 
     def _measure(self, epoch: int) -> float:
         values = {
-            name: measure(self._run.model, data, self._task).accuracy for name, data in self._sets.items()
+            name: measure(self._run.model, data, self._task, ranks=self._run.ranks).accuracy
+            for name, data in self._sets.items()
         }
         self._run.record("gap", epoch=epoch, **{f"accuracy_{name}": value for name, value in values.items()})
         return values["validation"] - values["forget"]

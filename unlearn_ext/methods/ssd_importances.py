@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Estimator, Importance, check_covers, check_same_kind, pool
 from unlearn_ext.methods.ssd_plan import parameters_of
@@ -40,6 +41,7 @@ class Measure:
         params: Names of the parameters; None for all trainable ones.
         generator: For ``"mc"``.
         progress: Show progress bars.
+        ranks: Those that measure together, each on its own share of the data.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Measure:
     params: list[str] | None
     generator: torch.Generator | None
     progress: bool
+    ranks: Ranks = ALONE
 
     @property
     def judge(self) -> Task:
@@ -75,6 +78,7 @@ class Measure:
             params=self.params,
             generator=self.generator,
             progress=self.progress,
+            process_group=self.ranks,
         )
 
     def both(self, sources: Sources) -> tuple[Importance, Importance]:
@@ -96,7 +100,9 @@ class Measure:
         check_same_kind("plan_ssd", part, other)
         _check_weights(part, other)
         _check_batch_sizes(part, other)
-        full = other if "importance" in sources else pool(part, other)
+        # What was measured here is nobody's: it need not stay beside the full set's.
+        is_ours = not isinstance(list(sources.values())[1], Importance)
+        full = other if "importance" in sources else pool(part, other, into=is_ours)
         if "importance" in sources and part.weights_digest == full.weights_digest is not None:
             check_covers("plan_ssd", full, part)
         if full.n_samples < part.n_samples:
