@@ -6,8 +6,8 @@
     cifar    200 of the first 2,000 training images of CIFAR-10, at 16 x 16; 500 more are validation
     labels   150 of the 1,347 training digits, a fifth of all labels wrong; 150 of the rest are validation
 
-``--more SEED ...`` looks at the second problem and ``newton`` alone, for as many networks and requests as there
-are seeds, and writes ``samples-newton.md`` and ``.json``.
+``--more SEED ...`` looks at the second problem and ``newton`` alone, a network and a request for every seed,
+and writes ``samples-newton.md`` and ``.json``.
 
 Networks are trained until they know their training set by heart. A second network retrained with another seed
 shows how near to a retrained network anything can come.
