@@ -1,4 +1,4 @@
-"""Masked training inside the Trainer of transformers: torch's steps for what is free, no bit moved elsewhere."""
+"""Masked training inside the Trainer of transformers: torch's steps for the free, no bit moved elsewhere."""
 
 import copy
 import gc
