@@ -62,10 +62,10 @@ class Candidate:
     reached: bool
 
     def __str__(self) -> str:
-        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f}"
+        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f} %"
         return (
             f"round {self.round}, {self.scope}: alpha {self.alpha:.6g} selects {self.selected:,}; forget "
-            f"accuracy {self.forget.accuracy:.2%}, points lost on retain: {lost}"
+            f"accuracy {self.forget.accuracy:.2%}, loss {self.forget.loss:.4g}, lost on retain: {lost}"
             f"{'; goal reached' if self.reached else ''}"
         )
 
