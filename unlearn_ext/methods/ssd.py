@@ -210,7 +210,7 @@ def plan_ssd(
             warnings.warn(
                 f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set exceeds "
                 f"n / n_forget = {bound:.6g} times that on the full set",
-                stacklevel=2,
+                stacklevel=3,
             )
     return SsdPlan(
         model,
