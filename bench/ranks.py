@@ -2,9 +2,10 @@
 
     python -m bench.ranks [--laps 9] [--models cnn,gpt] [--ranks 2]
 
-All processes stay up, and the two sides run in turns over the same batches with the same weights; who goes first
-alternates. Printed per network: the median over the laps of the ranks' throughput by the one process's (1 where
-ranks cost nothing, and the bar is 0.9), with its quartiles, and the largest relative difference of the results.
+All processes stay up, and the two sides run in turns over the same batches with the same weights; who goes
+first alternates. Printed per network: the median over the laps of the ranks' throughput by the one process's
+(1 where ranks cost nothing; the bar is 0.9), with its quartiles, and the largest relative difference of the
+results.
 """
 
 import argparse

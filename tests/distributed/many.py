@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0  # of one run; a hang fails the test
+TIMEOUT = 300.0  # of one run; a hang fails the test
 
 # Forked from a server that has imported everything once: a rank starts in tens of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -43,7 +43,7 @@ def _main(function, rank, world, folder, args, timeout):
     os.replace(f"{folder}/{rank}.tmp", f"{folder}/{rank}.out")
 
 
-def start(function, world, *args, timeout=20.0):
+def start(function, world, *args, timeout=120.0):
     """Start the ranks; the caller joins them."""
     folder = tempfile.mkdtemp()
     ranks = [
@@ -55,7 +55,7 @@ def start(function, world, *args, timeout=20.0):
     return folder, ranks
 
 
-def outcomes(function, world, *args, timeout=20.0, limit=TIMEOUT):
+def outcomes(function, world, *args, timeout=120.0, limit=TIMEOUT):
     """What every rank returned or raised: (True, value) or (False, (type, text, traceback))."""
     folder, ranks = start(function, world, *args, timeout=timeout)
     found = []

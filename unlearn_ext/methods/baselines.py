@@ -46,6 +46,7 @@ from unlearn_ext.tasks.losses import LossFn
 _STEPS, _MOST_EPOCHS = 100, 30
 
 
+@lockstep
 @recorded
 def retrain(
     model: nn.Module,
@@ -635,7 +636,7 @@ def _check_new(model: nn.Module, new: nn.Module) -> None:
         if same and p.numel() > 1 and bool((p != p.flatten()[0]).any()):
             warnings.warn(
                 f"retrain: make_model must initialise all weights afresh, got {name} as it is in the model",
-                stacklevel=3,
+                stacklevel=5,
             )
             return
 

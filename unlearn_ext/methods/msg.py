@@ -22,7 +22,7 @@ from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.distributed import Group
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, refuse_group, trainable
 from unlearn_ext.methods.goal import ClosedLoop
@@ -35,6 +35,7 @@ from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_ba
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
+@lockstep
 @recorded
 def msg(
     model: nn.Module,

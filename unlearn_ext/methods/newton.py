@@ -219,7 +219,7 @@ def newton(
             warnings.warn(
                 f"newton: validation should hold at least {_FEW} samples, got "
                 f"{before['validation'].counted}: how unseen samples are answered is not known well",
-                stacklevel=2,
+                stacklevel=3,
             )
 
         def next_step(retain_weight: float) -> Step:
@@ -280,7 +280,7 @@ def newton(
         )
         if strict:
             raise UnlearningFailed(message, result)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return result
 
 

@@ -263,7 +263,7 @@ def pgu(
                 "pgu: no layer sets the forget set apart from the retain set (its free directions hold at "
                 f"most {apart:.2g} times as much of it): what forgets it reaches the others. Give validation "
                 "data, which tell how far to forget",
-                stacklevel=2,
+                stacklevel=3,
             )
         gap = None
         if rule == "gap" and validation is not None:
@@ -324,7 +324,7 @@ def pgu(
         message = f"pgu: the model is as it was: {reach.reason}"
         if strict:
             raise UnlearningFailed(message, result)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return result
 
 

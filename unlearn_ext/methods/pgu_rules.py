@@ -108,7 +108,7 @@ class GapRule:
         if not self._reason:
             self._reason = "the rule never held; the last model was kept"
         if not self.holds:
-            warnings.warn(f"pgu: {self._reason}", stacklevel=3)
+            warnings.warn(f"pgu: {self._reason}", stacklevel=4)
         self._run.record("stop", reason=self._reason)
 
     def _measure(self, epoch: int) -> float:

@@ -127,4 +127,4 @@ def _warn_if_known(method: str, before: Measured, after: Measured) -> None:
         known = 0 < before.accuracy <= after.accuracy
         text = f"accuracy {before.accuracy:.2%} before, {after.accuracy:.2%} after"
     if known:
-        warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=4)
+        warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=5)

@@ -229,7 +229,7 @@ def plan_ssd(
                 warnings.warn(
                     f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set "
                     f"exceeds n / n_forget = {bound:.6g} times that on the full set",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         return SsdPlan(
             model,

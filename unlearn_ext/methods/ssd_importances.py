@@ -266,7 +266,7 @@ def _check_weights(forget: Importance, other: Importance) -> None:
         warnings.warn(
             "plan_ssd: the importances of the two sets were measured with different weights; that is meant "
             "where an earlier request has changed the model since, and wrong for any other model",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -279,7 +279,7 @@ def _check_batch_sizes(forget: Importance, other: Importance) -> None:
         raise ValueError(f"plan_ssd: batch sizes must agree for the 'batch' estimator, got {sizes}")
     warnings.warn(
         f"plan_ssd: a set smaller than one batch has inflated 'batch' importances, got batch sizes {sizes}",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

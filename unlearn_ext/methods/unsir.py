@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import random_states_kept
-from unlearn_ext.distributed import Group
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods.common import (
     check_count,
     count_batches,
@@ -41,6 +41,7 @@ from unlearn_ext.tasks.losses import LossFn
 _OFFICIAL_COPIES = 20
 
 
+@lockstep
 @recorded
 def unsir(
     model: nn.Module,

@@ -201,4 +201,4 @@ def _mean_over_positions(
     total, count = ranks.total("distances", total, count)
     if count == 0:
         raise ValueError(f"{who}: data must hold at least one sample, got none")
-    return total / count
+    return float(total / count)

@@ -442,7 +442,7 @@ class PerSample:
                 "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "
                 "each other, the model is random in eval mode, or a tensor that the samples share is as long "
                 "as the batch and was taken apart; the importances are those of samples on their own",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._has_warned = True
         return self._fall_back(samples, dict.fromkeys(self._chosen, _MIXED))
