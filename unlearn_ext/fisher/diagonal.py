@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import parameters_by_name, plain_name
+from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
     PerSampleLoss,
@@ -102,7 +103,20 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
-    chosen = _chosen_parameters(model, params)
+    if fsdp_modules(model):
+        from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
+
+        return sharded_diagonal(
+            model,
+            batches,
+            judge,
+            estimator=estimator,
+            power=power,
+            params=params,
+            generator=generator,
+            progress=progress,
+        )
+    chosen = chosen_parameters(model, params)
     check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
     with borrowed(model), unwritten(model):
@@ -124,9 +138,9 @@ def fisher_diagonal(
             if n == 0:
                 continue
             values = gradients.accumulate(
-                _with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
+                with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
             )
-            _check_finite("loss", values, index)
+            check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
         gradients.finish()
     if n_samples == 0:
@@ -178,17 +192,42 @@ class _BatchGradients:
         pass
 
 
-def _with_drawn_targets(
+def with_drawn_targets(
     model: nn.Module, task: Task, batch: Batch, index: int, generator: torch.Generator | None
 ) -> Batch:
+    """Replace a batch's targets by some that are drawn from the model's own distribution.
+
+    Args:
+        model: The model, borrowed.
+        task: What it is for.
+        batch: A batch on its device.
+        index: Its number, for messages.
+        generator: Draws them.
+
+    Returns:
+        A batch of the same form.
+    """
     with torch.no_grad():
         outputs = task.forward(model, batch)
         scores = task.log_scores(outputs, batch)
-        _check_finite("output of the model", scores.exp(), index)
+        check_finite("output of the model", scores.exp(), index)
         return task.sampled(outputs, batch, generator)
 
 
-def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+def chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+    """Look up the parameters that importances are computed of.
+
+    Args:
+        model: The model.
+        names: What the user passed; None for all trainable ones.
+
+    Returns:
+        Plain name to parameter, in the model's order.
+
+    Raises:
+        ValueError: If there is none, or ``names`` has one that is unknown or frozen.
+        TypeError: If one has another dtype.
+    """
     trainable: dict[str, Tensor] = {
         name: p for name, p in parameters_by_name(model).items() if p.requires_grad
     }
@@ -212,7 +251,17 @@ def _chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[st
     return trainable
 
 
-def _check_finite(what: str, values: Tensor, index: int) -> None:
+def check_finite(what: str, values: Tensor, index: int) -> None:
+    """Refuse values that are not finite.
+
+    Args:
+        what: What they are.
+        values: Any shape.
+        index: Number of the batch.
+
+    Raises:
+        FloatingPointError: If one is NaN or infinite.
+    """
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise FloatingPointError(

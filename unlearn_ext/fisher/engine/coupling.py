@@ -114,7 +114,7 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     Returns:
         True if an operator ran through which they might, or if the model cannot be watched.
     """
-    if samples.n == 1:
+    if loss.lockstep.most(samples.n) == 1:
         return False
     functions, operators = _Functions(), _Operators(samples.n)
     try:
@@ -122,4 +122,4 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
             loss.losses(samples.batch, samples.n)
     except Exception:  # a model that cannot run while it is watched
         return True
-    return functions.may_couple or operators.may_couple
+    return samples.n > 1 and (functions.may_couple or operators.may_couple)

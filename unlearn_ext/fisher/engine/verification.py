@@ -76,6 +76,7 @@ class Alone:
         projections: Parameter name to the projections of its gradient.
         size: The largest norm among them.
         strictness: Factor of the tolerance for gradients.
+        has_gradients: Its gradients were looked at; projections are left out where they vanish.
     """
 
     sample: int
@@ -83,6 +84,7 @@ class Alone:
     projections: dict[str, Tensor] = field(default_factory=dict)
     size: float = 0.0
     strictness: float = 1.0
+    has_gradients: bool = True
 
 
 class Verification:
@@ -148,6 +150,21 @@ class Verification:
     def _differentiated(self, found: Alone, value: Tensor) -> Alone:
         if not value.requires_grad:
             return found
+        if self._loss.lockstep.is_alone:
+            self._add_projections(found, value)
+        else:
+            self._loss.lockstep.gradients(
+                value.sum(), lambda name, grad: self._add_projection(found, name, grad), (), None
+            )
+        sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
+        found.size = max(sizes, default=0.0)
+        return found
+
+    def _add_projection(self, found: Alone, name: str, grad: Tensor) -> None:
+        dense = grad.to_dense() if grad.is_sparse else grad
+        found.projections[name] = self.onto(name).of(dense.unsqueeze(0))[0]
+
+    def _add_projections(self, found: Alone, value: Tensor) -> None:
         groups = list(self._groups())
         for number, names in enumerate(groups):
             grads = torch.autograd.grad(
@@ -159,11 +176,7 @@ class Verification:
             with torch.no_grad():
                 for name, grad in zip(names, grads, strict=True):
                     if grad is not None:
-                        dense = grad.to_dense() if grad.is_sparse else grad
-                        found.projections[name] = self.onto(name).of(dense.unsqueeze(0))[0]
-        sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
-        found.size = max(sizes, default=0.0)
-        return found
+                        self._add_projection(found, name, grad)
 
     def _groups(self) -> Iterator[list[str]]:
         total = sum(parameter.numel() for parameter in self._chosen.values())
@@ -236,19 +249,22 @@ class Verification:
         Returns:
             False if they influence each other.
         """
-        return all(self._is_apart(samples, losses, found, tolerance) for found in alone)
+        every = [self._is_apart(samples, losses, found, tolerance) for found in alone]
+        return self._loss.lockstep.all(all(every))
 
     def _is_apart(self, samples: Samples, losses: Tensor, found: Alone, tolerance: Tolerance) -> bool:
         here, there = float(losses[found.sample]), float(found.loss.reshape(()))
         size = max(1.0, abs(here))
         difference = abs(here - there)
-        if difference <= tolerance.loss * size:
-            return True
-        if not difference <= tolerance.loose * size:
-            return False
+        is_same = difference <= tolerance.loss * size
+        may_be_rounding = not is_same and difference <= tolerance.loose * size
+        if not self._loss.lockstep.any(may_be_rounding):
+            return is_same
         # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
         # holds nothing but this sample runs the same ones: what differs then is the others' influence.
         company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n).detach()
+        if not may_be_rounding:  # another rank has asked for it
+            return is_same
         difference = abs(here - float(company[found.sample]))
         # The logits, which may be large where the loss is small, have rounded alike.
         return difference <= tolerance.loss * size or difference <= 0.1 * abs(here - there)
