@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,17 +175,10 @@ class ShardedModel:
         finally:
             for _, module in fsdp_modules(self.model):
                 if getattr(module, "reset_iter_state", None) is not None and sys.exc_info()[0] is not None:
-                    with _ignoring(RuntimeError):  # only the root can be reset
+                    # Only a root can be reset, and only one that has run.
+                    with suppress(RuntimeError, AttributeError):
                         module.reset_iter_state()
                 module.reshard()
-
-
-@contextmanager
-def _ignoring(kind: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kind:
-        pass
 
 
 def _mesh_of(shards: dict[str, nn.Parameter], who: str) -> DeviceMesh:
