@@ -13,6 +13,7 @@ from unlearn_ext.tasks.batches import (
     tensors_in,
 )
 from unlearn_ext.tasks.outputs import logits, scores_and_labels, targets, with_targets
+from unlearn_ext.tasks.pairs import forget_and_retain
 from unlearn_ext.tasks.split import split
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "check_batches",
     "count_samples",
     "device_of",
+    "forget_and_retain",
     "is_per_sample",
     "logits",
     "map_tensors",

@@ -6,14 +6,14 @@ Every estimator here is a mean of powers of gradients; they differ in which grad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
-from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
@@ -38,7 +38,9 @@ def fisher_diagonal(
     loss_fn: LossFn | None = None,
     estimator: Estimator = "per_sample",
     power: int = 2,
-    params: Iterable[str] | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Importance:
@@ -72,7 +74,12 @@ def fisher_diagonal(
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, one loss per sample, in place of the task's.
         estimator: See above.
         power: 2 for squares, 1 for absolute values.
-        params: Names of the parameters to look at; all trainable ones by default.
+        params: Names of the parameters to look at; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all trainable ones.
+        include: Parameters to take of these: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name, as in PEFT's ``target_modules``. None: all.
+        exclude: Parameters to leave out, likewise.
         generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
             calls draw the same targets.
         progress: Show a progress bar, where tqdm is installed.
@@ -81,10 +88,11 @@ def fisher_diagonal(
         The importances, on the parameters' devices; float32, float64 for double parameters.
 
     Raises:
-        ValueError: If ``data`` is empty or a one-shot iterator, no parameter is trainable, ``params`` names
-            an unknown or frozen one, the loss is not one value per sample or does not depend on the
-            parameters, or ``"mc"`` finds no targets it could replace.
-        TypeError: If a parameter is of another dtype.
+        ValueError: If ``data`` is empty or a one-shot iterator, no parameter is trainable or left, ``params``
+            names an unknown or frozen one, or adapters that are merged, disabled or not there, the loss is
+            not one value per sample or does not depend on the parameters, or ``"mc"`` finds no targets it
+            could replace.
+        TypeError: If a parameter is of another dtype (quantised, say).
         FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
         NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
         RuntimeError: If the forward pass writes to a parameter.
@@ -113,13 +121,18 @@ def fisher_diagonal(
             estimator=estimator,
             power=power,
             params=params,
+            include=include,
+            exclude=exclude,
             generator=generator,
             progress=progress,
         )
-    chosen = chosen_parameters(model, params)
+    chosen = checked_parameters(model, params, include, exclude)
     check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
     with borrowed(model), unwritten(model):
+        for parameter in chosen.values():  # borrowed puts the flags back
+            if not parameter.requires_grad:
+                parameter.requires_grad_(True)
         fisher = {
             name: torch.zeros_like(
                 parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -214,41 +227,32 @@ def with_drawn_targets(
         return task.sampled(outputs, batch, generator)
 
 
-def chosen_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+def checked_parameters(
+    model: nn.Module, params: Params, include: Patterns, exclude: Patterns
+) -> dict[str, nn.Parameter]:
     """Look up the parameters that importances are computed of.
 
     Args:
         model: The model.
-        names: What the user passed; None for all trainable ones.
+        params: What the user passed.
+        include: What the user passed.
+        exclude: What the user passed.
 
     Returns:
         Plain name to parameter, in the model's order.
 
     Raises:
-        ValueError: If there is none, or ``names`` has one that is unknown or frozen.
         TypeError: If one has another dtype.
     """
-    trainable: dict[str, Tensor] = {
-        name: p for name, p in parameters_by_name(model).items() if p.requires_grad
-    }
-    if not trainable:
-        raise ValueError("fisher_diagonal: the model must have a trainable parameter, got none")
-    if names is not None:
-        wanted = [names] if isinstance(names, str) else list(names)
-        wanted = [name if name in trainable else plain_name(name) for name in wanted]
-        for name in wanted:
-            if name not in trainable:
-                raise ValueError(f"fisher_diagonal: params must name trainable parameters, got {name!r}")
-        if not wanted:
-            raise ValueError("fisher_diagonal: params must name at least one parameter, got none")
-        trainable = {name: p for name, p in trainable.items() if name in wanted}
-    for name, parameter in trainable.items():
+    chosen = chosen_parameters(model, "fisher_diagonal", params, include, exclude)
+    check_floating(chosen, "fisher_diagonal")
+    for name, parameter in chosen.items():
         if parameter.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             raise TypeError(
                 f"fisher_diagonal: {name} must be float32, float64, float16 or bfloat16, "
                 f"got {parameter.dtype}"
             )
-    return trainable
+    return chosen
 
 
 def check_finite(what: str, values: Tensor, index: int) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns
 from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed.fsdp import ShardedModel
-from unlearn_ext.fisher.diagonal import check_finite, chosen_parameters, with_drawn_targets
+from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
 from unlearn_ext.fisher.engine import PerSample, unwritten
 from unlearn_ext.fisher.importance import Estimator, Importance, loss_name
 from unlearn_ext.fisher.sharded import ShardedLockstep, steps
@@ -27,7 +26,9 @@ def sharded_diagonal(
     *,
     estimator: Estimator,
     power: int,
-    params: Iterable[str] | None,
+    params: Params,
+    include: Patterns,
+    exclude: Patterns,
     generator: torch.Generator | None,
     progress: bool,
 ) -> Importance:
@@ -39,7 +40,9 @@ def sharded_diagonal(
         judge: The task, with its loss.
         estimator: ``"per_sample"`` or ``"mc"``.
         power: 1 or 2.
-        params: Names of the parameters to look at.
+        params: See ``fisher_diagonal``.
+        include: See ``fisher_diagonal``.
+        exclude: See ``fisher_diagonal``.
         generator: For the draws of ``"mc"``, this rank's own.
         progress: Show a progress bar.
 
@@ -58,10 +61,13 @@ def sharded_diagonal(
             "'per_sample' does not depend on batches"
         )
     sharded = ShardedModel(model, who)
-    names = list(chosen_parameters(model, params))
+    names = list(checked_parameters(model, params, include, exclude))
     counts = torch.zeros(2, dtype=torch.int64)  # samples, batches
     largest = 0
     with sharded.resharded(), borrowed(model), unwritten(model):
+        for name in names:  # borrowed puts the flags back
+            if not sharded.shards[name].requires_grad:
+                sharded.shards[name].requires_grad_(True)
         leaves = sharded.leaves()
         device = leaves[names[0]].device
         fisher = {name: sharded.zeros_like(name) for name in names}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, restricted
 from unlearn_ext._internal.modules import check_model
-from unlearn_ext._internal.names import chosen_names, parameters_by_name, plain_name, with_plain_names
+from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
@@ -123,8 +124,9 @@ def saliency(
     progress: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
 ) -> Scores:
     """Score every trainable scalar by how much it answers for the forget set.
 
@@ -150,8 +152,11 @@ def saliency(
         progress: Show a progress bar, where tqdm is installed.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
         include: Parameters to score: names of them or of their modules, the last parts of such names, or
-            regular expressions that match a whole name. None: all that are trainable.
+            regular expressions that match a whole name. None: all of these.
         exclude: Parameters to leave out, likewise.
 
     Returns:
@@ -161,8 +166,9 @@ def saliency(
         else.
 
     Raises:
-        ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, or a set is empty or a one-shot
-            iterator.
+        ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, a set is empty or a one-shot
+            iterator, or no parameter is left.
+        TypeError: If a parameter is not floating point (quantised, say).
         NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
@@ -181,11 +187,10 @@ def saliency(
     """
     check_model(model, "saliency")
     chosen = resolve(task, loss_fn, who="saliency")
-    parameters = [name for name, p in parameters_by_name(model).items() if p.requires_grad]
-    if not parameters:
-        raise ValueError("saliency: the model must have a trainable parameter, got none")
-    names = chosen_names(parameters, include, exclude, "saliency")
-    return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
+    with restricted(model, "saliency", params, include, exclude) as names:
+        if names is None:
+            names = list(chosen_parameters(model, "saliency"))
+        return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
 
 
 def scored(

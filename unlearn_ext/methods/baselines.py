@@ -30,8 +30,10 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, device_of
@@ -116,6 +118,10 @@ def finetune(
     lr: float = 0.2,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -140,6 +146,13 @@ def finetune(
         lr: Learning rate of the first epoch.
         momentum: Momentum.
         weight_decay: Weight decay.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -173,7 +186,19 @@ def finetune(
         "weight_decay": weight_decay,
         **facts_of(task, loss_fn),
     }
-    with unlearning(model, "finetune", settings, generator=generator, data=(retain,)) as run:
+    goal = ClosedLoop(
+        "finetune",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(model, "finetune", settings, generator=generator, data=(retain,), goal=goal) as run:
         model.train()
         optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         loop.train(
@@ -187,7 +212,7 @@ def finetune(
             schedule=lambda epoch: lr * (1 - epoch / epochs),
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 @recorded
@@ -199,6 +224,10 @@ def gradient_ascent(
     epochs: int | None = None,
     lr: float = 1e-3,
     cap: float | None = None,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -224,6 +253,13 @@ def gradient_ascent(
         cap: Samples with a higher loss do not count. By default half of log(number of classes), and at least
             1: the label has lost to others then, mostly, with 37 % or less. Must be given for tasks without
             classes.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -255,7 +291,21 @@ def gradient_ascent(
         cap = max(1.0, _log_classes("gradient_ascent", model, forget, chosen) / 2)
     limit = cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, **facts_of(task, loss_fn)}
-    with unlearning(model, "gradient_ascent", settings, generator=generator, data=(forget,)) as run:
+    goal = ClosedLoop(
+        "gradient_ascent",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(
+        model, "gradient_ascent", settings, generator=generator, data=(forget,), goal=goal
+    ) as run:
         train_with_fixed_statistics(model)
         # No momentum: it would carry on after the cap has been reached.
         optimizer = torch.optim.SGD(parameters.values(), lr=lr)
@@ -270,7 +320,7 @@ def gradient_ascent(
             after_epoch=lambda _: cast("float", run.history[-1]["loss"]) <= -limit * (1 - 1e-6),
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 @recorded
@@ -284,6 +334,10 @@ def neg_grad_plus(
     lr: float = 0.01,
     momentum: float = 0.9,
     cap: float | None = None,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -306,6 +360,13 @@ def neg_grad_plus(
         momentum: Momentum.
         cap: Forget samples with a higher loss do not count. By default log(number of classes): a label less
             likely than a guess is certain not to be predicted. Must be given for tasks without classes.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -353,7 +414,21 @@ def neg_grad_plus(
         "cap": limit,
         **facts_of(task, loss_fn),
     }
-    with unlearning(model, "neg_grad_plus", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "neg_grad_plus",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(
+        model, "neg_grad_plus", settings, generator=generator, data=(forget, retain), goal=goal
+    ) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum)
         loop.train(
@@ -366,7 +441,7 @@ def neg_grad_plus(
             epochs=epochs,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 @recorded
@@ -377,6 +452,10 @@ def random_label(
     *,
     epochs: int = 3,
     lr: float = 1e-3,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -394,6 +473,13 @@ def random_label(
         retain: The retain set.
         epochs: Passes over the retain set.
         lr: Learning rate.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -433,7 +519,21 @@ def random_label(
         return chosen.loss(model, kept).mean() + chosen.loss(model, relabel(forgotten)).mean()
 
     settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
-    with unlearning(model, "random_label", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "random_label",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(
+        model, "random_label", settings, generator=generator, data=(forget, retain), goal=goal
+    ) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(parameters.values(), lr=lr)
         loop.train(
@@ -446,7 +546,7 @@ def random_label(
             epochs=epochs,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 def _log_classes(who: str, model: nn.Module, data: Batches, task: Task) -> float:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.methods.common import n_classes, prepared, required, trainable, what_a_task_must_have
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches
@@ -35,6 +37,10 @@ def fisher_forgetting(
     scale: float = 1e-6,
     estimator: Literal["mc", "expected", "per_sample"] = "mc",
     forget_classes: Iterable[int] | None = None,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -64,6 +70,13 @@ def fisher_forgetting(
             ``"per_sample"`` takes the true labels (the empirical Fisher).
         forget_classes: Classes whose output rows are replaced; by default those that occur in ``forget`` and
             not in ``retain``.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
         progress: Show a progress bar, where tqdm is installed.
@@ -103,7 +116,21 @@ def fisher_forgetting(
     settings: dict[str, object] = {"scale": scale, "estimator": estimator}
     if task is not None:
         settings["task"] = repr(task)
-    with unlearning(model, "fisher_forgetting", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "fisher_forgetting",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(
+        model, "fisher_forgetting", settings, generator=generator, data=(forget, retain), goal=goal
+    ) as run:
         rows = (
             _classes_gone(forget, retain, chosen) if forget_classes is None else sorted(set(forget_classes))
         )
@@ -129,7 +156,7 @@ def fisher_forgetting(
                     variance *= _MORE
                 p.copy_(mean + variance.sqrt() * torch.randn_like(variance))
         run.record("noise", output_layer=list(output))
-    return run.result()
+    return goal.result(run)
 
 
 def _classes_gone(forget: Batches | None, retain: Batches, task: Task) -> list[int]:

@@ -26,10 +26,12 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.loop import Objective, train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.rows_only import RowsOnly
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -78,6 +80,10 @@ def gradient_masking(
     weight_decay: float = 0.0,
     retain_weight: float | None = None,
     freeze_norm_stats: bool = True,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -144,6 +150,13 @@ def gradient_masking(
             where a retain set is given, but 0 for ``"finetune"`` and ``"alternate"``, which have passes over
             it anyway.
         freeze_norm_stats: Keep all buffers as they are. False lets normalisation statistics move.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's; ``"ascend"`` has its
             own.
@@ -213,6 +226,22 @@ def gradient_masking(
         "freeze_norm_stats": freeze_norm_stats,
         **facts_of(task, loss_fn),
     }
+    if objective == "relabel" and until is not None and not callable(until):
+        raise ValueError(
+            "gradient_masking: until must be None or a function of the model for objective='relabel', whose "
+            f"forget set holds the labels to be learnt, got {until!r}"
+        )
+    goal = ClosedLoop(
+        "gradient_masking",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
     return _run(
         "gradient_masking",
         model,
@@ -223,6 +252,7 @@ def gradient_masking(
         chosen,
         generator,
         progress,
+        goal,
         trainable(model, "gradient_masking", include, exclude),
     )
 
@@ -239,6 +269,10 @@ def salun(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     masks: Mapping[str, Tensor] | None = None,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -273,6 +307,13 @@ def salun(
         momentum: Of SGD.
         weight_decay: Of SGD.
         masks: Masks of your own, by parameter name.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -318,6 +359,17 @@ def salun(
         "freeze_norm_stats": False,
         **facts_of(task, loss_fn),
     }
+    goal = ClosedLoop(
+        "salun",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
     return _run(
         "salun",
         model,
@@ -328,6 +380,7 @@ def salun(
         chosen,
         generator,
         progress,
+        goal,
         trainable(model, "salun", include, exclude),
     )
 
@@ -352,9 +405,11 @@ def _run(
     task: Task,
     generator: torch.Generator | None,
     progress: bool,
+    goal: ClosedLoop,
     parameters: Mapping[str, nn.Parameter],
 ) -> UnlearnResult:
-    with unlearning(model, method, settings, generator=generator, data=(forget, retain)) as run:
+    settings = {**settings, **goal.facts}
+    with unlearning(model, method, settings, generator=generator, data=(forget, retain), goal=goal) as run:
         with run.phase("mask"):
             if masks is None:
                 names = list(parameters)
@@ -373,11 +428,11 @@ def _run(
             for name, parameter in parameters_by_name(model).items():
                 if name not in chosen and parameter.requires_grad:
                     parameter.requires_grad_(False)
-        goal = settings["objective"]
-        objective = _objective(method, model, goal, forget, task, settings["retain_weight"])
+        kind = settings["objective"]
+        objective = _objective(method, model, kind, forget, task, settings["retain_weight"])
         optimizer = _optimizer(model, chosen, settings)
         with _training_mode(model, settings["freeze_norm_stats"]):
-            data = _Tagged(method, goal, forget, retain, paired=settings["retain_weight"] != 0)
+            data = _Tagged(method, kind, forget, retain, paired=settings["retain_weight"] != 0)
             saving = RowsOnly(run, chosen, objective)
             run.record("mask", **_facts(model, chosen))
             train(
@@ -392,7 +447,7 @@ def _run(
                 progress=progress,
             )
             run.record("gradients", **saving.facts)
-        return run.result()
+    return goal.result(run)
 
 
 def _cosine(lr: float, epoch: int, epochs: int) -> float:

@@ -45,7 +45,8 @@ def train(
         epochs: Passes over the data, >= 0.
         steps_min: Go on past ``epochs``, in whole steps, until so many have been made.
         schedule: Learning rate of an epoch, counted from 0; the optimizer's own without one.
-        after_epoch: Called with the number of the epoch; True ends the training.
+        after_epoch: Called with the number of the epoch; True ends the training. So does the run's goal, once
+            it is reached; then no other training of the run begins either.
         progress: Show a progress bar, where tqdm is installed.
 
     Returns:
@@ -61,7 +62,7 @@ def train(
     gradients = _Gradients(parameters)
     steps = epoch = 0
     with run.phase(phase), single_values_normalised(run.model):
-        while epoch < epochs or steps < steps_min:
+        while (epoch < epochs or steps < steps_min) and not (run.goal is not None and run.goal.stops):
             if schedule is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = schedule(epoch)
@@ -93,7 +94,10 @@ def train(
                 lr=float(optimizer.param_groups[0]["lr"]),
             )
             epoch += 1
-            if after_epoch is not None and after_epoch(epoch - 1):
+            ends = after_epoch is not None and after_epoch(epoch - 1)
+            if run.goal is not None:
+                ends = run.goal.after_epoch() or ends
+            if ends:
                 break
     return steps
 

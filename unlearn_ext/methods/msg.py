@@ -20,11 +20,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, trainable
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
@@ -44,8 +47,15 @@ def msg(
     lr: float = 1e-3,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
@@ -63,8 +73,21 @@ def msg(
         lr: Highest learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; inferred, or refused, where it is not given.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all of these.
+        exclude: Parameters that may not change, likewise.
         generator: Decides every random choice.
         progress: Show a progress bar on a terminal, where tqdm is installed.
 
@@ -90,10 +113,8 @@ def msg(
     if not factor >= 0:
         raise ValueError(f"msg: factor must be >= 0, got {factor}")
     task = resolve(task, loss_fn, who="msg")
-    layers = [module for module in model.modules() if _is_drawn(module)]
-    if not layers:
-        raise ValueError("msg: model must have a trainable convolution or linear layer, got none")
-    settings = {
+    choices = choice(params, include, exclude)
+    settings: dict[str, object] = {
         "share": share,
         "factor": factor,
         "epochs": epochs,
@@ -102,8 +123,27 @@ def msg(
         "weight_decay": weight_decay,
         "task": repr(task),
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
+        **choices,
     }
-    with unlearning(model, "msg", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "msg",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=task,
+    )
+    settings |= goal.facts
+    with (
+        restricted(model, "msg", **choices),
+        unlearning(model, "msg", settings, generator=generator, data=(forget, retain), goal=goal) as run,
+    ):
+        layers = [module for module in model.modules() if _is_drawn(module)]
+        if not layers:
+            raise ValueError("msg: model must have a trainable convolution or linear layer, got none")
         with run.phase("draw"):
             chosen = _draw(model, layers, forget, retain, task, share)
         run.record("draw", drawn=sum(int(marks.sum()) for marks in chosen.values()))
@@ -128,7 +168,7 @@ def msg(
         finally:
             for handle in handles:
                 handle.remove()
-    return run.result()
+    return goal.result(run)
 
 
 def _is_drawn(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.base import Task
+from unlearn_ext.methods.until import perplexity_rise
+from unlearn_ext.tasks.base import Task, Yardstick
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 
 # See Note [What a small validation set can tell].
@@ -44,6 +45,17 @@ class Answers:
     def accuracy(self) -> float:
         """Share of the labels that are predicted."""
         return float(self.right.sum()) / float(self.labels.sum())
+
+    def known(self, yardstick: Yardstick) -> float:
+        """Say how well the samples are known.
+
+        Args:
+            yardstick: What tells.
+
+        Returns:
+            The accuracy, or minus the loss: the higher, the better.
+        """
+        return -self.loss if yardstick == "loss" else self.accuracy
 
     def share(self, label: int) -> float:
         """Return the share of samples of a class.
@@ -102,9 +114,10 @@ class Guard:
     """Budgets: shares of accuracy that may be lost.
 
     Attributes:
-        retain: On the retain set.
+        retain: On the retain set; by the loss, a share by which the perplexity may rise.
         validation: On the validation set.
         classes: On every class of the validation set.
+        yardstick: What is watched on the retain set.
 
     Raises:
         ValueError: If one is not in [0, 1].
@@ -113,6 +126,7 @@ class Guard:
     retain: float
     validation: float
     classes: float
+    yardstick: Yardstick = "accuracy"
 
     def __post_init__(self) -> None:
         for name, value in (("", self.retain), ("validation_", self.validation), ("class_", self.classes)):
@@ -130,7 +144,10 @@ class Guard:
             A phrase for every one.
         """
         told = []
-        if "retain" in before and before["retain"].accuracy - after["retain"].accuracy > self.retain:
+        if "retain" in before and self.yardstick == "loss":
+            rise = perplexity_rise(before["retain"].loss, after["retain"].loss)
+            told += [f"retain perplexity {100 * rise:.1f} % higher"] if rise > self.retain else []
+        elif "retain" in before and before["retain"].accuracy - after["retain"].accuracy > self.retain:
             lost = before["retain"].accuracy - after["retain"].accuracy
             told.append(f"retain accuracy {100 * lost:.1f} points lower")
         was, now = before["validation"], after["validation"]

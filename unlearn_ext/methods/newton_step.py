@@ -61,6 +61,7 @@ def direction(
     loss_fn: LossFn | None,
     damping: float,
     keep: bool,
+    only_trainable: bool = False,
 ) -> Step:
     """Work out the step.
 
@@ -73,6 +74,7 @@ def direction(
         loss_fn: What to raise instead of the weighted log-odds.
         damping: See ``KroneckerFactors.solve``.
         keep: Whether the factors serve again.
+        only_trainable: Leave out layers with factors that are not trainable, instead of refusing them.
 
     Returns:
         The step, scaled so that size 1 is a relative change of 1 of the layer that changes most.
@@ -81,7 +83,7 @@ def direction(
         ValueError: If the factors are not this model's, or the forget set is empty or tells no direction.
         FloatingPointError: If a gradient is NaN or infinite.
     """
-    layers = _layers_of(model, factors)
+    layers = _layers_of(model, factors, only_trainable=only_trainable)
     names = [(name, part) for name, layer in layers.items() for part in layer.parameters]
     tensors = [cast("nn.Parameter", getattr(layers[name].module, part)) for name, part in names]
     totals = _mean_gradient("forget", model, forget, task, loss_fn, tensors)
@@ -114,11 +116,15 @@ def direction(
     return Step(parts)
 
 
-def _layers_of(model: nn.Module, factors: KroneckerFactors) -> dict[str, Factored]:
+def _layers_of(model: nn.Module, factors: KroneckerFactors, *, only_trainable: bool) -> dict[str, Factored]:
     modules = dict(model.named_modules())
     layers = {}
     for name, (inputs, outputs) in factors.items():
         module = modules.get(name)
+        if module is not None and only_trainable:
+            own = [p for key in ("weight", "bias") if (p := module._parameters.get(key)) is not None]
+            if not all(parameter.requires_grad for parameter in own):
+                continue
         why = "no such module" if module is None else why_not_factored(module)
         if why or module is None:
             raise ValueError(f"newton: factors must be of layers of the model, got {name!r}: {why}")
@@ -132,6 +138,8 @@ def _layers_of(model: nn.Module, factors: KroneckerFactors) -> dict[str, Factore
                 f"got {[outputs.shape[-1], inputs.shape[-1]]}"
             )
         layers[name] = layer
+    if not layers:
+        raise ValueError("newton: include and exclude must leave a whole layer with factors, got none")
     return layers
 
 

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
+from unlearn_ext.methods.goal import GoalRule
 from unlearn_ext.methods.loop import train
-from unlearn_ext.methods.pgu_rules import Bound, GapRule, GoalRule
+from unlearn_ext.methods.pgu_rules import Bound, GapRule
 from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.run import unlearning
@@ -80,6 +82,9 @@ def pgu(
     validation: Batches | None = None,
     stop: Stop = "auto",
     shift: bool | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
@@ -149,6 +154,12 @@ def pgu(
             ``"auto"`` is ``"gap"`` if there are validation data.
         shift: The older form of ``task``: True for a causal language model, False for labels at their own
             positions.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
+        include: Parameters that may change: names of them or of their modules, the last parts of such names,
+            or regular expressions that match a whole name. None: all of these.
+        exclude: Parameters that may not change, likewise.
         generator: Decides the order of shuffled data and dropout.
         progress: Show a progress bar, where tqdm is installed.
 
@@ -200,6 +211,7 @@ def pgu(
     layers = layers_of(model, gram)
     watch, goal = _watch(model, forget, retain, until, budget, rule, validation, judge)
     record = Record(model, forget, retain, judge) if watch is None else None
+    choices = choice(params, include, exclude)
     hyperparameters = {
         "energy": energy,
         "criterion": criterion,
@@ -214,12 +226,16 @@ def pgu(
         "shift": shift,
         "until": goal,
         "budget": budget,
+        **choices,
     }
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return forgetting_loss(model, batch, offset, entropy_weight, task=task, shift=shift)
 
-    with unlearning(model, "pgu", hyperparameters, generator=generator, data=(forget, retain)) as run:
+    with (
+        restricted(model, "pgu", **choices),
+        unlearning(model, "pgu", hyperparameters, generator=generator, data=(forget, retain)) as run,
+    ):
         with run.phase("subspace"):
             if gram_forget is None:
                 gram_forget = activation_gram(model, forget, modules=gram, progress=progress)

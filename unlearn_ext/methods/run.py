@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext._internal.seeding import random_states_kept, seeded
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import device_of
+
+if TYPE_CHECKING:
+    from unlearn_ext.methods.goal import ClosedLoop
 
 
 class Run:
@@ -27,7 +31,10 @@ class Run:
         self.history: list[dict[str, object]] = []
         self.seconds: dict[str, float] = {}
         self.coverage: dict[str, str] = {}
-        self._before = {name: p.detach().clone() for name, p in parameters_by_name(model).items()}
+        self.goal: ClosedLoop | None = None
+        self._parameters = parameters_by_name(model)
+        self._before = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._buffers = Buffers(model)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -67,6 +74,21 @@ class Run:
         """
         return self._before[name if name in self._before else plain_name(name)]
 
+    def put_back(self) -> None:
+        """Give every parameter and buffer the value it had before the run."""
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                p.copy_(self._before[name])
+        self._buffers.put_back()
+
+    def has_other_buffers(self) -> bool:
+        """Say whether a buffer has another value, or is another tensor, than before the run.
+
+        Returns:
+            True if so.
+        """
+        return self._buffers.differ()
+
     def result(self) -> UnlearnResult:
         """Compare the model with what it was.
 
@@ -97,6 +119,7 @@ def unlearning(
     *,
     generator: torch.Generator | None = None,
     data: Iterable[object] = (),
+    goal: ClosedLoop | None = None,
 ) -> Iterator[Run]:
     """Change a model all or nothing.
 
@@ -112,6 +135,7 @@ def unlearning(
             their own, of augmentation that draws from NumPy or Python, and of dropout. Without one the random
             states as they are do.
         data: The sets that are read inside.
+        goal: What is to be reached, where that is asked; judged at the end of the body.
 
     Yields:
         The run; call ``result()`` on it inside the body, or after it.
@@ -125,8 +149,9 @@ def unlearning(
     """
     check_model(model, method)
     run = Run(model, method, hyperparameters)
-    parameters = parameters_by_name(model)
-    buffers = Buffers(model)
+    if goal is not None:
+        goal.begin(run)
+        run.goal = goal
     try:
         with restored(model), ExitStack() as stack:
             if generator is None:
@@ -135,9 +160,8 @@ def unlearning(
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
                 stack.enter_context(seeded(seed, *data))
             yield run
+            if goal is not None:
+                goal.conclude()
     except BaseException:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(run.original(name))
-        buffers.put_back()
+        run.put_back()
         raise

@@ -22,11 +22,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
+from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.recorded import Record
-from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, sources_of
+from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, of_names, sources_of
 from unlearn_ext.methods.ssd_loop import closed_loop, settled
 from unlearn_ext.methods.ssd_plan import Found, SsdPlan, checked, found_by, threshold_of
 from unlearn_ext.methods.until import Until, Watch, check_goal
@@ -58,6 +59,9 @@ def plan_ssd(
     estimator: Estimator = "per_sample",
     power: int = 2,
     loss_fn: LossFn | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SsdPlan:
@@ -77,7 +81,7 @@ def plan_ssd(
     labels, ``alpha`` must be given.
 
     Args:
-        model: The model; only parameters that require grad are considered.
+        model: The model. Parameters that do not require grad are considered for ``params="base"`` only.
         forget: The forget set: re-iterable batches, or importances computed on them, for which ``alpha`` must
             be given.
         retain: The retain set, in the same forms.
@@ -92,8 +96,11 @@ def plan_ssd(
         until: The closed loop's goal: ``"forgotten"`` (accuracy on the forget set at most 1 %: classes),
             ``"unseen"`` (no higher than on ``validation``), a number (the highest accuracy on the forget
             set), or a callable that is given the model and says whether it will do. ``"auto"`` is
-            ``"forgotten"`` with ``alpha="auto"``, else None: one shot.
-        budget: Retain accuracy that the closed loop may lose, as a share.
+            ``"forgotten"`` with ``alpha="auto"``, else None: one shot. For texts (tasks of language models)
+            ``"unseen"`` is a loss no lower than on ``validation``, and what ``"auto"`` means where that is
+            given: most tokens of any text are told.
+        budget: Retain accuracy that the closed loop may lose, as a share; for texts the share by which the
+            perplexity on the retain set may rise.
         validation: Data that the model never saw, for ``until="unseen"``.
         strict: Let ``apply`` raise ``UnlearningFailed`` where the goal was not reached, not warn.
         lambda_: Dampening constant, >= 0. Lower dampens more; the papers have 1 or 0.1.
@@ -106,6 +113,12 @@ def plan_ssd(
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, whose gradients are the importances. None: that of
             stored importances where there are any; else ``losses.log_odds`` for the closed loop and
             ``losses.cross_entropy`` for one shot, as the task has them.
+        params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
+            modules that are trained and saved beside them; or ``"base"``, the weights underneath, frozen or
+            not, with the adapters in effect. None: all that are trainable.
+        include: Parameters that may be dampened: names of them or of their modules, the last parts of such
+            names, or regular expressions that match a whole name. None: all of these.
+        exclude: Parameters to leave out, likewise.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
 
@@ -134,84 +147,90 @@ def plan_ssd(
         True
     """
     check_model(model, "plan_ssd")
-    resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
+    judge = resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)
     check_estimator("plan_ssd", estimator, power)
-    goal = _checked_goal(alpha, until, budget, validation)
-    sources = sources_of(forget, retain, importance, closed_loop=alpha == "auto")
-    params = check_sources(model, sources, estimator, power)
-    watched = None if retain is None or isinstance(retain, Importance) else check_batches(retain, "retain")
-    loss = loss_of(loss_fn, sources, default=losses.log_odds if alpha == "auto" else losses.cross_entropy)
-    hyperparameters: dict[str, object] = {
-        "alpha": alpha,
-        **factors,
-        "estimator": estimator,
-        "power": power,
-        "loss_fn": callable_name(loss),
-    }
-    seconds: dict[str, float] = {}
-    measure = Measure(model, task, loss, estimator, power, params, generator, progress)
-
-    started = time.perf_counter()
-    watch = None
-    if alpha == "auto" and not isinstance(forget, Importance):
-        hyperparameters |= {"until": goal, "budget": budget}
-        watch = Watch(
-            "plan_ssd",
-            model,
-            forget,
-            watched,
-            until=goal,
-            budget=budget,
-            validation=validation,
-            task=task,
+    is_text = alpha == "auto" and judge.yardstick(model) == "loss"
+    goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
+    choices = choice(params, include, exclude)
+    with restricted(model, "plan_ssd", **choices) as names:
+        sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
+        measured = check_sources(model, sources, estimator, power)
+        watched = (
+            None if retain is None or isinstance(retain, Importance) else check_batches(retain, "retain")
         )
-        outcome = settled(watch, goal)
-        seconds["search"] = time.perf_counter() - started
-        if outcome is not None:
-            return SsdPlan(
-                model,
-                None,
-                None,
-                alpha=math.nan,
-                factors=factors,
-                hyperparameters=hyperparameters,
-                seconds=seconds,
-                found=found_by(model, outcome, watch, strict=strict),
-            )
-    started = time.perf_counter()
-    part, full = measure.both(sources)
-    hyperparameters |= {"estimator": full.estimator, "power": full.power}
-    seconds = {"importance": time.perf_counter() - started, **seconds}
+        loss = loss_of(loss_fn, sources, default=losses.log_odds if alpha == "auto" else losses.cross_entropy)
+        hyperparameters: dict[str, object] = {
+            "alpha": alpha,
+            **factors,
+            "estimator": estimator,
+            "power": power,
+            "loss_fn": callable_name(loss),
+            **choices,
+        }
+        seconds: dict[str, float] = {}
+        measure = Measure(model, task, loss, estimator, power, measured or names, generator, progress)
 
-    loop: Found | None = None
-    if watch is not None and not isinstance(forget, Importance):
         started = time.perf_counter()
-        outcome = closed_loop(measure, forget, watched, (part, full), watch, factors)
-        loop = found_by(model, outcome, watch, strict=strict)
-        threshold = outcome.chosen[-1].alpha if outcome.chosen else math.nan
-        seconds["search"] += time.perf_counter() - started
-    else:
-        threshold = threshold_of("adaptive" if isinstance(alpha, str) else alpha, full, part)
-        bound = full.n_samples / part.n_samples
-        if full.estimator == "per_sample" and threshold >= bound:
-            warnings.warn(
-                f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set exceeds "
-                f"n / n_forget = {bound:.6g} times that on the full set",
-                stacklevel=2,
+        watch = None
+        if alpha == "auto" and not isinstance(forget, Importance):
+            hyperparameters |= {"until": goal, "budget": budget}
+            watch = Watch(
+                "plan_ssd",
+                model,
+                forget,
+                watched,
+                until=goal,
+                budget=budget,
+                validation=validation,
+                task=task,
             )
-    return SsdPlan(
-        model,
-        part,
-        full,
-        alpha=threshold,
-        factors=factors,
-        hyperparameters={**hyperparameters, "alpha_value": threshold},
-        seconds=seconds,
-        found=loop,
-    )
+            outcome = settled(watch, goal)
+            seconds["search"] = time.perf_counter() - started
+            if outcome is not None:
+                return SsdPlan(
+                    model,
+                    None,
+                    None,
+                    alpha=math.nan,
+                    factors=factors,
+                    hyperparameters=hyperparameters,
+                    seconds=seconds,
+                    found=found_by(model, outcome, watch, strict=strict),
+                )
+        started = time.perf_counter()
+        part, full = measure.both(sources)
+        hyperparameters |= {"estimator": full.estimator, "power": full.power}
+        seconds = {"importance": time.perf_counter() - started, **seconds}
+
+        loop: Found | None = None
+        if watch is not None and not isinstance(forget, Importance):
+            started = time.perf_counter()
+            outcome = closed_loop(measure, forget, watched, (part, full), watch, factors)
+            loop = found_by(model, outcome, watch, strict=strict)
+            threshold = outcome.chosen[-1].alpha if outcome.chosen else math.nan
+            seconds["search"] += time.perf_counter() - started
+        else:
+            threshold = threshold_of("adaptive" if isinstance(alpha, str) else alpha, full, part)
+            bound = full.n_samples / part.n_samples
+            if full.estimator == "per_sample" and threshold >= bound:
+                warnings.warn(
+                    f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set "
+                    f"exceeds n / n_forget = {bound:.6g} times that on the full set",
+                    stacklevel=2,
+                )
+        return SsdPlan(
+            model,
+            part,
+            full,
+            alpha=threshold,
+            factors=factors,
+            hyperparameters={**hyperparameters, "alpha_value": threshold},
+            seconds=seconds,
+            found=loop,
+        )
 
 
 def ssd(
@@ -233,6 +252,9 @@ def ssd(
     estimator: Estimator = "per_sample",
     power: int = 2,
     loss_fn: LossFn | None = None,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> UnlearnResult:
@@ -268,6 +290,9 @@ def ssd(
         estimator: See ``fisher_diagonal``.
         power: 2 for squared gradients, 1 for absolute values.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; None as in ``plan_ssd``.
+        params: Names of trainable parameters, ``"adapters"`` or ``"base"``; see ``plan_ssd``.
+        include: Patterns of parameters that may be dampened; see ``plan_ssd``.
+        exclude: Patterns of parameters to leave out.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
 
@@ -307,6 +332,9 @@ def ssd(
         estimator=estimator,
         power=power,
         loss_fn=loss_fn,
+        params=params,
+        include=include,
+        exclude=exclude,
         generator=generator,
         progress=progress,
     )
@@ -315,9 +343,16 @@ def ssd(
 
 
 def _checked_goal(
-    alpha: Alpha, until: Until | Literal["auto"], budget: float, validation: Batches | None
+    alpha: Alpha,
+    until: Until | Literal["auto"],
+    budget: float,
+    validation: Batches | None,
+    *,
+    is_text: bool,
 ) -> Until:
     default: Until = "forgotten" if alpha == "auto" else None
+    if is_text and validation is not None:
+        default = "unseen"
     goal = default if isinstance(until, str) and until == "auto" else until
     check_goal("plan_ssd", goal, budget, validation)
     if alpha == "auto" and goal is None:

@@ -145,6 +145,35 @@ def sources_of(
     return {"forget": forget, "retain": retain}  # type: ignore[dict-item]
 
 
+def of_names(sources: Sources, names: list[str] | None) -> Sources:
+    """Cut stored importances down to the parameters that were asked for.
+
+    Args:
+        sources: Data or importances.
+        names: Plain names of the parameters; None for whatever is stored.
+
+    Returns:
+        The sources.
+
+    Raises:
+        ValueError: If importances of a parameter are not stored.
+    """
+    if names is None:
+        return sources
+    cut: dict[str, Batches | Importance] = {}
+    for which, source in sources.items():
+        if isinstance(source, Importance):
+            missing = [name for name in names if name not in source]
+            if missing:
+                raise ValueError(
+                    f"plan_ssd: {which} must hold importances of the parameters that params, include and "
+                    f"exclude leave, got none of {', '.join(missing[:3])}{', ...' if missing[3:] else ''}"
+                )
+            source = _like(source, {name: source[name] for name in names})
+        cut[which] = source
+    return cut
+
+
 def loss_of(loss_fn: LossFn | None, sources: Sources, *, default: LossFn) -> LossFn:
     """Choose the loss of the importances that are to be measured: that of those which are stored.
 
@@ -250,14 +279,21 @@ def _check_batch_sizes(forget: Importance, other: Importance) -> None:
 
 def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Importance) -> Importance:
     # One order of names, and each tensor beside its parameter, whatever the importances were loaded from.
-    return Importance(
+    return _like(
+        importance,
         {name: importance[name].to(parameters[name].device, like[name].dtype) for name in like},
+    )
+
+
+def _like(importance: Importance, tensors: Mapping[str, Tensor]) -> Importance:
+    return Importance(
+        tensors,
         n_samples=importance.n_samples,
         estimator=importance.estimator,
         power=importance.power,
         batch_size=importance.batch_size,
         n_batches=importance.n_batches,
-        coverage=importance.coverage,
+        coverage={name: how for name, how in importance.coverage.items() if name in tensors},
         loss=importance.loss,
         weights_digest=importance.weights_digest,
     )

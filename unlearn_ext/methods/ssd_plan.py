@@ -156,8 +156,11 @@ class SsdPlan:
         lines = ["SSD: refused before any importance was measured"]
         if self.importance_forget is not None and self.importance_full is not None:
             lines = [self._sizes(self.importance_forget, self.importance_full)]
+        of = (
+            "% of retain perplexity gained" if watch.yardstick == "loss" else "points of retain accuracy lost"
+        )
         lines += [
-            f"goal: {watch.goal}, at most {100 * watch.budget:g} points of retain accuracy lost"
+            f"goal: {watch.goal}, at most {100 * watch.budget:g} {of}"
             if watch.has_retain
             else f"goal: {watch.goal}; nothing watches the retain set, of which there are no data",
             f"lambda {self._factors['lambda_']:g}; before: {_in_words(before)}",

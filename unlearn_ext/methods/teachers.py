@@ -23,9 +23,11 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches
@@ -44,6 +46,10 @@ def bad_teacher(
     epochs: int = 3,
     lr: float = 3e-4,
     temperature: float = 1.0,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -69,6 +75,13 @@ def bad_teacher(
         epochs: Passes over them.
         lr: Learning rate.
         temperature: Of both distributions, > 0.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
         progress: Show a progress bar, where tqdm is installed.
@@ -103,7 +116,7 @@ def bad_teacher(
     if not 0 < retain_share <= 1:
         raise ValueError(f"bad_teacher: retain_share must lie in (0, 1], got {retain_share}")
     _check_temperature("bad_teacher", temperature)
-    settings = {
+    settings: dict[str, object] = {
         "incompetent": "initialised afresh" if incompetent is None else "given",
         "retain_share": retain_share,
         "epochs": epochs,
@@ -112,7 +125,21 @@ def bad_teacher(
         **({} if task is None else {"task": repr(task)}),
     }
     _check_has_classes("bad_teacher", model, forget, chosen)
-    with unlearning(model, "bad_teacher", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "bad_teacher",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(
+        model, "bad_teacher", settings, generator=generator, data=(forget, retain), goal=goal
+    ) as run:
         competent = _teacher(model)
         ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
 
@@ -135,7 +162,7 @@ def bad_teacher(
             epochs=epochs,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 @recorded
@@ -152,6 +179,10 @@ def scrub(
     kl_weight: float = 0.5,
     temperature: float = 2.0,
     cap: float | None = None,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -176,6 +207,13 @@ def scrub(
         kl_weight: Weight of the original on the retain set.
         temperature: Of both distributions, > 0.
         cap: Forget samples with a higher divergence do not count; by default T^2 log(number of classes).
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's CE.
         generator: Decides every random choice.
@@ -212,7 +250,7 @@ def scrub(
     _check_temperature("scrub", temperature)
     n = _check_has_classes("scrub", model, forget, chosen)
     limit = temperature**2 * math.log(n) if cap is None else cap
-    settings = {
+    settings: dict[str, object] = {
         "epochs": epochs,
         "forget_epochs": forget_epochs,
         "lr": lr,
@@ -223,7 +261,19 @@ def scrub(
         "cap": limit,
         **facts_of(task, loss_fn),
     }
-    with unlearning(model, "scrub", settings, generator=generator, data=(forget, retain)) as run:
+    goal = ClosedLoop(
+        "scrub",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
+    with unlearning(model, "scrub", settings, generator=generator, data=(forget, retain), goal=goal) as run:
         original = _teacher(model)
 
         def disobey(model: nn.Module, batch: Batch) -> Tensor:
@@ -251,7 +301,7 @@ def scrub(
                     progress=progress,
                 )
             train(run, "min", retain, follow, optimizer, parameters=parameters.values(), progress=progress)
-    return run.result()
+    return goal.result(run)
 
 
 def divergence(

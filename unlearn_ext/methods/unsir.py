@@ -23,9 +23,11 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, is_per_sample, read_batches
@@ -58,6 +60,10 @@ def unsir(
     noise_label: Literal["class", "official"] = "class",
     repair_schedule: Literal["linear", "constant"] = "linear",
     freeze_bn_during_noise: bool = True,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -117,6 +123,13 @@ def unsir(
             released, does not.
         freeze_bn_during_noise: False learns the noise in train mode, as the released code does: BatchNorm
             statistics then end up those of noise.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -188,7 +201,19 @@ def unsir(
         "freeze_bn_during_noise": freeze_bn_during_noise,
         **facts_of(task, loss_fn),
     }
-    with unlearning(model, "unsir", hyperparameters, generator=generator, data=(retain,)) as run:
+    goal = ClosedLoop(
+        "unsir",
+        model,
+        cast("Batches | None", forget),
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    hyperparameters |= goal.facts
+    with unlearning(model, "unsir", hyperparameters, generator=generator, data=(retain,), goal=goal) as run:
         model.train(not freeze_bn_during_noise)
         reader = _Reader(chosen)
         samples = _noise_samples(run, classes, retain, noise_batch, reader)
@@ -229,7 +254,7 @@ def unsir(
             steps_min=repair_steps_min,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 def _learn_noise(

@@ -1,7 +1,9 @@
 """Closed loop: what a method is to reach, what that may cost, and what was measured before and after.
 
 A *goal* (``until=``) says when the forget set counts as forgotten, a *budget* how much of the retain set's
-accuracy may be lost on the way. Both are judged on the forget and retain data that a method is given (and on
+accuracy may be lost on the way. For texts, most of whose tokens are right whatever the model knows, the loss
+stands in for accuracy: ``"unseen"`` is a loss no lower than on unseen texts, and the budget a share by which
+the perplexity may rise. Both are judged on the forget and retain data that a method is given (and on
 held-out data where the goal is ``"unseen"``); test data are never read.
 """
 
@@ -117,6 +119,7 @@ class Watch:
 
     Attributes:
         budget: As given.
+        yardstick: What is watched: ``"accuracy"``, or for texts ``"loss"``.
 
     Raises:
         TypeError: If the goal is of no known kind.
@@ -140,6 +143,7 @@ class Watch:
         self._model, self._until, self._validation = model, until, validation
         self._sets = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
         self._task = task
+        self.yardstick = resolve(task, who=who).yardstick(model)
         self._classes: dict[str, set[int]] = {name: set() for name in self._sets}
         self._before = {
             name: measure(model, data, task, self._classes[name]) for name, data in self._sets.items()
@@ -156,6 +160,8 @@ class Watch:
         """The goal in words."""
         if callable(self._until):
             return "what until asks of the model"
+        if self._until == "unseen" and self.yardstick == "loss":
+            return "a loss on the forget set no lower than on the validation set"
         if self._until == "unseen":
             return "accuracy on the forget set no higher than on the validation set"
         return f"accuracy on the forget set at most {self.limit:.2%}"
@@ -223,6 +229,8 @@ class Watch:
         if self._until == "unseen" and self._validation is not None:
             unseen = measure(self._model, self._validation, self._task)
             self._read += unseen.samples
+            if self.yardstick == "loss":
+                return forget.loss >= unseen.loss
             return forget.accuracy <= unseen.accuracy
         return forget.accuracy <= self.limit
 
@@ -233,9 +241,53 @@ class Watch:
             retain: What was measured on it now.
 
         Returns:
-            Accuracy before less accuracy now.
+            Accuracy before less accuracy now; for texts the share by which the perplexity has risen.
         """
-        return self._before["retain"].accuracy - retain.accuracy
+        before = self._before["retain"]
+        if self.yardstick == "loss":
+            return perplexity_rise(before.loss, retain.loss)
+        return before.accuracy - retain.accuracy
+
+    def knows(self, forget: Measured) -> float:
+        """Say how well the forget set is known, for comparing one model with another.
+
+        Args:
+            forget: What was measured of it.
+
+        Returns:
+            The accuracy; for texts minus the loss.
+        """
+        return -forget.loss if self.yardstick == "loss" else forget.accuracy
+
+    def in_words(self, lost: float) -> str:
+        """Put what was lost into words.
+
+        Args:
+            lost: What ``lost`` returned.
+
+        Returns:
+            A phrase.
+        """
+        if self.yardstick == "loss":
+            return f"{100 * lost:.2f} % of retain perplexity gained"
+        return f"{100 * lost:.2f} points of retain accuracy lost"
+
+
+def perplexity_rise(before: float, after: float) -> float:
+    """Return the share by which the perplexity has risen.
+
+    Args:
+        before: Mean loss per token.
+        after: The same afterwards.
+
+    Returns:
+        ``exp(after - before) - 1``; infinity where that is too large for a number.
+
+    Example:
+        >>> round(perplexity_rise(1.0, 1.1), 3)
+        0.105
+    """
+    return math.expm1(after - before) if after - before < 700 else math.inf
 
 
 def figures(measured: Mapping[str, Measured]) -> dict[str, float]:

@@ -9,9 +9,13 @@ that may not.
 Two things differ from ``torch.optim`` on purpose. State is float32 (float64 for double parameters) also where
 the parameter is float16 or bfloat16, and it stays so through ``load_state_dict``. Constraints are not part of
 ``state_dict``: like the parameters themselves, they are given again when a run is resumed.
+
+``clip_grad_norm_`` clips by the norm of the free scalars alone: over all of them, masked training of a few
+would be slowed down by the gradients of those that stay as they are.
 """
 
+from unlearn_ext.optim.clipping import clip_grad_norm_
 from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
 from unlearn_ext.optim.projected import ProjectedSGD
 
-__all__ = ["MaskedAdamW", "MaskedSGD", "ProjectedSGD"]
+__all__ = ["MaskedAdamW", "MaskedSGD", "ProjectedSGD", "clip_grad_norm_"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -22,6 +23,9 @@ STATE_DTYPES = {
 }
 
 Order = tuple[int, ...] | None
+
+# What groups of torch.optim's checkpoints say of its own implementations; none of it means anything here.
+_OF_TORCH = ("foreach", "fused", "differentiable", "amsgrad", "decoupled_weight_decay")
 
 
 class Constraint(NamedTuple):
@@ -91,6 +95,19 @@ def state_like(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=STATE_DTYPES[param.dtype])
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Say whether a tensor has no values, as under ``FakeTensorMode``, where memory is estimated.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True if nothing can be read from it.
+    """
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # where nobody has imported it, none is
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 def packed_size(param: Tensor) -> int:
     """Return the bytes of a parameter's packed mask.
 
@@ -120,11 +137,17 @@ class ConstrainedOptimizer(Optimizer):
         return {**super().__getstate__(), "_given": self._given, "_constraints": self._constraints}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = set(self.defaults) if hasattr(self, "defaults") else set(state["defaults"])
         super().__setstate__(state)
+        for key in set(self.defaults) - known:  # torch adds one of its own
+            del self.defaults[key]
         # Groups that come from a checkpoint of torch.optim lack the options that only these classes have.
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
+            for key in _OF_TORCH:
+                if key not in self.defaults:
+                    group.pop(key, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as ``torch.optim.Optimizer`` does.

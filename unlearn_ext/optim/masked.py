@@ -17,6 +17,7 @@ from unlearn_ext.optim.constrained import (
     Constraint,
     Order,
     axis_moves,
+    is_fake,
     packed_size,
     state_like,
     transposed,
@@ -200,7 +201,8 @@ class MaskedAdamW(_MaskedOptimizer):
         theta <- theta - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
     A scalar whose mask bit is 0 keeps its bits, and so do its two averages. Parameters that have been stepped
-    equally often share one ``step`` tensor in their state.
+    equally often share one ``step`` tensor in their state; in ``state_dict()`` each has its own, so that
+    ``torch.optim.AdamW`` can go on from there.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups with such pairs under ``"params"``. Plain
@@ -282,7 +284,8 @@ class MaskedAdamW(_MaskedOptimizer):
                     "exp_avg": state_like(param),
                     "exp_avg_sq": state_like(param),
                 }
-            key = id(state["step"]) if group["capturable"] else int(state["step"])
+            unread = group["capturable"] or is_fake(state["step"])
+            key = id(state["step"]) if unread else int(state["step"])
             state["step"], rows = calls.setdefault(key, (state["step"], []))
             tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
             rows.append((*(view_of(tensor, mask.order) for tensor in tensors), mask.tensor))
@@ -300,7 +303,7 @@ class MaskedAdamW(_MaskedOptimizer):
                     exp_avgs,
                     exp_avg_sqs,
                     masks,
-                    step=step + 1 if group["capturable"] else int(step) + 1,
+                    step=step + 1 if group["capturable"] or is_fake(step) else int(step) + 1,
                     lr=float(group["lr"]),
                     beta1=float(beta1),
                     beta2=float(beta2),
@@ -318,6 +321,21 @@ class MaskedAdamW(_MaskedOptimizer):
                 self.state[param].update(state)
 
         return update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as ``torch.optim.AdamW`` keeps it.
+
+        Returns:
+            ``state`` and ``param_groups``. The averages are shared with the optimizer, as in torch; every
+            ``step`` is a copy.
+        """
+        # Whoever steps parameter after parameter, as torch.optim does, would count a shared step many times.
+        found = super().state_dict()
+        found["state"] = {
+            key: {**state, "step": state["step"].clone()} if "step" in state else state
+            for key, state in found["state"].items()
+        }
+        return found
 
     def _check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super()._check_checkpoint(checkpoint)

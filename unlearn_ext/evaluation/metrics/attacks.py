@@ -349,7 +349,20 @@ def _labelled(members: _Numbers, others: _Numbers) -> tuple[_Numbers, _Numbers]:
     return np.concatenate([members, others])[:, None], np.repeat([1.0, 0.0], [len(members), len(others)])
 
 
-def _auc(members: _Numbers, others: _Numbers) -> float:
+def auc(members: _Numbers, others: _Numbers) -> float:
+    """Return the area under the ROC curve: the share of pairs in the right order, ties counting half.
+
+    Args:
+        members: Scores of what is to be told, ``[N]``.
+        others: Scores of the rest, ``[M]``; lower ones are right.
+
+    Returns:
+        A number in [0, 1].
+
+    Example:
+        >>> auc(np.array([1.0, 2.0]), np.array([0.0, 1.0]))
+        0.875
+    """
     return _Ranked(members, others).auc()
 
 

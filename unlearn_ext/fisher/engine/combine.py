@@ -20,7 +20,7 @@ from unlearn_ext.fisher.engine.gradients import (
     wide,
 )
 from unlearn_ext.fisher.engine.graph import CASTS, NodeInput, PathNode, kind_of
-from unlearn_ext.fisher.engine.rules import padding_of
+from unlearn_ext.fisher.engine.rules import looked_up, padding_of
 from unlearn_ext.fisher.engine.tied import Tied
 
 _RESHAPES = {"Alias", "Clone", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
@@ -167,12 +167,17 @@ def as_parameter_gradients(
     if not rest:
         return term
     reshaped = all(kind_of(step.node) in _RESHAPES for step in rest[1:])
-    if reshaped and kind_of(rest[0].node) == "Embedding" and isinstance(term, (Channels, Gradients)):
+    indices = looked_up(rest[0].node, parameter.shape) if reshaped else None
+    if indices is not None and isinstance(term, (Channels, Gradients)):
         # Every sample looks up the same rows: positions, say.
-        indices = rest[0].node._saved_indices.reshape(1, -1)
-        grads = term.gradients(0, term.n).reshape(term.n, indices.shape[1], parameter.shape[1])
-        padding_idx = padding_of(rest[0].node)
-        return Lookup(indices.expand(term.n, -1), grads, rows=parameter.shape[0], padding_idx=padding_idx)
+        grads = term.gradients(0, term.n).reshape(term.n, indices.numel(), -1)
+        return Lookup(
+            indices.reshape(1, -1).expand(term.n, -1),
+            grads,
+            rows=parameter.shape[0],
+            padding_idx=padding_of(rest[0].node),
+            shape=parameter.shape,
+        )
     if all(step.moves for step in rest):
         return Moved(term, rest, parameter)
     return Derived(term, found.edge, parameter)
@@ -232,6 +237,7 @@ def merged(terms: Sequence[PerSampleGradients]) -> PerSampleGradients:
                 torch.cat([term.grads for term in lookups], 1),
                 rows=first.shape[0],
                 padding_idx=first.padding_idx,
+                shape=first.shape,
             )
     if of_one_kind and isinstance(first, Convolution):
         convolutions = [term.with_images() for term in terms if isinstance(term, Convolution)]

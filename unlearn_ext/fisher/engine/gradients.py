@@ -307,32 +307,44 @@ class Convolution(PerSampleGradients):
 
 
 class Lookup(PerSampleGradients):
-    """A table ``[rows, D]`` of which rows are looked up: an embedding.
+    """A table of which rows are looked up: an embedding.
 
     Args:
         indices: ``[n, *]``.
         grad_outputs: ``[n, *, D]``.
         rows: Number of rows of the table.
         padding_idx: The index whose row gets no gradient; -1 for none.
+        shape: Shape of the table, ``rows`` times D scalars; ``[rows, D]`` by default.
     """
 
-    def __init__(self, indices: Tensor, grad_outputs: Tensor, *, rows: int, padding_idx: int = -1) -> None:
+    def __init__(
+        self,
+        indices: Tensor,
+        grad_outputs: Tensor,
+        *,
+        rows: int,
+        padding_idx: int = -1,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         self.grads = _positions(grad_outputs)
         self.indices = indices.reshape(self.grads.shape[:2])
         self.padding_idx = padding_idx
-        super().__init__(grad_outputs.shape[0], (rows, grad_outputs.shape[-1]))
+        self.rows = rows
+        super().__init__(grad_outputs.shape[0], (rows, grad_outputs.shape[-1]) if shape is None else shape)
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
         indices = self.indices[start:stop].long()
         (grads,) = wide(self.grads[start:stop])
         if self.padding_idx >= 0:
             grads = grads * (indices != self.padding_idx)[..., None]
-        made = grads.new_zeros(len(grads), *self.shape)
-        return made.scatter_add_(1, indices[..., None].expand_as(grads), grads)
+        made = grads.new_zeros(len(grads), self.rows, grads.shape[-1])
+        made.scatter_add_(1, indices[..., None].expand_as(grads), grads)
+        return made.view(len(grads), *self.shape)
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
         (grads,) = _matched(fisher, self.grads)
-        ops.fisher_embedding_(fisher, self.indices, grads, padding_idx=self.padding_idx, power=power)
+        table = fisher if fisher.ndim == 2 else fisher.view(self.rows, -1)
+        ops.fisher_embedding_(table, self.indices, grads, padding_idx=self.padding_idx, power=power)
 
     def digest(self) -> Tensor:  # noqa: D102
         return _mixed(self.grads)

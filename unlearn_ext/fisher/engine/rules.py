@@ -106,7 +106,7 @@ def combines_with_data(node: Node, index: int, shape: tuple[int, ...], reach: Re
         return len(out) > len(shape) or (bool(shape) and shape[0] == 1 and out[0] % n == 0)
     if reach is Reach.NEAR:
         return True
-    return reach is Reach.DERIVED and _is_weight(kind, index) and kind not in ("Embedding", "EmbeddingBag")
+    return reach is Reach.DERIVED and _is_weight(kind, index) and kind not in _LOOKUPS
 
 
 def read(call: Call) -> PerSampleGradients:
@@ -230,6 +230,38 @@ def _embedding(call: Call) -> PerSampleGradients:
     )
 
 
+def _index(call: Call) -> PerSampleGradients:
+    indices = looked_up(call.node, call.shape)
+    if indices is None:
+        raise NoRuleError("no rule for an index of this form")
+    grad = call.grad.flatten(indices.ndim) if len(call.shape) > 1 else call.grad.unsqueeze(-1)
+    rows = call.layout.rows
+    return Lookup(rows(indices.unsqueeze(-1)).squeeze(-1), rows(grad), rows=call.shape[0], shape=call.shape)
+
+
+def looked_up(node: Node, shape: Sequence[int]) -> Tensor | None:
+    """Read which rows of a table a node takes: an embedding, or an index of the first dimension alone.
+
+    Args:
+        node: A node.
+        shape: The table's shape.
+
+    Returns:
+        The rows' numbers, none of them negative; None if the node takes something else than rows.
+    """
+    if kind_of(node) == "Embedding":
+        indices: Tensor = node._saved_indices
+        return indices
+    if kind_of(node) != "Index":
+        return None
+    first, *others = node._saved_indices
+    if first is None or any(other is not None for other in others):
+        return None
+    if first.dtype not in (torch.int64, torch.int32):  # a mask takes as many rows as the data say
+        return None
+    return torch.where(first < 0, first + shape[0], first)
+
+
 def _embedding_bag(call: Call) -> PerSampleGradients:
     node, rows, grad = call.node, call.layout.rows, call.grad
     if node._saved_mode not in (0, 1):
@@ -252,15 +284,15 @@ def _embedding_bag(call: Call) -> PerSampleGradients:
 
 
 def padding_of(node: Node) -> int:
-    """Read the padding index of an embedding.
+    """Read the padding index of a lookup.
 
     Args:
-        node: The embedding's node.
+        node: The node of an embedding, or of an index, which has none.
 
     Returns:
         The index, -1 for none.
     """
-    found = int(node._saved_padding_idx)
+    found = int(getattr(node, "_saved_padding_idx", -1)) % 2**64
     return found if found < 2**63 else -1  # kept as an unsigned number
 
 
@@ -388,6 +420,8 @@ _APPLIED = {
     *("NativeGroupNorm", "NativeLayerNorm", "PreluKernel"),
 }
 
+_LOOKUPS = {"Embedding", "EmbeddingBag", "Index"}
+
 RULES: dict[str, Rule] = {
     **_BROADCAST,
     "Bmm": _bmm,
@@ -397,6 +431,7 @@ RULES: dict[str, Rule] = {
     "EmbeddingBag": _embedding_bag,
     "FusedRmsNorm": _rms_norm,
     "GroupedMm": _grouped_mm,
+    "Index": _index,
     "MiopenBatchNorm": _batch_norm,
     "Mm": _mm,
     "Mv": _mv,
