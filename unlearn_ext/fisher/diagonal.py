@@ -7,6 +7,7 @@ Every estimator here is a mean of powers of gradients; they differ in which grad
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def fisher_diagonal(
     chosen = checked_parameters(model, params, include, exclude)
     check_parameters(chosen)
     n_samples = n_batches = batch_size = 0
-    with borrowed(model), unwritten(model):
+    with borrowed(model), unwritten(model) as guard:
         for parameter in chosen.values():  # borrowed puts the flags back
             if not parameter.requires_grad:
                 parameter.requires_grad_(True)
@@ -141,18 +142,19 @@ def fisher_diagonal(
         }
         gradients: _BatchGradients | PerSample
         if estimator == "batch":
-            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power)
+            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power, guard)
         else:
             own = judge.select if judge.has_own_select else None
-            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own)
+            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own, guard=guard)
         reader = read_batches(batches, device_of(model), description="importance", progress=progress)
         for index, batch in enumerate(reader):
             n = judge.count(batch)
             if n == 0:
                 continue
-            values = gradients.accumulate(
-                with_drawn_targets(model, judge, batch, index, generator) if estimator == "mc" else batch, n
-            )
+            if estimator == "mc":
+                with guard if not n_batches else nullcontext():
+                    batch = with_drawn_targets(model, judge, batch, index, generator)
+            values = gradients.accumulate(batch, n)
             check_finite("loss", values, index)
             n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
         gradients.finish()
@@ -189,8 +191,10 @@ class _BatchGradients:
         chosen: Mapping[str, Tensor],
         fisher: Mapping[str, Tensor],
         power: int,
+        guard: AbstractContextManager[object],
     ) -> None:
         self._loss = PerSampleLoss(model, loss_fn)
+        self._loss.surroundings = guard
         self._chosen, self._fisher, self._power = chosen, fisher, power
         why = "fallback: one plain gradient per batch is the estimator's definition"
         self.coverage = dict.fromkeys(fisher, why)
@@ -198,6 +202,7 @@ class _BatchGradients:
     def accumulate(self, batch: Batch, n: int) -> Tensor:
         with prepared(self._loss.model):
             values = self._loss.losses(batch, n, is_whole=True)
+            self._loss.surroundings = None
             add_gradient(values.mean(), self._chosen, self._fisher, self._power)
         return values.detach()
 

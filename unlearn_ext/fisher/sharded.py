@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext.distributed.fsdp import ShardedModel, fsdp_modules
 from unlearn_ext.fisher.engine.lockstep import Lockstep, Marks, Settle, Take
 from unlearn_ext.fisher.engine.settled import SettledTotals
@@ -138,6 +139,29 @@ def _differentiable(output: object) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _differentiable(value)
+
+
+@contextmanager
+def unwritten_shards(sharded: ShardedModel) -> Iterator[None]:
+    """Notice where a forward pass writes to a shard. What it writes to gathered parameters is freed with them.
+
+    Args:
+        sharded: The model.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: If it has; the model is changed.
+    """
+    versions = {name: local_of(shard)._version for name, shard in sharded.shards.items()}
+    yield
+    for name, shard in sharded.shards.items():
+        if local_of(shard)._version != versions[name]:
+            raise RuntimeError(
+                f"fisher_diagonal: the forward pass must not write to parameters, got a model that writes to "
+                f"{name}; the model is changed"
+            )
 
 
 @dataclass(frozen=True)

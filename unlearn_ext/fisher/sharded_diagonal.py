@@ -12,9 +12,9 @@ from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed.fsdp import ShardedModel
 from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
-from unlearn_ext.fisher.engine import PerSample, unwritten
+from unlearn_ext.fisher.engine import PerSample
 from unlearn_ext.fisher.importance import Estimator, Importance, loss_name
-from unlearn_ext.fisher.sharded import ShardedLockstep, steps
+from unlearn_ext.fisher.sharded import ShardedLockstep, steps, unwritten_shards
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches
 
@@ -53,6 +53,7 @@ def sharded_diagonal(
         NotImplementedError: If the estimator is ``"batch"``, or the model is not sharded by FSDP2 alone.
         ValueError: If no rank has a sample.
         FloatingPointError: If a loss or an importance is not finite, on every rank.
+        RuntimeError: If the forward pass writes to a shard.
     """
     who = "fisher_diagonal"
     if estimator == "batch":
@@ -64,7 +65,7 @@ def sharded_diagonal(
     names = list(checked_parameters(model, params, include, exclude))
     counts = torch.zeros(2, dtype=torch.int64)  # samples, batches
     largest = 0
-    with sharded.resharded(), borrowed(model), unwritten(model):
+    with sharded.resharded(), borrowed(model), unwritten_shards(sharded):
         for name in names:  # borrowed puts the flags back
             if not sharded.shards[name].requires_grad:
                 sharded.shards[name].requires_grad_(True)

@@ -11,7 +11,9 @@ assumed, and what is proven when. Inside:
     totals         the accumulators
     passes         forward and backward passes; ``environment`` and ``checkpoints`` prepare them
     layout         where the samples are in a tensor; ``proof`` finds out, ``selections`` says for how long
-    verification   single samples by plain autograd; ``coupling`` says whether two of them suffice
+    verification   single samples by plain autograd
+    coupling       whether a few single samples suffice; ``axis_rules``, ``axis_indexing`` and ``sample_axis``
+                   follow the samples through the operators of a pass
     trust          what has been found out about a model
     sample_losses  losses, and batches of some samples
     fallback       vmap or a loop over single samples, for what remains

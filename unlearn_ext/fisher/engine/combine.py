@@ -161,6 +161,7 @@ def as_parameter_gradients(
     rest = [step for step in path if kind_of(step.node) not in CASTS]
     if len(found.paths) > 1:
         return Derived(term, found.edge, parameter)
+    at_node = term
     while rest and isinstance(term, Product) and kind_of(rest[-1].node) in _TRANSPOSITIONS:
         term = term.transposed
         rest.pop()
@@ -180,7 +181,7 @@ def as_parameter_gradients(
         )
     if all(step.moves for step in rest):
         return Moved(term, rest, parameter)
-    return Derived(term, found.edge, parameter)
+    return Derived(at_node, found.edge, parameter)
 
 
 def is_for_later(term: PerSampleGradients) -> bool:

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,7 @@ class PerSample:
             dimension; by default they do.
         lockstep: Decides together with the other ranks of a sharded model, whose gathered parameters
             ``chosen`` are.
+        guard: What the forward passes of a model that nothing is known about run inside.
 
     Raises:
         NotImplementedError: If parameters are sharded, or not there.
@@ -92,10 +94,11 @@ class PerSample:
         power: int,
         select: Select | None = None,
         lockstep: Lockstep | None = None,
+        guard: AbstractContextManager[object] | None = None,
     ) -> None:
         check_parameters(chosen)
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._select = select
+        self._select, self._guard = select, guard
         self._lockstep = Lockstep() if lockstep is None else lockstep
         self._loss = PerSampleLoss(model, loss_fn, self._lockstep)
         self._trust_cache = TrustCache(model, loss_fn, chosen)
@@ -124,6 +127,8 @@ class PerSample:
         with prepared(self._model):
             samples = Samples(batch, n, self._select)
             trust = self._trust_cache.lookup(batch, n)
+            self._loss.surroundings = None if trust.sizes else self._guard
+            self._guard = None  # what a model does not write in its first batch, it hardly will
             is_mixed = self._lockstep.any(trust.is_mixed)
             losses = None if is_mixed else self._add(samples, trust)
             return self._add_on_their_own(samples) if losses is None else losses
@@ -167,6 +172,7 @@ class PerSample:
             was_known = lockstep.all(bool(trust.edges))
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
+            if lockstep.any(is_new or n not in trust.sizes):
                 known = lockstep.any(bool(trust.may_couple))
                 trust.may_couple = known or lockstep.any(may_couple(self._loss, samples))
             trust.reasons.update(lockstep.reasons(trust.reasons))
@@ -260,6 +266,8 @@ class PerSample:
             chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
         elif is_due:
             chosen = [trust.certificates * 40503 % n]
+            if n > max(trust.sizes, default=0):  # nothing was ever at the last place
+                chosen = sorted({*chosen, n - 1})
             trust.certificates += 1
         chosen += [0] * (lockstep.most(len(chosen)) - len(chosen))
         found = []
@@ -300,7 +308,7 @@ class PerSample:
             if name in trust.reasons:
                 plan.reasons[name] = trust.reasons[name]
                 continue
-            if only is None and name in trust.reaches:
+            if only is None and name in trust.reaches and not trust.may_couple:
                 try:
                     reads = trace.reads(self._chosen[name], trust.reaches[name])
                     known = trust.layouts(name, reads, trace.n, moved)
@@ -349,7 +357,13 @@ class PerSample:
         def accumulate(name: str, term: PerSampleGradients) -> None:
             if not self._lockstep.is_alone and needs_graph(term):
                 raise MismatchError("made of parameters that are not all gathered at once")
-            if self._verification.check(name, term, alone, tolerance):
+            try:
+                is_evident = self._verification.check(name, term, alone, tolerance)
+            except MismatchError:
+                raise
+            except Exception as error:  # of a function of parameters, say, that autograd differentiates once
+                raise MismatchError(describe(error)) from error
+            if is_evident:
                 trust.evident.add(name)
             elif name in plan.unseen and name not in trust.evident:
                 if term.is_zero():

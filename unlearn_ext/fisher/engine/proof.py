@@ -26,11 +26,11 @@ from unlearn_ext.fisher.engine.sample_losses import describe
 from unlearn_ext.fisher.engine.selections import Key, Selection
 
 AXES = (Axis.FIRST, Axis.SECOND, Axis.INNER)
-# float16 has few powers of two.
-_LARGEST_EXPONENT = {torch.float16: 3}
-_EXPONENT = 12
+# Codes are powers of four: a row that two or three samples share alike, say one that stands for equal
+# samples, is multiplied by the mean of their codes, and no mean of a few powers of four is another one.
+# float16 has few.
+_LARGEST_POWER, _LARGEST_HALF_POWER = 10, 2
 DISAGREES = "disagrees with plain autograd"
-# Codes are a factor of two apart.
 _NEAR = 0.1
 
 
@@ -118,10 +118,10 @@ class _Codes:
     """Factors of the losses, as few passes as tell all samples apart."""
 
     def __init__(self, losses: Tensor, n: int, *, is_float16: bool) -> None:
-        largest = _LARGEST_EXPONENT[torch.float16] if is_float16 else _EXPONENT
-        exponents = range(-largest, largest + 1)
+        largest = _LARGEST_HALF_POWER if is_float16 else _LARGEST_POWER
+        powers = range(-largest, largest + 1)
         # Small ones first, so that few samples need no large ones.
-        values = [sign * 2.0**e for e in sorted(exponents, key=abs) for sign in (1.0, -1.0)]
+        values = [sign * 4.0**e for e in sorted(powers, key=abs) for sign in (1.0, -1.0)]
         values = [value for value in values if value != 1.0]
         base = len(values)
         self.digits: list[Tensor] = []
@@ -290,10 +290,11 @@ class LayoutProof:
         # Share of [n, positions] that is not explained by the samples' codes.
         first, *coded = values
         size = torch.linalg.vector_norm(first, dtype=torch.float64)
-        worst = 0.0
+        shares = []
         for value, codes in zip(coded, self._codes.values, strict=True):
             left = value / codes.to(value.dtype).unsqueeze(1) - first
-            worst = max(worst, float(torch.linalg.vector_norm(left, dtype=torch.float64) / size))
+            shares.append(torch.linalg.vector_norm(left, dtype=torch.float64) / size)
+        worst = float(torch.stack(shares).amax())  # which keeps what is no number
         return worst if worst == worst else float("inf")
 
     def _conclude(self, name: str, places: Sequence[Read], reach: Reach) -> Proven:
@@ -305,7 +306,7 @@ class LayoutProof:
             some = next(iter(readable.values()), rows)
             if some is None and any(tried.values()):
                 return Proven(reach, error=self._failures[name, place, Axis.FIRST])
-            if some is None or not bool(some.values[0].any()):
+            if some is None or not any(bool(value.any()) for value in some.values):
                 proven.layouts[place] = Layout(self._n, Axis.ROWS, may_be_nonzero=False)
                 proven.learn(place.signature, Place(None, is_spread=False, is_settled=True))
                 continue
@@ -352,7 +353,8 @@ class LayoutProof:
             distance, digit = nearest.min(1)
             if bool((distance > _NEAR).any()):
                 return None
-            left = torch.where(has_some, value / table[digit] - first, 0)
+            # Where samples cancel each other, the codes show what the plain pass does not.
+            left = torch.where(has_some, value / table[digit] - first, value)
             if not float(torch.linalg.vector_norm(left)) <= tolerance * float(
                 torch.linalg.vector_norm(first)
             ):

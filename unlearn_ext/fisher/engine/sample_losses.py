@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -28,12 +29,16 @@ class PerSampleLoss:
         model: The model, borrowed for a pass.
         loss_fn: ``loss_fn(model, batch) -> Tensor[n]``.
         lockstep: Decides together with other ranks, if there are any.
+
+    Attributes:
+        surroundings: What forward passes run inside; None for nothing.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, lockstep: Lockstep | None = None) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.lockstep = Lockstep() if lockstep is None else lockstep
         self._is_first = True
+        self.surroundings: AbstractContextManager[object] | None = None
         self.device = device_of(model)
         if self.device.type == "meta":
             raise NotImplementedError(
@@ -63,7 +68,8 @@ class PerSampleLoss:
         """
         # Weights that autocast has cast for an earlier pass belong to a graph that is used up.
         torch.clear_autocast_cache()
-        values = self.loss_fn(self.model, batch)
+        with self.surroundings or nullcontext():
+            values = self.loss_fn(self.model, batch)
         if not isinstance(values, Tensor) or values.shape != (n,):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise NotPerSampleError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
