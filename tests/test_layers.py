@@ -29,6 +29,7 @@ ALLOWED = {
     "evaluation.metrics": {"tasks", "_internal"},
     "methods": {
         "ops",
+        "distributed",
         "tasks",
         "fisher",
         "subspace",

@@ -5,8 +5,9 @@ Nothing here imports ``torch.distributed.tensor`` before somebody else has: wher
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -178,6 +179,102 @@ def flat_indices(tensor: Tensor, start: int, stop: int) -> Tensor:
         found += (rest % size + where.start) * stride
         rest = rest // size
     return found
+
+
+def agreed_by_all(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Say whether something holds on all ranks that hold parts of some tensors.
+
+    Args:
+        flag: Whether it holds here.
+        tensors: Any tensors; where none is sharded, this process decides alone.
+
+    Returns:
+        The same on all these ranks.
+    """
+    meshes = list(meshes_of(list(tensors)))
+    for mesh in meshes:
+        holds = sum_over_mesh(torch.tensor([int(not flag)], device=mesh.device_type), mesh)
+        flag = not int(holds)
+    return flag
+
+
+def totals(numbers: Sequence[float], tensors: Sequence[Tensor]) -> list[float]:
+    """Add up numbers over the ranks that hold parts of some tensors.
+
+    Args:
+        numbers: This rank's, in double precision.
+        tensors: One per number; a plain tensor's number is the same everywhere and is not added up.
+
+    Returns:
+        The sums, the same on all ranks.
+    """
+    mesh = next(meshes_of(tensors), None)
+    if mesh is None:
+        return list(numbers)
+    own = [
+        number if not is_dtensor(tensor) or counts_here(tensor) else 0.0
+        for number, tensor in zip(numbers, tensors, strict=True)
+    ]
+    summed = sum_over_mesh(torch.tensor(own, dtype=torch.float64, device=mesh.device_type), mesh).tolist()
+    return [
+        total if is_dtensor(tensor) else number
+        for total, number, tensor in zip(summed, numbers, tensors, strict=True)
+    ]
+
+
+def largest_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the largest scalar of each tensor, over all ranks.
+
+    Args:
+        tensors: At least one scalar each.
+
+    Returns:
+        The values, the same on all ranks.
+    """
+    import torch.distributed as dist
+
+    own = [float(part.max()) if (part := local_of(t)).numel() else -math.inf for t in tensors]
+    mesh = next(meshes_of(tensors), None)
+    if mesh is None:
+        return own
+    numbers = torch.tensor(own, dtype=torch.float64, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    return [float(number) for number in numbers.tolist()]
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Gather a tensor; all ranks of its mesh call it together.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The whole on every rank; a plain tensor as it is.
+    """
+    return cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
+
+
+def sharded_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """Give a tensor the layout of another one.
+
+    Args:
+        whole: A plain tensor that every rank has, or one that is laid out already.
+        tensor: A tensor of the same shape.
+
+    Returns:
+        ``whole`` if the layouts agree; this rank's part of it, as a ``DTensor``, where ``tensor`` is one.
+
+    Raises:
+        ValueError: If both are sharded, and differently, or only ``whole`` is.
+    """
+    wanted, given = layout_of(tensor), layout_of(whole)
+    if wanted == given:
+        return whole
+    if wanted is None or given is not None:
+        raise ValueError(f"a tensor with placements {given and given[1]} must have {wanted and wanted[1]}")
+    part = whole[part_of(tensor)].to(local_of(tensor).device)
+    return like(part.contiguous(), tensor)
 
 
 def sum_over_mesh(numbers: Tensor, mesh: Any) -> Tensor:  # noqa: ANN401 - a DeviceMesh

@@ -1,0 +1,122 @@
+"""What runs on every rank in test_sharded_ssd.py."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from sharded_checks import all_of, own, whole
+from sharded_models import images, shard, shares, small
+
+import unlearn_ext as ux
+
+# Sets that differ in their inputs, so that a dampening has something to tell apart.
+FORGET, RETAIN = [[3, 2], [2], [1, 1]], [[6, 4], [5, 5], [3]]
+
+
+def sets(world):
+    forget = [[(x + 2, y * 0) for x, y in part] for part in shares(images, world, FORGET)]
+    return forget, shares(lambda seed, sizes: images(seed + 50, sizes), world, RETAIN)
+
+
+def parameters_of(model):
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for name, p in model.named_parameters()}
+
+
+def plan():
+    """Same importances, same bits; put back to the bit; the record is that of the whole model."""
+    model = small()
+    forget, retain = sets(dist.get_world_size())
+    sharded = shard(copy.deepcopy(model))
+    before = parameters_of(sharded)
+    many = ux.plan_ssd(sharded, own(forget), own(retain), alpha="adaptive", lambda_=0.5)
+    one = ux.plan_ssd(
+        model,
+        many.importance_forget.gathered(),
+        importance=many.importance_full.gathered(),
+        alpha=many.alpha,
+        lambda_=0.5,
+    )
+    assert many.importance_full.n_samples == sum(len(y) for _, y in all_of(forget) + all_of(retain))
+    alone = ux.plan_ssd(model, all_of(forget), all_of(retain), alpha="adaptive", lambda_=0.5)
+    assert abs(alone.alpha - many.alpha) <= 1e-4 * alone.alpha
+    lines = [text.splitlines()[2:] for text in (one.summary(), many.summary())]
+    assert lines[0] == lines[1], lines
+    grids = [[tuple(row) for row in map(_values, p.sweep([1.0, 2.0]))] for p in (one, many)]
+    assert grids[0] == grids[1]
+    sharded(own(retain)[0][0])  # the root stays gathered after this
+    result, record = one.apply(), many.apply()
+    changed = parameters_of(sharded)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, changed[name]), name
+    assert any(not torch.equal(changed[name], before[name]) for name in before)
+    assert record.changed == result.changed > 0
+    assert record.changed_per_parameter == result.changed_per_parameter
+    model.eval()
+    x = all_of(retain)[0][0]
+    assert torch.allclose(sharded.eval()(x), model(x), atol=1e-6)
+    many.revert()
+    for name, value in parameters_of(sharded).items():
+        assert torch.equal(value, before[name])
+    many.apply()
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            next(sharded.parameters()).to_local().mul_(2)
+    try:
+        many.revert()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("a change on one rank went unnoticed")
+
+
+def _values(row):
+    return row.alpha, row.lambda_, row.selected, round(row.mean_factor, 12)
+
+
+def at_once():
+    model = small()
+    forget, retain = sets(dist.get_world_size())
+    sharded = shard(copy.deepcopy(model))
+    try:
+        ux.ssd(sharded, own(forget), own(retain))
+    except NotImplementedError as error:
+        assert "alpha must be a number or 'adaptive'" in str(error)
+    else:
+        raise AssertionError("the closed loop ran")
+    result = ux.ssd(sharded, own(forget), own(retain), alpha=1.2)
+    expected = ux.ssd(model, all_of(forget), all_of(retain), alpha=1.2)
+    assert abs(result.changed - expected.changed) <= 0.01
+    for name, value in parameters_of(sharded).items():
+        assert torch.allclose(value, dict(model.named_parameters())[name], rtol=1e-3, atol=1e-5)
+
+
+def stored(folder):
+    """Through a distributed checkpoint and back: facts, values, and what a file of one process means here."""
+    import torch.distributed.checkpoint as checkpoint
+
+    model = small()
+    forget, retain = sets(dist.get_world_size())
+    sharded = shard(copy.deepcopy(model))
+    full = ux.fisher_diagonal(sharded, own(forget)) + ux.fisher_diagonal(sharded, own(retain))
+    checkpoint.save({"importance": full}, checkpoint_id=folder)
+    again = type(full).like(sharded)
+    checkpoint.load({"importance": again}, checkpoint_id=folder)
+    for name, tensor in full.items():
+        assert torch.equal(tensor.to_local(), again[name].to_local())
+    assert again._facts() == full._facts()
+    try:
+        full.save(f"{folder}/whole.safetensors")
+    except NotImplementedError as error:
+        assert "torch.distributed.checkpoint" in str(error)
+    gathered = full.gathered()
+    # Whole importances are cut to the shards; the weights are known to be the same.
+    plan = ux.plan_ssd(sharded, own(forget), importance=gathered, alpha=2.0)
+    for name, tensor in plan.importance_full.items():
+        assert torch.equal(tensor.full_tensor(), gathered[name])
+    less = full - ux.fisher_diagonal(sharded, own(forget))
+    expected = ux.fisher_diagonal(sharded, own(retain))
+    for name, tensor in whole(less).items():
+        assert torch.allclose(tensor, whole(expected)[name], rtol=1e-3, atol=1e-6)
+    return {name: tensor.tolist() for name, tensor in gathered.items()}, full._facts()
