@@ -77,7 +77,11 @@ class RankPool:
         deadline = time.monotonic() + limit
         while len(found) + len(errors) < self.world:
             # Once a rank has failed, the others may wait for it for ever.
-            left = min(deadline, time.monotonic() + 5) - time.monotonic() if errors else deadline - time.monotonic()
+            left = (
+                min(deadline, time.monotonic() + 5) - time.monotonic()
+                if errors
+                else deadline - time.monotonic()
+            )
             try:
                 rank, error, value = self._outbox.get(timeout=max(0.01, left))
             except queue.Empty:

@@ -4,9 +4,10 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from sharded_models import SHARES, blocks_of, images, language_model, shard, shares, small, texts
+from sharded_models import blocks_of, images, language_model, shard, shares, small, texts
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from oracle import errors, one_by_one
@@ -33,10 +34,14 @@ def loop_over(model, batches, loss, power, dtype=torch.float64):
     sizes = [len(next(ux.data.tensors_in(batch))) for batch in batches]
     found = [one_by_one(model, batch, loss, power, dtype) for batch in batches]
     total = sum(sizes)
-    return {name: sum(n * each[name] for n, each in zip(sizes, found, strict=True)) / total for name in found[0]}
+    return {
+        name: sum(n * each[name] for n, each in zip(sizes, found, strict=True)) / total for name in found[0]
+    }
 
 
-def assert_as_alone(model, sharded, parts, *, fused=True, tolerance=1e-5, power=2, loss_fn=None, dtype=torch.float64):
+def assert_as_alone(
+    model, sharded, parts, *, fused=True, tolerance=1e-5, power=2, loss_fn=None, dtype=torch.float64
+):
     """The sharded model's importances are those of one float64 loop over all ranks' samples."""
     found = ux.fisher_diagonal(sharded, own(parts), power=power, loss_fn=loss_fn)
     batches = all_of(parts)
@@ -94,9 +99,7 @@ def language_wrapped_in_checkpoints():
     apply_activation_checkpointing(sharded, check_fn=lambda module: module in blocks)
     sharded = shard(sharded)
     found = ux.fisher_diagonal(sharded, own(shares(texts, dist.get_world_size())))
-    expected = loop_over(
-        model, all_of(shares(texts, dist.get_world_size())), ux.tasks.CausalLM().loss, 2
-    )
+    expected = loop_over(model, all_of(shares(texts, dist.get_world_size())), ux.tasks.CausalLM().loss, 2)
     names = [name.replace("_checkpoint_wrapped_module.", "") for name in found]
     values = dict(zip(names, whole(found).values(), strict=True))
     worst = max(errors(values, expected).values())
@@ -152,9 +155,7 @@ def uneven(power=2):
 
 def uneven_in_float64():
     model = small().double()
-    parts = [
-        [(x.double(), y) for x, y in part] for part in shares(images, dist.get_world_size())
-    ]
+    parts = [[(x.double(), y) for x, y in part] for part in shares(images, dist.get_world_size())]
     return assert_as_alone(model, shard(copy.deepcopy(model)), parts, tolerance=1e-12)
 
 
@@ -180,7 +181,9 @@ def sharded_along_the_second_dimension():
 
     world = dist.get_world_size()
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(25, 4 * world), torch.nn.ReLU(), torch.nn.Linear(4 * world, 5))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(25, 4 * world), torch.nn.ReLU(), torch.nn.Linear(4 * world, 5)
+    )
     parts = [[(x.flatten(1), y) for x, y in part] for part in shares(images, world)]
 
     def place(parameter):
@@ -327,11 +330,8 @@ def loss_that_is_not_finite():
     if dist.get_rank() == 1:
         parts[1][1][0][0, 0, 0, 0] = float("nan")
     before = {name: t.full_tensor().clone() for name, t in _shards(model).items()}
-    try:
+    with pytest.raises(FloatingPointError, match="in batch 1" if dist.get_rank() == 1 else "on another rank"):
         ux.fisher_diagonal(model, own(parts))
-    except FloatingPointError as error:
-        message = str(error)
-    assert ("batch 1" in message) == (dist.get_rank() == 1)
     for name, tensor in _shards(model).items():
         assert torch.equal(tensor.full_tensor(), before[name])
     ux.fisher_diagonal(model, own(shares(images, dist.get_world_size())))  # and it works again
@@ -345,21 +345,16 @@ def data_that_cannot_be_read():
 
     model = shard(small())
     data = own(shares(images, dist.get_world_size()))
-    try:
-        ux.fisher_diagonal(model, Broken(data[:1]) if dist.get_rank() == 0 else data)
-    except (OSError, RuntimeError) as error:
-        assert isinstance(error, OSError) == (dist.get_rank() == 0), error
-        return str(error)
-    raise AssertionError("nothing was raised")
+    kind = OSError if dist.get_rank() == 0 else RuntimeError
+    with pytest.raises(kind, match="disk on fire" if kind is OSError else "failed on another rank"):
+        ux.fisher_diagonal(model, Broken(data[:1]) if kind is OSError else data)
 
 
 def refusal(make):
     model, settings, kind = globals()[make]()
-    try:
+    with pytest.raises(kind) as error:
         ux.fisher_diagonal(model, own(shares(images, dist.get_world_size())), **settings)
-    except kind as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
+    return str(error.value)
 
 
 def fsdp1():
@@ -405,10 +400,5 @@ def mean_of_batches():
 
 
 def no_data():
-    model = shard(small())
-    try:
-        ux.fisher_diagonal(model, [])
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
-
+    with pytest.raises(ValueError, match="at least one sample on some rank"):
+        ux.fisher_diagonal(shard(small()), [])

@@ -15,7 +15,14 @@ def language_model(kind, **settings):
     if kind == "llama":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads, **settings))
     elif kind == "gpt2":
-        own = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False}
+        own = {
+            "vocab_size": 40,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 32,
+            "use_cache": False,
+        }
         model = hf.GPT2LMHeadModel(hf.GPT2Config(**own, bos_token_id=1, eos_token_id=2, **settings))
     elif kind == "pythia":
         model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, **settings))

@@ -58,7 +58,9 @@ def selections(cases, seed=0):
         mesh, _ = base = known[draw.randrange(len(known))]
         whole = random_tensors(generator, dtype, draw)
         places = [
-            next(p for m, p in draw.sample(known, len(known)) if m == mesh) if draw.random() < 0.5 else base[1]
+            next(p for m, p in draw.sample(known, len(known)) if m == mesh)
+            if draw.random() < 0.5
+            else base[1]
             for _ in whole
         ]
         parts = [distribute_tensor(t, mesh, p) for t, p in zip(whole, places, strict=True)]
@@ -79,7 +81,8 @@ def selections(cases, seed=0):
                 continue
             q = draw.choice([0.0, 1.0, draw.random()])
             sharded = [
-                [distribute_tensor(t, mesh, p) for t, p in zip(ts, places, strict=True)] for ts in (full, forget)
+                [distribute_tensor(t, mesh, p) for t, p in zip(ts, places, strict=True)]
+                for ts in (full, forget)
             ]
             one, many = ops.ratio_quantile(full, forget, q), ops.ratio_quantile(*sharded, q)
             wrong += not torch.equal(one, many)

@@ -1,4 +1,4 @@
-"""Ops and optimizers on DTensors are to the bit those on the whole tensors, and refuse what has no meaning."""
+"""Ops and optimizers on DTensors: to the bit those on whole tensors, or refused where there is no meaning."""
 
 import pytest
 

@@ -26,8 +26,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """Tell weights apart from other weights: of another model, or from before a training step.
 
     It covers names (without what wrappers put in), dtypes, shapes and bits of parameters and buffers,
-    whatever device and memory layout. Sharded weights, of which all ranks call it, have the fingerprint of the
-    whole ones. A change of one word always changes it. It is no cryptographic hash:
+    whatever device and memory layout. Sharded weights, of which all ranks call it, have the fingerprint of
+    the whole ones. A change of one word always changes it. It is no cryptographic hash:
     ``weights_digest`` is, at several times the cost and with a copy of all weights to the host.
 
     Args:

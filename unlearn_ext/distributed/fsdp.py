@@ -38,7 +38,7 @@ def fsdp_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters, so that ``named_parameters`` gives the shards and what is written to them counts.
+    """Free gathered parameters: ``named_parameters`` gives shards then, and what is written to them counts.
 
     A root module stays gathered after a forward pass without a backward pass.
 
@@ -196,17 +196,20 @@ def _mesh_of(shards: dict[str, nn.Parameter], who: str) -> DeviceMesh:
         sharded: DTensor = parameter  # type: ignore[assignment]
         if mesh is not None and sharded.device_mesh != mesh:
             raise NotImplementedError(
-                f"{who}: model must be sharded over one device mesh, got {name} on {sharded.device_mesh} beside "
-                f"{mesh} (tensor or expert parallelism?); call it on a model that only fully_shard has sharded"
+                f"{who}: model must be sharded over one device mesh, got {name} on {sharded.device_mesh} "
+                f"beside {mesh} (tensor or expert parallelism?); call it on one that only fully_shard has "
+                "sharded"
             )
         mesh = sharded.device_mesh
         places = sharded.placements
         kinds = [type(place) for place in places]
         if kinds not in ([Shard], [Replicate], [Replicate, Shard]):
             raise NotImplementedError(
-                f"{who}: model must be sharded by fully_shard alone, over one or two mesh dimensions, got {name} "
-                f"with placements {places}"
+                f"{who}: model must be sharded by fully_shard alone, over one or two mesh dimensions, got "
+                f"{name} with placements {places}"
             )
     if mesh is None:
-        raise NotImplementedError(f"{who}: model must have a parameter that fully_shard has sharded, got none")
+        raise NotImplementedError(
+            f"{who}: model must have a parameter that fully_shard has sharded, got none"
+        )
     return mesh

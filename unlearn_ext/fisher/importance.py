@@ -338,8 +338,8 @@ class Importance(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file; a failure leaves the old file, if any, as it was.
 
-        Importances of a sharded model go to ``torch.distributed.checkpoint``, which every rank writes its part
-        to: ``save({"importance": importance}, checkpoint_id=path)``; ``load`` reads them into
+        Importances of a sharded model go to ``torch.distributed.checkpoint``, where every rank writes its
+        part: ``save({"importance": importance}, checkpoint_id=path)``; ``load`` reads them into
         ``Importance.like(model)``, on any number of ranks.
 
         Args:

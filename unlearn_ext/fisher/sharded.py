@@ -143,7 +143,7 @@ def _differentiable(output: object) -> Iterator[Tensor]:
 
 @contextmanager
 def unwritten_shards(sharded: ShardedModel) -> Iterator[None]:
-    """Notice where a forward pass writes to a shard. What it writes to gathered parameters is freed with them.
+    """Notice where a forward pass writes to a shard; what it writes to gathered parameters goes with them.
 
     Args:
         sharded: The model.
@@ -181,7 +181,9 @@ class Step:
     is_live: bool
 
 
-def steps(sharded: ShardedModel, data: Batches, task: Task, device: torch.device, **how: object) -> Iterator[Step]:
+def steps(
+    sharded: ShardedModel, data: Batches, task: Task, device: torch.device, **how: object
+) -> Iterator[Step]:
     """Read every rank's batches until none has any left.
 
     Args:
@@ -192,8 +194,8 @@ def steps(sharded: ShardedModel, data: Batches, task: Task, device: torch.device
         **how: For ``read_batches``.
 
     Yields:
-        As many steps on every rank. A rank that has run out goes on with its last batch, one that has never had
-        any with samples of another rank's.
+        As many steps on every rank. A rank that has run out goes on with its last batch, one that has never
+        had any with samples of another rank's.
 
     Raises:
         RuntimeError: If reading failed on another rank.

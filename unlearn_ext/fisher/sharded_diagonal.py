@@ -58,8 +58,8 @@ def sharded_diagonal(
     who = "fisher_diagonal"
     if estimator == "batch":
         raise NotImplementedError(
-            f"{who}: estimator 'batch' must be computed on an unsharded model, whose batches it is a mean over; "
-            "'per_sample' does not depend on batches"
+            f"{who}: estimator 'batch' must be computed on an unsharded model, whose batches it is a mean "
+            "over; 'per_sample' does not depend on batches"
         )
     sharded = ShardedModel(model, who)
     names = list(checked_parameters(model, params, include, exclude))
@@ -103,8 +103,8 @@ def sharded_diagonal(
         own.div_(n_samples)
         if not lockstep.all(bool(torch.isfinite(own).all())):
             raise FloatingPointError(
-                f"{who}: importances must be finite, got some that are not for {name}: a gradient is not finite, "
-                "or too large to be raised to the power"
+                f"{who}: importances must be finite, got some that are not for {name}: a gradient is not "
+                "finite, or too large to be raised to the power"
             )
     return Importance(
         fisher,
@@ -124,7 +124,9 @@ def _check_finite_everywhere(lockstep: ShardedLockstep, values: Tensor, index: i
     if lockstep.all(is_finite):
         return
     if is_finite:
-        raise FloatingPointError("fisher_diagonal: the loss must be finite, got another value on another rank")
+        raise FloatingPointError(
+            "fisher_diagonal: the loss must be finite, got another value on another rank"
+        )
     check_finite("loss", values, index)
 
 

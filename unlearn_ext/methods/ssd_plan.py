@@ -281,7 +281,9 @@ class SsdPlan:
         own = {name: local_of(parameter.detach()) for name, parameter in parameters.items()}
         every = list(self._model.parameters())
         if not agreed_by_all(is_as_noted(self._journal, own), every) and any(map(is_dtensor, every)):
-            raise RuntimeError("SsdPlan.revert: a parameter has changed since apply(), on this rank or another")
+            raise RuntimeError(
+                "SsdPlan.revert: a parameter has changed since apply(), on this rank or another"
+            )
         write(self._journal, own, "SsdPlan.revert", "apply()")
         self._journal = None
 

@@ -140,7 +140,9 @@ def selected_counts(
     return ranks.total(own).to(own.device)
 
 
-def ratio_quantile(importance_full: Sequence[Tensor], importance_forget: Sequence[Tensor], q: float) -> Tensor:
+def ratio_quantile(
+    importance_full: Sequence[Tensor], importance_forget: Sequence[Tensor], q: float
+) -> Tensor:
     """Compute the quantile of the ratios over all ranks.
 
     Args:
@@ -198,7 +200,9 @@ def topk_mask(
     """
     ranks = _Ranks("topk_mask", scores)
     if len({score.dtype for score in scores}) > 1:
-        raise TypeError(f"topk_mask: scores must have one dtype, got {sorted({str(s.dtype) for s in scores})}")
+        raise TypeError(
+            f"topk_mask: scores must have one dtype, got {sorted({str(s.dtype) for s in scores})}"
+        )
     total = sum(score.numel() for score in scores)
     if not 0 <= k <= total:
         raise ValueError(f"topk_mask: k must lie in [0, {total}], got {k}")

@@ -46,7 +46,9 @@ class _MaskedOptimizer(ConstrainedOptimizer):
 
     def _constrain_sharded(self, param: Tensor, label: str, value: Tensor) -> Constraint:
         # Packed masks are refused: those of a shard and of the whole may be equally long.
-        condition = f"be bool {list(param.shape)}, whole on every rank or a DTensor sharded like the parameter"
+        condition = (
+            f"be bool {list(param.shape)}, whole on every rank or a DTensor sharded like the parameter"
+        )
         if value.dtype != torch.bool or value.shape != param.shape:
             raise ValueError(self._error(label, condition, f"{value.dtype} {list(value.shape)}"))
         if why := refusal(param):

@@ -141,7 +141,9 @@ class ProjectedSGD(ConstrainedOptimizer):
             place.is_partial() or (place.is_shard() and place.dim != 0) for place in layout_of(param)[1]
         ):
             raise NotImplementedError(
-                self._error(label, "belong to a parameter that is cut along its first dimension", layout_of(param))
+                self._error(
+                    label, "belong to a parameter that is cut along its first dimension", layout_of(param)
+                )
             )
         if is_dtensor(param) and value.dim() == 3:
             raise NotImplementedError(self._error(label, "have no groups for a sharded parameter", "some"))

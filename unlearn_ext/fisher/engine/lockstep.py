@@ -1,8 +1,9 @@
 """Decisions that the ranks of a sharded model take together: every forward and backward pass is a collective.
 
-Where parameters are gathered for every pass, all ranks must run the same passes in the same order, each on its
-own batch, or they wait for one another for ever. So whatever decides about a pass is asked of a ``Lockstep``,
-which has the answer of all ranks. The one here is that of a single process: every answer is its own.
+Where parameters are gathered for every pass, all ranks must run the same passes in the same order, each on
+its own batch, or they wait for one another for ever. So whatever decides about a pass is asked of a
+``Lockstep``, which has the answer of all ranks. The one here is that of a single process: every answer is its
+own.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class PerSampleLoss:
         depends = values.requires_grad
         if self.lockstep.any(depends) and self.lockstep.any(not depends):
             raise RuntimeError(
-                "fisher_diagonal: losses must depend on a sharded model's parameters on all ranks or on none, "
-                "got constant losses on one (samples without labels?); leave such samples out"
+                "fisher_diagonal: losses of a sharded model must depend on parameters on all ranks or none, "
+                "got constant ones on a rank (samples without labels?); leave such samples out"
             )
         if is_whole:
             if self._is_first and not values.requires_grad:

@@ -97,9 +97,7 @@ class SettledTotals(Totals):
         """
         if not self._open:
             return
-        flags = [
-            (name not in coming, name not in failures, name not in self._waiting) for name in self._open
-        ]
+        flags = [(name not in coming, name not in failures, name not in self._waiting) for name in self._open]
         agreed = self._least(torch.tensor(flags, dtype=torch.int32)).tolist()
         still = []
         for name, (is_done, is_right, is_nothing) in zip(self._open, agreed, strict=True):
