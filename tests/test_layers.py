@@ -25,7 +25,7 @@ ALLOWED = {
     "fisher": {"fisher.engine", "distributed", "ops", "subspace", "tasks", "_internal"},
     "fisher.engine": {"ops", "tasks"},
     "subspace": {"ops", "tasks", "_internal"},
-    "masks": {"ops", "tasks", "fisher", "fisher.engine", "_internal"},
+    "masks": {"ops", "distributed", "tasks", "fisher", "fisher.engine", "_internal"},
     "evaluation.metrics": {"tasks", "_internal"},
     "methods": {
         "ops",

@@ -90,6 +90,49 @@ def at_once():
         assert torch.allclose(value, dict(model.named_parameters())[name], rtol=1e-3, atol=1e-5)
 
 
+def masks():
+    """Scores and masks are those of the whole, to the bit, and a masked optimizer takes them."""
+
+    model = small()
+    forget, retain = sets(dist.get_world_size())
+    sharded = shard(copy.deepcopy(model))
+    for score in ("ratio", "fisher", "grad_abs", "obd"):
+        scores = ux.saliency(sharded, own(forget), own(retain), score=score)
+        alone = ux.saliency(model, all_of(forget), all_of(retain), score=score)
+        gathered = {name: tensor.full_tensor() for name, tensor in scores.items()}
+        for name, tensor in gathered.items():
+            assert torch.allclose(tensor, alone[name], rtol=1e-4, atol=1e-6 * float(alone[name].max())), name
+        for scope in ("global", "layer"):
+            found = ux.select_mask(scores, 0.3, scope=scope, exclude=["head.bias"])
+            expected = ux.select_mask(gathered, 0.3, scope=scope, exclude=["head.bias"])
+            for name, mask in found.items():
+                whole_mask = ux.ops.unpack_mask(expected[name], gathered[name].shape)
+                assert torch.equal(_gathered(mask), whole_mask), name
+    before = parameters_of(sharded)
+    optimizer = ux.optim.MaskedAdamW(sharded.named_parameters(), lr=0.1, masks=found)
+    x, y = own(retain)[0]
+    torch.nn.functional.cross_entropy(sharded(x), y).backward()
+    optimizer.step()
+    for name, value in parameters_of(sharded).items():
+        free = _gathered(found[name])
+        assert torch.equal(value[~free], before[name][~free])
+        assert not torch.equal(value[free], before[name][free]) or not free.any()
+    for score in ("grad", "taylor", "random"):
+        with pytest.raises(NotImplementedError, match="score must be one of ratio, grad_abs, fisher, obd"):
+            ux.saliency(sharded, own(forget), score=score)
+    with pytest.raises(NotImplementedError, match="granularity must be 'element'"):
+        ux.select_mask(scores, 0.3, granularity="neuron")
+
+
+def _gathered(mask):
+    # all_gather of bool is not to be had everywhere
+    from torch.distributed.tensor import DTensor
+
+    local = mask.to_local().to(torch.int32)
+    like = (mask.device_mesh, mask.placements)
+    return DTensor.from_local(local, *like, shape=mask.shape, stride=mask.stride()).full_tensor().bool()
+
+
 def stored(folder):
     """Through a distributed checkpoint and back: facts, values, and what a file of one process means here."""
     import torch.distributed.checkpoint as checkpoint

@@ -16,6 +16,10 @@ def test_in_one_call(two_ranks):
     two_ranks.run(CHECKS, "at_once")
 
 
+def test_scores_and_masks(two_ranks):
+    two_ranks.run(CHECKS, "masks")
+
+
 def test_importances_go_through_distributed_checkpoints(two_ranks, tmp_path):
     import torch.distributed.checkpoint as checkpoint
 
