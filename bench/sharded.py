@@ -139,8 +139,8 @@ def _run(rank, options, store):
             f"bar {allowed:.0f}"
         )
         print(
-            f"MB given to collectives: training step {sent.megabytes:.1f}; first call {first_sent.megabytes:.1f}; "
-            f"each further batch {each:.1f} ({each / sent.megabytes:.2f} of a step; bar 1.5)"
+            f"MB given to collectives: training step {sent.megabytes:.1f}; "
+            f"first call {first_sent.megabytes:.1f}; each further batch {each:.1f} ({each / sent.megabytes:.2f} of a step; bar 1.5)"
         )
         for name, traffic in (("step", sent), ("call on three batches", three)):
             parts = {

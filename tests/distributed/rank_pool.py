@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LIMIT = 45.0
+LIMIT = 120.0
 
 
 def _serve(rank, world, store, inbox, outbox):
