@@ -132,16 +132,16 @@ def _run(rank, options, store):
     allowed = 1.25 * training + 4 * local / 2**20
     if rank == 0:
         each = (three.megabytes - one.megabytes) / 2
+        shards = 4 * local / 2**20
         print(f"{2 * local / 1e6:.1f} M parameters, {options.samples} x {options.length} tokens a rank")
+        print("peak above what was held before, MB:")
         print(
-            f"peak above what was held before, MB: training step {training:.0f}; first call, with the check, "
-            f"{first:.0f}; later call {steady:.0f}; the accumulators among them {4 * local / 2**20:.0f}; "
-            f"bar {allowed:.0f}"
+            f"  training step {training:.0f}; first call, with the check, {first:.0f}; later call {steady:.0f}"
         )
-        print(
-            f"MB given to collectives: training step {sent.megabytes:.1f}; "
-            f"first call {first_sent.megabytes:.1f}; each further batch {each:.1f} ({each / sent.megabytes:.2f} of a step; bar 1.5)"
-        )
+        print(f"  accumulators {shards:.0f}; bar (1.25 of a step, and the accumulators) {allowed:.0f}")
+        print("MB given to collectives:")
+        print(f"  training step {sent.megabytes:.1f}; first call {first_sent.megabytes:.1f}")
+        print(f"  each further batch {each:.1f}, {each / sent.megabytes:.2f} of a step (bar 1.5)")
         for name, traffic in (("step", sent), ("call on three batches", three)):
             parts = {
                 kind: f"{size / 2**20:.1f} MB in {traffic.calls[kind]}"
