@@ -7,6 +7,7 @@ kernel is asked to measure anew for each part; bytes are what a rank hands to co
 """
 
 import argparse
+import ctypes
 import os
 import tempfile
 
@@ -15,8 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Freed tensors go back to the system at once, so that resident memory says what is held.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+_TRIM, _MMAP = -1, -3  # options of mallopt
 
 
 class Traffic(TorchDispatchMode):
@@ -89,7 +89,15 @@ def _model(options):
 
 def _run(rank, options, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    measure(rank, options)
+
+
+def measure(rank, options):
+    """Measure on one of two ranks, and print on the first."""
     torch.set_num_threads(1)
+    # Freed tensors go back to the system at once, so that resident memory says what is held.
+    for option in (_TRIM, _MMAP):
+        ctypes.CDLL(None).mallopt(option, 65536)
     from torch.distributed.fsdp import fully_shard
 
     import unlearn_ext as ux
@@ -163,7 +171,6 @@ def main():
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    os.environ |= _MALLOC
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run, args=(options, os.path.join(folder, "store")), nprocs=2)
 

@@ -265,11 +265,12 @@ class FisherPass:
                 if isinstance(place.what, NodeInput):
                     needs_graph |= any(not step.moves for path in place.what.paths for step in path)
                     needs_graph |= len(place.what.paths) > 1
+        if self._settle:  # as arrivals, which the lowest mark has too, whatever is read below it
+            arrivals += [(node, output, self._come_by) for node, output in self._trace.marks]
         try:
             self._trace.backward(
                 arrivals,
                 torch.ones_like(self._trace.losses),
-                watched=[(node, self._come_by) for node, _ in self._trace.marks] if self._settle else (),
                 retain_graph=needs_graph,
             )
             with torch.no_grad():
