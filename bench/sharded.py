@@ -143,9 +143,7 @@ def measure(rank, options):
         shards = 4 * local / 2**20
         print(f"{2 * local / 1e6:.1f} M parameters, {options.samples} x {options.length} tokens a rank")
         print("peak above what was held before, MB:")
-        print(
-            f"  training step {training:.0f}; first call, with the check, {first:.0f}; later call {steady:.0f}"
-        )
+        print(f"  training step {training:.0f}; first call (with the check) {first:.0f}; later {steady:.0f}")
         print(f"  accumulators {shards:.0f}; bar (1.25 of a step, and the accumulators) {allowed:.0f}")
         print("MB given to collectives:")
         print(f"  training step {sent.megabytes:.1f}; first call {first_sent.megabytes:.1f}")

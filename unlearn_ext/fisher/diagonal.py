@@ -64,6 +64,10 @@ def fisher_diagonal(
     computed sample by sample, and ``coverage`` says why. ``register_layer`` adds rules for layers with
     functions of their own.
 
+    With a model that FSDP2 (``fully_shard``) has sharded, all ranks of its mesh call it together, each with its
+    own share of the data: any number of batches, or none. The result is that of all data, in DTensors that
+    are sharded like the parameters. No rank holds more gradients at a time than in a training step.
+
     The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
     random state are as before afterwards, also after an exception or an interrupt.
 
@@ -95,7 +99,8 @@ def fisher_diagonal(
             could replace.
         TypeError: If a parameter is of another dtype (quantised, say).
         FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
-        NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
+        NotImplementedError: If a parameter is sharded in another way than by FSDP2 (tensor parallelism, say),
+            or on the meta device; of a sharded model also for ``"batch"``.
         RuntimeError: If the forward pass writes to a parameter.
 
     Source:
