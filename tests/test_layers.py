@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "_C": set(),
     "_internal": set(),
-    "ops": {"_C"},
+    "ops": {"_C", "_internal"},
     "ops.reference": set(),
     "tasks": set(),
     "distributed": {"tasks", "_internal"},
@@ -30,6 +30,7 @@ ALLOWED = {
     "evaluation.metrics": {"tasks", "distributed", "_internal"},
     "methods": {
         "ops",
+        "distributed",
         "tasks",
         "fisher",
         "subspace",

@@ -20,6 +20,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
     PerSampleLoss,
@@ -74,6 +75,10 @@ def fisher_diagonal(
     computed sample by sample, and ``coverage`` says why. ``register_layer`` adds rules for layers with
     functions of their own.
 
+    With a model that FSDP2 (``fully_shard``) has sharded, all ranks of its mesh call it together, each with
+    its own share of the data: any number of batches, or none. The result is that of all data, in DTensors
+    that are sharded like the parameters. No rank holds more gradients at a time than in a training step.
+
     The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
     random state are as before afterwards, also after an exception or an interrupt.
 
@@ -116,7 +121,8 @@ def fisher_diagonal(
             could replace; if ``checkpoint`` is damaged, or of other data, weights or settings.
         TypeError: If a parameter is of another dtype (quantised, say).
         FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
-        NotImplementedError: If a parameter is sharded (FSDP2, tensor parallelism) or on the meta device.
+        NotImplementedError: If a parameter is sharded in another way than by FSDP2 (tensor parallelism, say),
+            or on the meta device; of a sharded model also for ``"batch"``.
         RuntimeError: If the forward pass writes to a parameter.
 
     Source:
@@ -133,8 +139,24 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
+    if fsdp_modules(model):
+        from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
+
+        _check_of_shards(process_group, checkpoint)
+        return sharded_diagonal(
+            model,
+            batches,
+            judge,
+            estimator=estimator,
+            power=power,
+            params=params,
+            include=include,
+            exclude=exclude,
+            generator=generator,
+            progress=progress,
+        )
     ranks = ranks_of(process_group, "fisher_diagonal")
-    chosen = _chosen_parameters(model, params, include, exclude)
+    chosen = checked_parameters(model, params, include, exclude)
     check_parameters(chosen)
     tally = _Tally()
     kept = Progress(
@@ -200,8 +222,8 @@ def fisher_diagonal(
                     continue
                 if estimator == "mc":
                     with guard if not tally.n_batches else nullcontext():
-                        batch = _with_drawn_targets(model, judge, batch, index, generator)
-                _check_finite("loss", gradients.accumulate(batch, n), index)
+                        batch = with_drawn_targets(model, judge, batch, index, generator)
+                check_finite("loss", gradients.accumulate(batch, n), index)
                 tally.add(n)
         gradients.finish()
     tally.coverage = _with_all(tally.coverage, gradients.coverage)
@@ -263,6 +285,19 @@ def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
     return joined_coverage(*both)
 
 
+def _check_of_shards(process_group: Group, checkpoint: object) -> None:
+    if process_group is not None:
+        raise ValueError(
+            "fisher_diagonal: process_group must be None for a model that fully_shard has sharded, whose "
+            "mesh says which ranks there are"
+        )
+    if checkpoint is not None:
+        raise NotImplementedError(
+            "fisher_diagonal: checkpoint must be None for a model that fully_shard has sharded; keep the "
+            "finished importances with torch.distributed.checkpoint"
+        )
+
+
 class _BatchGradients:
     """Adds powers of the gradient of each batch's mean loss, inside ``borrowed(model)``."""
 
@@ -292,19 +327,45 @@ class _BatchGradients:
         pass
 
 
-def _with_drawn_targets(
+def with_drawn_targets(
     model: nn.Module, task: Task, batch: Batch, index: int, generator: torch.Generator | None
 ) -> Batch:
+    """Replace a batch's targets by some that are drawn from the model's own distribution.
+
+    Args:
+        model: The model, borrowed.
+        task: What it is for.
+        batch: A batch on its device.
+        index: Its number, for messages.
+        generator: Draws them.
+
+    Returns:
+        A batch of the same form.
+    """
     with torch.no_grad():
         outputs = task.forward(model, batch)
         scores = task.log_scores(outputs, batch)
-        _check_finite("output of the model", scores.exp(), index)
+        check_finite("output of the model", scores.exp(), index)
         return task.sampled(outputs, batch, generator)
 
 
-def _chosen_parameters(
+def checked_parameters(
     model: nn.Module, params: Params, include: Patterns, exclude: Patterns
 ) -> dict[str, nn.Parameter]:
+    """Look up the parameters that importances are computed of.
+
+    Args:
+        model: The model.
+        params: What the user passed.
+        include: What the user passed.
+        exclude: What the user passed.
+
+    Returns:
+        Plain name to parameter, in the model's order.
+
+    Raises:
+        TypeError: If one has another dtype.
+    """
     chosen = chosen_parameters(model, "fisher_diagonal", params, include, exclude)
     check_floating(chosen, "fisher_diagonal")
     for name, parameter in chosen.items():
@@ -316,7 +377,17 @@ def _chosen_parameters(
     return chosen
 
 
-def _check_finite(what: str, values: Tensor, index: int) -> None:
+def check_finite(what: str, values: Tensor, index: int) -> None:
+    """Refuse values that are not finite.
+
+    Args:
+        what: What they are.
+        values: Any shape.
+        index: Number of the batch.
+
+    Raises:
+        FloatingPointError: If one is NaN or infinite.
+    """
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         raise FloatingPointError(

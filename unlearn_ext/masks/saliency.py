@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, restricted
+from unlearn_ext._internal.dtensors import is_dtensor, local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
 from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
@@ -25,6 +27,9 @@ Score: TypeAlias = Literal["ratio", "grad", "grad_abs", "fisher", "taylor", "obd
 Reduction: TypeAlias = Literal["mean", "sum", "max", "l2", "first"]
 
 SCORES: tuple[Score, ...] = ("ratio", "grad", "grad_abs", "fisher", "taylor", "obd", "random")
+
+# Scores that are made of importances alone.
+_OF_SHARDS: tuple[Score, ...] = ("ratio", "grad_abs", "fisher", "obd")
 
 # In units of the mean importance on the retain set. What matters far less than that to either set must not
 # stand out for a quotient of two tiny numbers.
@@ -146,6 +151,9 @@ def saliency(
     e is a tenth of the mean of all F_retain (our choice: without it, scalars that matter to neither set may
     come first). The model runs in eval mode and is left as it was.
 
+    Of a model that FSDP2 (``fully_shard``) has sharded, all ranks call it together, each with its own share
+    of the sets; there are the scores made of importances, as DTensors, of scalars and not of neurons.
+
     Args:
         model: Any model. Frozen parameters are not scored.
         forget: The forget set: re-iterable batches.
@@ -175,7 +183,8 @@ def saliency(
         ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, a set is empty or a one-shot
             iterator, or no parameter is left.
         TypeError: If a parameter is not floating point (quantised, say).
-        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
+        NotImplementedError: If the model is wrapped for parallel training, sharded and the score is not made
+            of importances, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -191,10 +200,18 @@ def saliency(
         >>> [(group.name, [part.name for part in group.parts]) for group in scores.groups]
         [('0', ['0.weight', '0.bias', '1.weight', '1.bias']), ('3', ['3.weight', '3.bias'])]
     """
-    check_model(model, "saliency")
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded and score not in _OF_SHARDS:
+        raise NotImplementedError(
+            f"saliency: score must be one of {', '.join(_OF_SHARDS)} for a model that fully_shard has "
+            f"sharded, got {score!r}"
+        )
+    if is_sharded:
+        reshard(model)
+    check_model(model, "saliency", may_be_sharded=is_sharded)
     chosen = resolve(task, loss_fn, who="saliency")
     ranks = ranks_of(process_group, "saliency")
-    with restricted(model, "saliency", params, include, exclude) as names:
+    with restricted(model, "saliency", params, include, exclude, may_be_sharded=is_sharded) as names:
         if names is None:
             names = list(chosen_parameters(model, "saliency"))
         return scored("saliency", model, forget, retain, chosen, score, names, progress, generator, ranks)
@@ -242,7 +259,9 @@ def scored(
     known = parameters_by_name(model)
     parameters = {name: known[name] for name in names}
     loss_fn = task.loss
-    groups = neuron_groups(model, forget, task=task, names=names, ranks=ranks)
+    # What a neuron is, nobody asks of shards.
+    is_sharded = any(is_dtensor(parameter) for parameter in parameters.values())
+    groups = None if is_sharded else neuron_groups(model, forget, task=task, names=names, ranks=ranks)
 
     coverage: dict[str, str] = {}
 
@@ -258,7 +277,8 @@ def scored(
     if score == "ratio":
         assert retain is not None
         above, below = fisher(forget), fisher(retain)
-        total = sum(float(values.sum(dtype=torch.float64)) for values in below.values())
+        sums = [float(local_of(values).sum(dtype=torch.float64)) for values in below.values()]
+        total = sum(totals(sums, list(below.values())))
         floor = _RATIO_FLOOR * total / sum(values.numel() for values in below.values())
         floor = max(floor, torch.finfo(torch.float32).tiny)
         for importance in (above, below):
@@ -307,7 +327,7 @@ def _mean_gradients(
     progress: bool,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    totals = {name: _accumulator(p) for name, p in parameters.items()}
+    gradients = {name: _accumulator(p) for name, p in parameters.items()}
     n = 0
     with borrowed(model):
         reader = read_batches(data, device_of(model), description="saliency", progress=progress)
@@ -318,13 +338,13 @@ def _mean_gradients(
             n += len(values)
             if values.requires_grad:
                 grads = torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)
-                for total, grad in zip(totals.values(), grads, strict=True):
+                for total, grad in zip(gradients.values(), grads, strict=True):
                     if grad is not None:
                         total.add_(grad)
     (n,) = ranks.total("samples", n)
     if n == 0:
         raise ValueError(f"{who}: forget must hold at least one sample, got none")
-    ranks.sum_("gradients", totals.values())
-    for total in totals.values():
+    ranks.sum_("gradients", gradients.values())
+    for total in gradients.values():
         total.div_(n)
-    return totals
+    return gradients

@@ -28,6 +28,7 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.distributed.agree import check_same_weights
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, of_names, sources_of
@@ -85,6 +86,9 @@ def plan_ssd(
     ``power=1`` with ``loss_fn=losses.logit_norm`` is the loss-free, label-free variant (LFSSD); without
     labels, ``alpha`` must be given.
 
+    A model that FSDP2 (``fully_shard``) has sharded is planned for, dampened and put back shard by shard, by
+    all ranks together, each with its own share of the sets; ``alpha`` must be given then.
+
     Args:
         model: The model. Parameters that do not require grad are considered for ``params="base"`` only.
         forget: The forget set: re-iterable batches, or importances computed on them, for which ``alpha`` must
@@ -139,7 +143,8 @@ def plan_ssd(
             set is empty or a one-shot iterator, a setting is out of range or does not go with another, the
             full set is smaller than the forget set, or importances of different losses, estimators, powers,
             batch sizes (for ``"batch"``) or parameters meet.
-        NotImplementedError: If the closed loop has no accuracy to watch, or the task has no log-odds.
+        NotImplementedError: If the model is sharded and ``alpha`` is ``"auto"``, the closed loop has no
+            accuracy to watch, or the task has no log-odds.
         FloatingPointError: If a loss or an importance is NaN or infinite; the message names the batch or the
             parameter.
 
@@ -154,7 +159,15 @@ def plan_ssd(
         >>> torch.equal(model.weight, before)
         True
     """
-    check_model(model, "plan_ssd")
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded and alpha == "auto":
+        raise NotImplementedError(
+            "plan_ssd: alpha must be a number or 'adaptive' for a model that fully_shard has sharded, got "
+            "'auto', whose closed loop looks at the whole model"
+        )
+    if is_sharded:
+        reshard(model)
+    check_model(model, "plan_ssd", may_be_sharded=is_sharded)
     judge = resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
@@ -164,7 +177,7 @@ def plan_ssd(
     goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
     ranks = ranks_of(process_group, "plan_ssd")
     choices = choice(params, include, exclude)
-    with restricted(model, "plan_ssd", **choices) as names:
+    with restricted(model, "plan_ssd", **choices, may_be_sharded=is_sharded) as names:
         sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
         measured = check_sources(model, sources, estimator, power)
         watched = (

@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.dtensors import agreed_by_all, is_dtensor, local_of, sharded_like
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.diagonal import fisher_diagonal
@@ -98,6 +100,7 @@ class Measure:
             source if isinstance(source, Importance) else self.one(source) for source in sources.values()
         )
         check_same_kind("plan_ssd", part, other)
+        part, other = _laid_out(part, self.model), _laid_out(other, self.model)
         _check_weights(part, other)
         _check_batch_sizes(part, other)
         # What was measured here is nobody's: it need not stay beside the full set's.
@@ -252,7 +255,7 @@ def check_sources(model: nn.Module, sources: Sources, estimator: Estimator, powe
 
 def _check_finite(which: str, importance: Importance) -> None:
     for name, tensor in importance.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not agreed_by_all(bool(torch.isfinite(local_of(tensor)).all()), [tensor]):
             raise FloatingPointError(
                 f"plan_ssd: the importance of {name} on the {which} set must be finite, got NaN or infinity"
             )
@@ -281,6 +284,18 @@ def _check_batch_sizes(forget: Importance, other: Importance) -> None:
         f"plan_ssd: a set smaller than one batch has inflated 'batch' importances, got batch sizes {sizes}",
         stacklevel=4,
     )
+
+
+def _laid_out(importance: Importance, model: nn.Module) -> Importance:
+    # Whole importances, read from a file, say, beside the shards of a sharded model.
+    parameters = parameters_by_name(model)
+    if not any(is_dtensor(parameter) for parameter in parameters.values()):
+        return importance
+    found = {
+        name: sharded_like(tensor, parameters[name]) if name in parameters else tensor
+        for name, tensor in importance.items()
+    }
+    return importance.with_tensors(found)
 
 
 def _placed(importance: Importance, parameters: Mapping[str, Tensor], like: Importance) -> Importance:

@@ -8,7 +8,7 @@ assumed, and what is proven when. Inside:
     rules          what a node of that graph saves, and what gradients it implies
     layers         the same for layers that autograd cannot look into
     gradients      per-sample gradients of a parameter at one node; ``combine`` and ``tied`` add up several
-    totals         the accumulators
+    totals         the accumulators; ``settled`` those of a sharded model
     passes         forward and backward passes; ``environment`` and ``checkpoints`` prepare them
     layout         where the samples are in a tensor; ``proof`` finds out, ``selections`` says for how long
     verification   single samples by plain autograd
@@ -17,6 +17,7 @@ assumed, and what is proven when. Inside:
     trust          what has been found out about a model
     sample_losses  losses, and batches of some samples
     fallback       vmap or a loop over single samples, for what remains
+    lockstep       what the ranks of a sharded model decide together
 """
 
 from unlearn_ext.fisher.engine.environment import prepared, unwritten

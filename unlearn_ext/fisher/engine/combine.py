@@ -198,6 +198,20 @@ def is_for_later(term: PerSampleGradients) -> bool:
     return isinstance(term, (Moved, Derived))
 
 
+def needs_graph(term: PerSampleGradients) -> bool:
+    """Say whether gradients are worked out by autograd, from a graph that is kept for it.
+
+    Args:
+        term: The gradients.
+
+    Returns:
+        True for functions of parameters.
+    """
+    if isinstance(term, Sum):
+        return any(needs_graph(part) for part in term.terms)
+    return isinstance(term, Derived)
+
+
 def merged(terms: Sequence[PerSampleGradients]) -> PerSampleGradients:
     """Add up the gradients of a tensor in a pass, without making them where that is possible.
 

@@ -245,10 +245,12 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     Returns:
         True if an operator ran through which they might, or if the model cannot be watched.
     """
+    if loss.lockstep.most(samples.n) == 1:
+        return False
     watch = Watch(samples.batch, samples.n, is_leading=samples.is_leading)
     try:
         with watch:
             loss.losses(samples.batch, samples.n)
     except Exception:
         return True
-    return watch.is_mixed
+    return samples.n > 1 and watch.is_mixed

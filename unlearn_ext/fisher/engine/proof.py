@@ -22,6 +22,7 @@ from unlearn_ext.fisher.engine.layers import RecordedCall
 from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
 from unlearn_ext.fisher.engine.passes import Arrived, Read, Signature, Trace
 from unlearn_ext.fisher.engine.rules import Reach
+from unlearn_ext.fisher.engine.sample_losses import describe
 from unlearn_ext.fisher.engine.selections import Key, Selection
 
 AXES = (Axis.FIRST, Axis.SECOND, Axis.INNER)
@@ -116,8 +117,7 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 class _Codes:
     """Factors of the losses, as few passes as tell all samples apart."""
 
-    def __init__(self, losses: Tensor, *, is_float16: bool) -> None:
-        n = len(losses)
+    def __init__(self, losses: Tensor, n: int, *, is_float16: bool) -> None:
         largest = _LARGEST_HALF_POWER if is_float16 else _LARGEST_POWER
         powers = range(-largest, largest + 1)
         # Small ones first, so that few samples need no large ones.
@@ -132,7 +132,7 @@ class _Codes:
             if not bool(rest.any()):
                 break
         table = losses.new_tensor(values)
-        self.values = [table[digit.to(losses.device)] for digit in self.digits]
+        self.values = [table[digit.to(losses.device)][: len(losses)] for digit in self.digits]
         self.table, self.base = table, base
 
     def __len__(self) -> int:
@@ -169,7 +169,9 @@ class LayoutProof:
             torch.is_autocast_enabled(trace.losses.device.type)
             and torch.get_autocast_dtype(trace.losses.device.type) == torch.float16
         )
-        self._codes = _Codes(trace.losses.detach(), is_float16=is_float16)
+        # As many passes as the rank with the most samples needs.
+        most = trace.lockstep.most(self._n)
+        self._codes = _Codes(trace.losses.detach(), most, is_float16=is_float16)
 
     def run(self, names: Iterable[str]) -> dict[str, Proven]:
         """Prove.
@@ -192,6 +194,7 @@ class LayoutProof:
             self._measure({name: places for name, places in reads.items() if places})
             for name, places in reads.items():
                 found[name] = _better(found.get(name), self._conclude(name, places, reach))
+            self._learn_from_others(found, pending, reach)
             pending = [name for name in pending if found[name].error is not None]
             if not pending:
                 break
@@ -222,8 +225,15 @@ class LayoutProof:
                 kept[selection.key] = None
         return kept
 
+    def _learn_from_others(self, found: dict[str, Proven], names: Iterable[str], reach: Reach) -> None:
+        # What cannot be read on one rank is not read on any.
+        own = {name: describe(error) for name in names if (error := found[name].error) is not None}
+        for name, why in self._trace.lockstep.reasons(own).items():
+            if name not in own:
+                found[name] = Proven(reach, error=MismatchError(why))
+
     def _measure(self, reads: Mapping[str, Sequence[Read]]) -> None:
-        if not reads:
+        if not reads and self._trace.lockstep.is_alone:
             return
         ones = torch.ones_like(self._trace.losses)
         for number, weights in enumerate([ones, *self._codes.values]):

@@ -74,6 +74,7 @@ class Alone:
         projections: Parameter name to the projections of its gradient.
         size: The largest norm among them.
         strictness: Factor of the tolerance for gradients.
+        has_gradients: Its gradients were looked at; projections are left out where they vanish.
     """
 
     sample: int
@@ -81,6 +82,7 @@ class Alone:
     projections: dict[str, Tensor] = field(default_factory=dict)
     size: float = 0.0
     strictness: float = 1.0
+    has_gradients: bool = True
 
 
 class Verification:
@@ -146,10 +148,24 @@ class Verification:
     def _differentiated(self, found: Alone, value: Tensor) -> Alone:
         if not value.requires_grad:
             return found
+        if self._loss.lockstep.is_alone:
+            self._differentiate(found, value)
+        else:
+
+            def take(name: str, grad: Tensor) -> None:
+                self._project(found, name, grad)
+
+            self._loss.lockstep.gradients(value.sum(), take, (), None)
+        sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
+        found.size = max(sizes, default=0.0)
+        return found
+
+    def _differentiate(self, found: Alone, value: Tensor) -> None:
         handles = []
         try:
             for name, parameter in self._chosen.items():
-                handles.append(parameter.register_hook(functools.partial(self._project, found, name)))
+                hook = functools.partial(self._project, found, name)
+                handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
             grads = torch.autograd.grad(value.sum(), list(self._chosen.values()), allow_unused=True)
             for name, grad in zip(self._chosen, grads, strict=True):
                 if grad is not None and grad.layout is not torch.strided:
@@ -157,9 +173,6 @@ class Verification:
         finally:
             for handle in handles:
                 handle.remove()
-        sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
-        found.size = max(sizes, default=0.0)
-        return found
 
     def _project(self, found: Alone, name: str, grad: Tensor) -> Tensor | None:
         if grad.layout is not torch.strided:
@@ -226,19 +239,22 @@ class Verification:
         Returns:
             False if they influence each other.
         """
-        return all(self._is_apart(samples, losses, found, tolerance) for found in alone)
+        every = [self._is_apart(samples, losses, found, tolerance) for found in alone]
+        return self._loss.lockstep.all(all(every))
 
     def _is_apart(self, samples: Samples, losses: Tensor, found: Alone, tolerance: Tolerance) -> bool:
         here, there = float(losses[found.sample]), float(found.loss.reshape(()))
         size = max(1.0, abs(here))
         difference = abs(here - there)
-        if difference <= tolerance.loss * size:
-            return True
-        if not difference <= tolerance.loose * size:
-            return False
+        is_same = difference <= tolerance.loss * size
+        may_be_rounding = not is_same and difference <= tolerance.loose * size
+        if not self._loss.lockstep.any(may_be_rounding):
+            return is_same
         # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
         # holds nothing but this sample runs the same ones: what differs then is the others' influence.
         company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n).detach()
+        if not may_be_rounding:  # another rank has asked for it
+            return is_same
         # Wherever in the batch it stands, since places may matter as well.
         farthest = float((company - company[found.sample]).abs().max())
         influence = max(abs(here - float(company[found.sample])), farthest)
