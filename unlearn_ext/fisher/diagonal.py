@@ -64,9 +64,9 @@ def fisher_diagonal(
     computed sample by sample, and ``coverage`` says why. ``register_layer`` adds rules for layers with
     functions of their own.
 
-    With a model that FSDP2 (``fully_shard``) has sharded, all ranks of its mesh call it together, each with its
-    own share of the data: any number of batches, or none. The result is that of all data, in DTensors that
-    are sharded like the parameters. No rank holds more gradients at a time than in a training step.
+    With a model that FSDP2 (``fully_shard``) has sharded, all ranks of its mesh call it together, each with
+    its own share of the data: any number of batches, or none. The result is that of all data, in DTensors
+    that are sharded like the parameters. No rank holds more gradients at a time than in a training step.
 
     The model runs in eval mode. Training flags, ``requires_grad``, ``.grad``, hooks, buffers and the global
     random state are as before afterwards, also after an exception or an interrupt.
