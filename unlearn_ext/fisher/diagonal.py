@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext._internal.modules import check_not_flattened
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
@@ -139,6 +140,7 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
+    check_not_flattened(model, "fisher_diagonal")
     if fsdp_modules(model):
         from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
 
