@@ -288,7 +288,7 @@ def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
 
 
 def _check_of_shards(process_group: Group, checkpoint: object) -> None:
-    if process_group is not None:
+    if ranks_of(process_group, "fisher_diagonal").are_many:
         raise ValueError(
             "fisher_diagonal: process_group must be None for a model that fully_shard has sharded, whose "
             "mesh says which ranks there are"
