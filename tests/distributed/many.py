@@ -14,7 +14,15 @@ TIMEOUT = 300.0  # of one run; a hang fails the test
 
 # Forked from a server that has imported everything once: a rank starts in tens of milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["unlearn_ext", "many"])
+CONTEXT.set_forkserver_preload(
+    [
+        "unlearn_ext",
+        "pytest",
+        "torch._dynamo",  # which DistributedDataParallel imports
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+    ]
+)
 
 
 class Failed(Exception):  # noqa: N818

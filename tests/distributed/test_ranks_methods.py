@@ -64,7 +64,8 @@ METHODS = {
     "finetune": (ux.methods.finetune, {"epochs": EPOCHS}, None),
     "gradient_ascent": (ux.methods.gradient_ascent, {"epochs": EPOCHS, "lr": 0.01}, None),
     "neg_grad_plus": (ux.methods.neg_grad_plus, {"epochs": EPOCHS}, "retain"),
-    "scrub": (ux.methods.scrub, {"epochs": EPOCHS, "forget_epochs": 1, "lr": 0.003}, None),
+    # Its first step away from the original starts where the gradient is nothing but rounding.
+    "scrub": (ux.methods.scrub, {"epochs": EPOCHS, "forget_epochs": 0, "lr": 0.003}, None),
     "bad_teacher": (_teachers, {"epochs": EPOCHS, "lr": 0.003}, "retain"),
     "gradient_masking": (_masked, {}, "forget"),
     "pgu": (ux.pgu, {"epochs": EPOCHS, "until": None, "leak": None}, None),
@@ -133,6 +134,7 @@ def _randomly(rank, world):
         "gradient_masking": {"epochs": 1},
         "random_label": {"epochs": 1},
         "bad_teacher": {"epochs": 1},
+        "scrub": {"epochs": 2, "forget_epochs": 1},
         "fisher_forgetting": {"forget_classes": [1]},
     }.items():
         torch.manual_seed(rank)

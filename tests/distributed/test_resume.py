@@ -11,6 +11,7 @@ import many
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
@@ -266,6 +267,33 @@ def test_asked_to_end_it_writes_what_is_done_and_ends_by_the_signal(tmp_path):
     found = kills.whole_pass(path)
     whole = kills.whole_pass(f"{tmp_path}/whole")
     assert many.difference(found, whole) <= 1e-6
+
+
+def _resumed(rank, world, folder):
+    data, found = kills.batches_of(13)[rank::world], []
+    settings = {"process_group": dist.group.WORLD, "checkpoint_every": 2}
+    for make in (ux.fisher_diagonal, ux.activation_gram, ux.kfac_factors):
+        whole = make(_model(), data, checkpoint=f"{folder}/{make.__name__}.whole", **settings)
+        path = f"{folder}/{make.__name__}"
+        try:
+            make(_model(), Stopping(data, 4) if rank == 1 else data, checkpoint=path, **settings)
+        except Exception as error:
+            found.append(type(error).__name__)
+        found.append([os.path.exists(f"{path}.rank{r}of{world}") for r in range(world)])
+        dist.barrier()
+        again = make(_model(), data, checkpoint=path, **settings)
+        for name, value in whole.items():
+            assert many.same_bits(tuple(again[name]), tuple(value)), (make, name)
+        found.append({name: tuple(value) for name, value in again.items()})
+    return found
+
+
+def test_every_rank_goes_on_from_where_it_was(tmp_path):
+    found = many.run(_resumed, 2, str(tmp_path))
+    for place in range(0, 9, 3):
+        assert [each[place] for each in found] == ["Exception", "Stop"]
+        assert [each[place + 1] for each in found] == [[True, True]] * 2
+        assert many.same_bits(found[0][place + 2], found[1][place + 2])
 
 
 def test_sigterm_goes_to_the_handler_of_before(tmp_path):

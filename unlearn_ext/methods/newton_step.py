@@ -176,6 +176,8 @@ def _mean_gradient(
                     total += gradient.to_dense()
             weight += weights.sum()
     run.ranks.sum_("gradients", [*totals, weight])
+    if bool(torch.isnan(weight)):
+        raise FloatingPointError(f"newton: the log-odds of {name} must be numbers, got NaN")
     if not bool(weight > 0):
         raise ValueError(f"newton: {name} must hold at least one sample, got none")
     return [total / weight for total in totals]
