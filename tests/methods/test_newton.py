@@ -284,13 +284,14 @@ def test_sequences_of_a_language_model():
             *(model, sets["forget"], sets["retain"]),
             validation=sets["validation"],
             task=task,
-            budget=0.05,
+            budget=0.5,  # of perplexity: 8 of 40 sequences, half of whose tokens nobody could guess
             validation_budget=0.1,
         )
     after = {name: right(name) for name in sets}
     assert result.before["forget_accuracy"] == pytest.approx(before["forget"])
     assert "wte.weight" in result.history[0]["left_out"]
     if result.reached:
+        assert result.after["forget_loss"] >= result.before["validation_loss"]
         assert after["forget"] <= before["validation"]
         assert after["retain"] >= before["retain"] - 0.05
     else:

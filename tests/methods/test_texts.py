@@ -104,13 +104,18 @@ def test_newton_approaches_in_equal_parts(learnt):
         rounds=2,
         budget=1.0,
     )
-    losses = [entry["forget"] for entry in result.history if entry["phase"] == "search"]
+    steps, losses = zip(
+        *((entry["step"], entry["forget"]) for entry in result.history if entry["phase"] == "search"),
+        strict=True,
+    )
     half = start + (goal - start) / 2
-    # The first direction is left once half of the way is made, from below.
+    # Along the first direction, from below, to half of the way and no further than that takes.
     first = next(index for index, loss in enumerate(losses) if loss >= half)
     assert all(loss < half for loss in losses[:first])
-    assert losses[first] < goal
-    assert max(losses) >= goal
+    far = sorted(step for step, loss in zip(steps, losses, strict=True) if half <= loss < goal)
+    # Along the second from there on: it begins with a quarter of the step that was taken.
+    assert any(step == found / 4 for step in steps[first:] for found in far)
+    assert result.after["forget_loss"] >= goal
 
 
 def test_newton_refuses_what_costs_too_much_perplexity_and_puts_every_bit_back(learnt):
