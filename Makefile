@@ -113,7 +113,7 @@ check-planted: $(READY)
 # One build of the CUDA objects serves both checks; its slowest file is compiled for two architectures at a time.
 define configure_cuda
 @command -v nvcc >/dev/null || { echo "make $@ needs nvcc, of CUDA 12.8 or later, on PATH: there is none" >&2; exit 1; }
-cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE=$(PY) -DUNLEARN_CUDA=ON -DCMAKE_CUDA_FLAGS=--threads=2 \
+cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE=$(PY) -DUNLEARN_CUDA=ON -DUNLEARN_STRICT=ON -DCMAKE_CUDA_FLAGS=--threads=2 \
   "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;89-real;90-real;100-real;120" >/dev/null
 endef
 

@@ -76,3 +76,35 @@ def test_build_info_describes_this_build():
     assert info["cuda_reason"]
     assert bool(info["cuda_architectures"]) == info["cuda"]
     assert len(info["schemas"]) == len(set(info["schemas"]))
+
+
+TORCH = """
+class version: cuda = {cuda!r}
+class _C: _GLIBCXX_USE_CXX11_ABI = True
+__version__ = "2.13.0"
+"""
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("nvcc", "cmake", "ninja"))), reason="needs nvcc and cmake")
+@pytest.mark.parametrize("wanted", ["ON", "AUTO"])
+def test_a_toolkit_of_another_major_than_torchs_is_told_before_anything_is_compiled(wanted, tmp_path):
+    # A torch that only says what it was built for is enough to configure.
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(TORCH.format(cuda="9.2"))
+    got = subprocess.run(
+        [
+            *("cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-DUNLEARN_CUDA={wanted}"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    said = " ".join((got.stdout + got.stderr).split())
+    assert "torch 2.13.0 is built for CUDA 9.2" in said
+    if wanted == "ON":
+        assert got.returncode != 0
+        assert "set UNLEARN_CUDA=OFF" in said
+    else:
+        assert got.returncode == 0, said
+        assert "unlearn_ext: CUDA OFF (nvcc is" in said

@@ -1,5 +1,6 @@
 import copy
 import functools
+import html
 import importlib
 import json
 import logging
@@ -18,7 +19,8 @@ import unlearn_ext as ux
 from unlearn_ext import metrics, report
 from unlearn_ext._internal import seeding
 from unlearn_ext.evaluation import keys as fingerprints
-from unlearn_ext.evaluation import study
+from unlearn_ext.evaluation import margins, study
+from unlearn_ext.evaluation.audit import FLOOR
 from unlearn_ext.evaluation.compare import compare
 from unlearn_ext.evaluation.metrics import registry
 from unlearn_ext.evaluation.rows import LOSS_EDGES
@@ -425,6 +427,11 @@ def test_failures_are_tried_again(trained, sets, tmp_path):
         ({"metrics": [("retain", len)]}, "names of metrics must be distinct, got 'retain' twice"),
         ({"train": None}, "make_model and train must be given together"),
         ({"reference": nn.Linear(4, 3)}, "reference must not be given together"),
+        ({"audit": 3}, "audit must be 0 or at least 4 networks, got 3"),
+        ({"audit": -1}, "audit must be a number of networks, or 0 for none, got -1"),
+        ({"audit": True}, "audit must be a number of networks"),
+        ({"audit": 4, "train": None, "make_model": None}, "make_model and train must be given for an audit"),
+        ({"audit": 4, "methods": {"oracles": "ssd"}}, "a label must not be 'oracles'"),
         ({"test": iter([])}, "test must be re-iterable"),
         ({"forget": []}, "forget must hold at least one sample"),
     ],
@@ -852,6 +859,58 @@ def test_tracebacks_of_failures_are_logged(trained, sets, caplog):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_methods_of_the_package_have_keys(name):
     assert fingerprints.key(f=METHODS[name]) == fingerprints.key(f=METHODS[name])
+
+
+def test_an_audit_holds_methods_against_many_retrained_networks(trained, sets, tmp_path, monkeypatch):
+    given = []
+
+    def curious(model, forget, retain, *, validation=None):
+        given.append(validation)
+
+    methods = {"retrain": "retrain", "noisy": noisy, "curious": curious}
+    settings = {"methods": methods, "metrics": ["forget"], "controls": False, "cache": tmp_path}
+    table = run(trained, sets, audit=4, **settings)
+    assert given == [None] * 5  # test data are no method's business
+    scores = table.audit.figures
+    assert set(scores) == {"retrain", "noisy", "curious", FLOOR}
+    assert scores["curious"]["ulira auc"].value > 0.9  # the original itself: trained on the forget set
+    assert scores["retrain"]["klom forget, median"].value < scores["curious"]["klom forget, median"].value
+    alone = ux.evaluation.audit(
+        {"noisy": noisy},
+        forget=sets["forget"],
+        retain=sets["retain"],
+        validation=sets["test"],
+        make_model=make_model,
+        train=train,
+        model=trained,
+        n_models=4,
+    )
+    assert table.audit.figures["noisy"] == alone.figures["noisy"]
+
+    document = table.to_dict()
+    assert document["audit"]["figures"]["noisy"]["score"]["value"] == scores["noisy"]["score"].value
+    assert FLOOR in table.to_markdown()
+    page = table.to_html()
+    assert "Against many retrained networks" in page
+    assert "the ceiling" in page
+    for limit in table.audit.limits:
+        assert limit in html.unescape(page)
+    assert "Against many" not in run(trained, sets, **settings).to_html()
+
+    monkeypatch.setattr(margins.Rows, "measured", None)  # all of it is in the cache
+    del methods["curious"]  # which is another function since its list has grown
+    del scores["curious"]
+    assert run(trained, sets, audit=4, **settings).audit.figures == scores
+
+
+def test_what_an_audit_cannot_run_is_told(trained, sets):
+    def failing(model, forget, retain):
+        raise RuntimeError("<busy>")
+
+    table = run(trained, sets, methods={"failing": failing}, audit=4, metrics=["forget"], controls=False)
+    assert table.audit.failed == {"failing": "RuntimeError: <busy>"}
+    assert "failing: RuntimeError: <busy>" in table.to_markdown()
+    assert "not run: RuntimeError: &lt;busy&gt;" in table.to_html()
 
 
 def test_a_goal_that_was_not_reached_is_told(trained, sets):

@@ -322,7 +322,7 @@ def test_auc_against_scikit_learn(sklearn):
     members, others = draws.normal(1, 1, 300).round(1), draws.normal(0, 1, 500).round(1)  # with ties
     truth = np.repeat([1, 0], [300, 500])
     scores = np.concatenate([members, others])
-    assert attacks._auc(members, others) == pytest.approx(roc_auc_score(truth, scores))
+    assert attacks.auc(members, others) == pytest.approx(roc_auc_score(truth, scores))
     fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
     assert attacks._tpr(members, others) == pytest.approx(tpr[fpr <= 0.01].max())
 

@@ -152,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="stands for your own code where runs of earlier calls are looked up, instead of its content",
     )
+    compared.add_argument(
+        "--audit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also run every method N times, and hold every sample's log-odds against N retrained networks",
+    )
     compared.add_argument("--device", default="cpu", help="where to run (%(default)s)")
     _add_out(compared, "comparison", "folder for the results")
     return parser
@@ -197,6 +204,7 @@ def _run_comparison(options: argparse.Namespace) -> int:
             train=train,
             cache=options.out / "cache",
             cache_key=options.cache_key,
+            audit=options.audit,
             task=task,
             progress=True,
         )

@@ -1,4 +1,4 @@
-"""``ux.metrics``: the measures of ``unlearn_ext.evaluation.metrics``."""
+"""``ux.metrics``: the measures of ``unlearn_ext.evaluation.metrics``; ``ux.metrics.language`` for texts."""
 
 from unlearn_ext.evaluation.metrics import (
     CONVENTIONS,
@@ -9,6 +9,7 @@ from unlearn_ext.evaluation.metrics import (
     activation_distance,
     anamnesis_index,
     js_divergence,
+    language,
     layer_distance,
     mia,
     relearn_steps,
@@ -26,6 +27,7 @@ __all__ = [
     "activation_distance",
     "anamnesis_index",
     "js_divergence",
+    "language",
     "layer_distance",
     "mia",
     "relearn_steps",

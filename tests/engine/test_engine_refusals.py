@@ -78,16 +78,43 @@ def test_buffers_that_a_forward_pass_registers_are_dropped():
     assert not dict(model.named_buffers())
 
 
-def test_a_model_that_writes_to_its_parameters_is_refused():
+def _in_place(layer):
+    layer.bias.add_(0.5)
+
+
+def _out_of_the_graph(layer):
+    layer.weight.data[0] *= 2
+
+
+def _into_an_output(layer):
+    torch.mul(layer.weight, 2, out=layer.weight)
+
+
+def _other_memory(layer):
+    layer.weight.data = layer.weight.data * 2
+
+
+@pytest.mark.parametrize("estimator", ["per_sample", "mc", "batch"])
+@pytest.mark.parametrize("write", [_in_place, _out_of_the_graph, _into_an_output, _other_memory])
+def test_a_model_that_writes_to_its_parameters_is_refused_and_put_back(write, estimator):
     class Writing(nn.Linear):
         def forward(self, x):
             y = super().forward(x.clone())
             with torch.no_grad():
-                self.bias.add_(0)
+                write(self)
             return y
 
-    with pytest.raises(RuntimeError, match="must not write to parameters, got a model that writes to bias"):
-        fisher_diagonal(Writing(4, CLASSES), [(torch.randn(4, 4), labels(4))])
+    torch.manual_seed(0)
+    model = Writing(4, CLASSES)
+    before = [(p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    data = [(torch.randn(4, 4), labels(4)) for _ in range(2)]
+    with pytest.raises(
+        RuntimeError, match=r"must not write to parameters, got a model that writes to (bias|weight)"
+    ):
+        fisher_diagonal(model, data, estimator=estimator)
+    for parameter, (memory, value) in zip(model.parameters(), before, strict=True):
+        assert parameter.data_ptr() == memory
+        assert torch.equal(parameter, value)
 
 
 # Formats and precisions ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 import unlearn_ext as ux
 from unlearn_ext import ActivationGram, activation_gram, demo, pgu
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
-from unlearn_ext.methods import pgu_rules
+from unlearn_ext.methods import goal, pgu_rules
 from unlearn_ext.methods.pgu import forgetting_loss
 from unlearn_ext.methods.until import Measured, UnlearningFailed
 from unlearn_ext.subspace.basis import protected
@@ -502,7 +502,7 @@ def test_without_retain_data_the_goal_alone_is_watched(told_apart):
     ],
 )
 def test_what_is_not_reached_within_the_budget_is_put_back(told_apart, settings, why, monkeypatch):
-    monkeypatch.setattr(pgu_rules, "_HALVINGS", 1)  # the whole change, or none of it
+    monkeypatch.setattr(goal, "_HALVINGS", 1)  # the whole change, or none of it
     one_attempt = lambda model, forget, free, task: [(free, 1.0)]  # noqa: E731
     monkeypatch.setattr(sys.modules["unlearn_ext.methods.pgu"], "_attempts", one_attempt)
     original, forget, retain = told_apart
@@ -522,13 +522,13 @@ def test_a_change_that_costs_too_much_is_taken_back_in_part(told_apart, monkeypa
     """The whole change breaks what stays; some part of it does not, and still reaches the goal."""
     original, forget, retain = told_apart
     shares = []
-    honest = pgu_rules.GoalRule._set
+    honest = goal.GoalRule._set
 
     def noted(self, target, share):
         shares.append(share)
         honest(self, target, share)
 
-    monkeypatch.setattr(pgu_rules.GoalRule, "_set", noted)
+    monkeypatch.setattr(goal.GoalRule, "_set", noted)
     found = None
     for lr in (1000.0, 300.0, 3000.0, 100.0):
         model = copy.deepcopy(original)

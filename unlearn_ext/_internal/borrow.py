@@ -74,6 +74,18 @@ class Buffers:
                 if buffer is not None and value is not None and not _same_values(buffer, value):
                     buffer.copy_(value)
 
+    def differ(self) -> bool:
+        """Say whether one has another value, or is another tensor, than when this was made.
+
+        Returns:
+            True if so.
+        """
+        return any(
+            module._buffers.get(name) is not buffer
+            or (buffer is not None and value is not None and not _same_values(buffer, value))
+            for module, name, buffer, value in self._known
+        )
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:

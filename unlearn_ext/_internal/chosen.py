@@ -81,7 +81,13 @@ def only_trainable(model: nn.Module, names: Iterable[str] | None) -> Iterator[No
 
 @contextmanager
 def restricted(
-    model: nn.Module, who: str, params: Params = None, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module,
+    who: str,
+    params: Params = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    may_be_sharded: bool = False,
 ) -> Iterator[list[str] | None]:
     """Let the parameters that a call is about be the only trainable ones for its time.
 
@@ -91,6 +97,7 @@ def restricted(
         params: See ``chosen_parameters``.
         include: See ``chosen_parameters``.
         exclude: See ``chosen_parameters``.
+        may_be_sharded: See ``check_model``.
 
     Yields:
         Their names; None where nothing was asked for, and nothing is changed.
@@ -102,14 +109,14 @@ def restricted(
     if params is None and include is None and exclude is None:
         yield None
         return
-    check_model(model, who)
+    check_model(model, who, may_be_sharded=may_be_sharded)
     chosen = chosen_parameters(model, who, params, include, exclude)
     check_floating(chosen, who)
     with only_trainable(model, chosen):
         yield list(chosen)
 
 
-def choice(params: Params, include: Patterns, exclude: Patterns) -> dict[str, str | list[str]]:
+def choice(params: Params, include: Patterns, exclude: Patterns) -> dict[str, Any]:
     """Collect what was asked for, for ``restricted`` and for the record of a run.
 
     Args:

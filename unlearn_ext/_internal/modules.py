@@ -36,12 +36,13 @@ def eager() -> Iterator[None]:
         yield
 
 
-def check_model(model: nn.Module, who: str) -> None:
+def check_model(model: nn.Module, who: str, *, may_be_sharded: bool = False) -> None:
     """Refuse models whose parameters are not all here, or are kept equal to copies elsewhere.
 
     Args:
         model: The user's model.
         who: Whose message it is.
+        may_be_sharded: Parameters may be DTensors.
 
     Raises:
         TypeError: If it is no module.
@@ -60,7 +61,7 @@ def check_model(model: nn.Module, who: str) -> None:
         _check_module(name, module, who)
     tensors = sys.modules.get("torch.distributed.tensor")
     for name, parameter in model.named_parameters():
-        if tensors is not None and isinstance(parameter, tensors.DTensor):
+        if not may_be_sharded and tensors is not None and isinstance(parameter, tensors.DTensor):
             raise NotImplementedError(
                 f"{who}: model must not be sharded, got the DTensor {name}; call it on an unsharded model "
                 "with the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "

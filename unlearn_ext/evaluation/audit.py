@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,11 @@ from unlearn_ext.tasks.losses import resolve
 SETS = ("forget", "retain", "validation")
 FLOOR = "retrained (half against half)"
 ORIGINAL = "original"
+RESERVED = ("oracles", ORIGINAL, FLOOR)
+LEAST_MODELS = 4
+
+Jobs: TypeAlias = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
+"""Label to method and settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +105,23 @@ class Audit:
         lines += ["", *(f"- {label}: {why}" for label, why in self.failed.items())]
         return "\n".join([*lines, *(f"- {limit}" for limit in self.limits), ""])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return figures, limits and facts as plain values, without the margins.
+
+        Returns:
+            ``figures`` (label to score to ``value``, ``low``, ``high``), ``limits``, ``refused``, ``failed``
+            and ``facts``.
+        """
+        record = {name: getattr(self, name) for name in ("figures", "limits", "refused", "failed", "facts")}
+        return cast("dict[str, Any]", plain(record))
+
     def to_json(self) -> str:
         """Return figures, limits and facts, without the margins.
 
         Returns:
             A JSON object.
         """
-        record = {name: getattr(self, name) for name in ("figures", "limits", "refused", "failed", "facts")}
-        return json.dumps(plain(record), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
 
 
 def audit(
@@ -175,8 +190,8 @@ def audit(
     """
     if (full is None) == (model is None):
         raise ValueError("audit: exactly one of full and model must be given")
-    if n_models < 4:
-        raise ValueError(f"audit: n_models must be at least 4, got {n_models}")
+    if n_models < LEAST_MODELS:
+        raise ValueError(f"audit: n_models must be at least {LEAST_MODELS}, got {n_models}")
     jobs = _jobs(methods)
     judge = resolve(task, who="audit")
     folder = Cache(None if cache is None else Path(cache), code)
@@ -184,40 +199,84 @@ def audit(
     data = {"forget": forget, "retain": retain, "validation": validation}
     device = device_of(first)
 
-    def trained_on(part: Batches) -> tuple[References, object]:
+    def trained_on(part: Batches) -> Trained:
         sets = Sets(first, forget, part, validation, task=task, hashed=folder.is_on)
-        return References(None, make_model, train, sets, folder, device), sets.fingerprints["retain"]
+        networks = References(None, make_model, train, sets, folder, device)
+        return Trained(networks, sets.fingerprints["retain"])
 
-    oracles, kept = trained_on(retain)
-    originals: References | nn.Module
-    whole: object = ""
-    if full is None:
-        originals = first
-    else:
-        originals, whole = trained_on(full)
-    rows = Rows(first, data, judge, folder)
+    return judged(
+        jobs,
+        trained_on(retain),
+        first if full is None else trained_on(full),
+        Rows(first, data, judge, folder, held_out=validation),
+        n_models,
+        bootstrap=bootstrap,
+        say=functools.partial(print, file=sys.stderr) if progress else None,
+        task=repr(judge),
+    )
 
-    def say(what: str, index: int) -> None:
-        if progress:
-            print(f"audit: {what} {index + 1}/{n_models}", file=sys.stderr)
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Networks trained on one set, a seed each.
+
+    Attributes:
+        networks: Trains them, or takes them from the cache.
+        data: Fingerprint of the set.
+    """
+
+    networks: References
+    data: object
+
+
+def judged(
+    jobs: Jobs,
+    oracles: Trained,
+    originals: Trained | nn.Module,
+    rows: Rows,
+    n_models: int,
+    *,
+    bootstrap: int = 100,
+    say: Callable[[str], object] | None = None,
+    task: str = "",
+) -> Audit:
+    """Make, or take from the cache, the rows of margins of all networks, and hold them against each other.
+
+    Args:
+        jobs: Label to method and settings.
+        oracles: Networks retrained without the forget set.
+        originals: What unlearns: networks of the same seeds as the unlearned ones, or the one there is.
+        rows: Measures networks.
+        n_models: Networks of each kind.
+        bootstrap: Resamples of the networks.
+        say: What to do with a line per network.
+        task: The task in words, for the record.
+
+    Returns:
+        The figures. A method that fails costs its own row only.
+    """
+    say = say or (lambda _: None)
+    source: References | nn.Module
+    source, whole = (
+        (originals.networks, originals.data) if isinstance(originals, Trained) else (originals, "")
+    )
     known_rows: dict[str, list[Row]] = {"oracles": []}
     for i in range(n_models):
-        say("oracle", i)
-        known_rows["oracles"].append(rows.of_trained("oracle", oracles, i, kept))
-    if isinstance(originals, References):
+        say(f"audit: oracle {i + 1}/{n_models}")
+        known_rows["oracles"].append(rows.of_trained("oracle", oracles.networks, i, oracles.data))
+    if isinstance(originals, Trained):
         known_rows[ORIGINAL] = []
         for i in range(n_models):
-            say("original", i)
-            known_rows[ORIGINAL].append(rows.of_trained("original", originals, n_models + i, whole))
+            say(f"audit: original {i + 1}/{n_models}")
+            row = rows.of_trained("original", originals.networks, n_models + i, originals.data)
+            known_rows[ORIGINAL].append(row)
     failed: dict[str, str] = {}
     for label, (function, settings) in jobs.items():
         found = []
         try:
             for i in range(n_models):
-                say(label, i)
-                seed = n_models + i
-                found.append(rows.of_unlearned(function, settings, originals, seed, whole))
+                say(f"audit: {label} {i + 1}/{n_models}")
+                found.append(rows.of_unlearned(function, settings, source, n_models + i, whole))
         except Exception as error:  # one method's failure costs its own row only
             failed[label] = f"{type(error).__name__}: {error}"
             continue
@@ -236,7 +295,7 @@ def audit(
     figures[FLOOR] = _floor(against, bootstrap)
     return Audit(
         figures,
-        _limits(n_models, model is not None),
+        _limits(n_models, isinstance(originals, nn.Module)),
         margins,
         {
             label: sum(row.reached is False for row in found)
@@ -244,18 +303,18 @@ def audit(
             if any(row.reached is not None for row in found)
         },
         failed,
-        {"n_models": n_models, "task": repr(judge), "bootstrap": bootstrap},
+        {"n_models": n_models, "task": task, "bootstrap": bootstrap},
     )
 
 
-def _jobs(methods: object) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+def _jobs(methods: object) -> Jobs:
     labelled = methods.items() if isinstance(methods, Mapping) else [(name, name) for name in methods]  # type: ignore[attr-defined]
-    jobs = {}
+    jobs: dict[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {}
     for label, entry in labelled:
         chosen, settings = entry if isinstance(entry, tuple) else (entry, {})
         if isinstance(chosen, str) and chosen not in METHODS:
             raise ValueError(f"audit: methods must be among {', '.join(METHODS)}, got {chosen!r}")
-        if label in ("oracles", ORIGINAL, FLOOR):
+        if label in RESERVED:
             raise ValueError(f"audit: a label must not be {label!r}")
         jobs[str(label)] = (METHODS[chosen] if isinstance(chosen, str) else chosen, dict(settings))
     return jobs

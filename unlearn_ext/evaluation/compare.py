@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from unlearn_ext._internal.logs import shown
+from unlearn_ext.evaluation.audit import LEAST_MODELS, RESERVED
 from unlearn_ext.evaluation.cache import Cache
 from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.metrics.registry import (
@@ -61,6 +62,7 @@ def compare(
     cache: str | Path | None = None,
     cache_key: str | None = None,
     controls: bool = True,
+    audit: int = 0,
     task: Task | None = None,
     progress: bool = False,
 ) -> Comparison:
@@ -97,6 +99,10 @@ def compare(
         cache_key: A text that stands for the code of the caller's own functions and classes: rows are found
             again under the same text, whatever the code. To be changed by whoever changes the code.
         controls: Add the original, and for gradient masking a random mask of the same size.
+        audit: Retrain so many networks, and run every method as often, to hold the log-odds of every sample
+            against each other as ``ux.evaluation.audit`` does: at least 4 (16 show something), or 0 for
+            none. Needs ``make_model`` and ``train``. All runs of a method start from ``model``, and the test
+            set stands for samples that no network was trained on; no method is given it.
         task: What the model is for; None infers it from the model and each batch. Methods that take ``task``
             get it too. See ``ux.tasks``.
         progress: Show a line on stderr as each row is done. The lines are log records (level INFO) of the
@@ -131,6 +137,7 @@ def compare(
         raise ValueError("compare: make_model and train must be given together")
     if reference is not None and make_model is not None:
         raise ValueError("compare: reference must not be given together with make_model and train")
+    _check_audit(audit, [job.label for job in jobs], can_retrain=train is not None)
     recipe = () if train is None else ("make_model", "train")
     for job in jobs:
         if job.function is not None:
@@ -159,8 +166,21 @@ def compare(
                 _log.info(
                     "%d/%d %s, seed %d: %s", len(rows), len(jobs) * len(seeds), row.label, seed, outcome
                 )
+        audited = study.audited(jobs, audit) if audit else None
     rows.sort(key=lambda row: row.kind != "original")
-    return Comparison(tuple(rows), study.columns, {**study.facts(), "seeds": list(seeds)})
+    return Comparison(tuple(rows), study.columns, {**study.facts(), "seeds": list(seeds)}, audited)
+
+
+def _check_audit(n_models: int, labels: Sequence[str], *, can_retrain: bool) -> None:
+    if isinstance(n_models, bool) or not isinstance(n_models, int) or n_models < 0:
+        raise ValueError(f"compare: audit must be a number of networks, or 0 for none, got {n_models!r}")
+    if 0 < n_models < LEAST_MODELS:
+        raise ValueError(f"compare: audit must be 0 or at least {LEAST_MODELS} networks, got {n_models}")
+    if n_models and not can_retrain:
+        raise ValueError("compare: make_model and train must be given for an audit, which retrains networks")
+    for label in labels:
+        if n_models and label in RESERVED:
+            raise ValueError(f"compare: a label must not be {label!r} where there is an audit")
 
 
 def _jobs(methods: Methods, controls: bool) -> list[Job]:

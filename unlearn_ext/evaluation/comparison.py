@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.evaluation import page
+from unlearn_ext.evaluation.audit import Audit
 from unlearn_ext.evaluation.metrics.measures import Measure
 from unlearn_ext.evaluation.metrics.registry import metric
 from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Row
@@ -30,11 +31,13 @@ class Comparison:
         rows: One per model measured: the original, the retrained, then methods and controls, seed by seed.
         columns: Names of the figures in their order.
         facts: What was compared: sizes, classes, model, reference, seeds, environment.
+        audit: Every method against many retrained networks, where that was asked for.
     """
 
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     facts: Mapping[str, Any]
+    audit: Audit | None = None
 
     def measures(self, label: str) -> dict[str, Measure]:
         """Return the figures of one label: means over its seeds.
@@ -74,14 +77,19 @@ class Comparison:
             for line in (heads, ["-" * width for width in widths], *lines)
         ]
         reasons = [f"[{number}] {reason}  " for reason, number in notes.items()]
-        return "\n".join([*table, *([""] if reasons else []), *reasons, "", NOTICE, ""])
+        text = [*table, *([""] if reasons else []), *reasons, ""]
+        if self.audit is not None:
+            head = f"Against {self.audit.facts['n_models']} retrained networks, sample by sample:"
+            text += [head, "", self.audit.to_markdown()]
+        return "\n".join([*text, NOTICE, ""])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all there is to know as plain numbers, strings, lists and dictionaries.
 
         Returns:
             ``format``, ``facts``, ``columns`` (name, title, unit, meaning, kind), ``table`` (means over the
-            seeds, by label), ``rows`` (seed by seed), ``loss_edges`` and ``notice``.
+            seeds, by label), ``rows`` (seed by seed), ``loss_edges``, ``audit`` (None, or what
+            ``Audit.to_dict`` returns) and ``notice``.
         """
         kinds = {row.label: row.kind for row in self.rows}
         document = {
@@ -103,6 +111,7 @@ class Comparison:
             ],
             "rows": [asdict(row) for row in self.rows],
             "loss_edges": LOSS_EDGES,
+            "audit": None if self.audit is None else self.audit.to_dict(),
             "notice": NOTICE,
         }
         return cast("dict[str, Any]", plain(document))

@@ -51,10 +51,20 @@ class Rows:
         sets: Forget, retain and validation set.
         task: What the networks are for.
         cache: Where rows are kept.
+        held_out: What methods that take ``validation`` are given; None: nothing.
     """
 
-    def __init__(self, model: nn.Module, sets: Mapping[str, Batches], task: Task, cache: Cache) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sets: Mapping[str, Batches],
+        task: Task,
+        cache: Cache,
+        *,
+        held_out: Batches | None = None,
+    ) -> None:
         self._sets = sets
+        self._held_out = held_out
         self._task = task
         self._cache = cache
         self._order = _order_of(sets, task) if cache.is_on else ""
@@ -97,14 +107,16 @@ class Rows:
         """
         network = weights_digest(original) if isinstance(original, nn.Module) else original.key(seed)
         facts: dict[str, object] = {"kind": "unlearned", "network": network, "data": data, "seed": seed}
-        facts |= {"method": method, "settings": settings}
+        facts |= {"method": method, "settings": settings, "validation": self._held_out is not None}
 
         def make() -> Row:
             start = original if isinstance(original, nn.Module) else original.get(seed)[0]
             model = deepcopy(start)
-            own = {"generator": torch.Generator().manual_seed(seed), "validation": self._sets["validation"]}
+            own: dict[str, object] = {"generator": torch.Generator().manual_seed(seed)}
+            if self._held_out is not None:
+                own["validation"] = self._held_out
             accepted = inspect.signature(method).parameters
-            given = {name: value for name, value in own.items() if name in accepted}
+            given: dict[str, Any] = {name: value for name, value in own.items() if name in accepted}
             if "task" in accepted:
                 given["task"] = self._task
             with seeded(seed, *self._sets.values()):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +22,11 @@ from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import callable_name, plain
 from unlearn_ext._internal.seeding import seeded
+from unlearn_ext.evaluation.audit import Audit, Trained, judged
 from unlearn_ext.evaluation.cache import Cache, keeping
 from unlearn_ext.evaluation.evidence import environment
 from unlearn_ext.evaluation.keys import NoKeyError
+from unlearn_ext.evaluation.margins import Rows
 from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.measures import Measure, attempt, reason_of
 from unlearn_ext.evaluation.metrics.registry import Metric, Subject
@@ -123,6 +125,44 @@ class Study:
             return str(error)
         return None
 
+    def audited(self, jobs: Sequence[Job], n_models: int) -> Audit:
+        """Hold every method's margins against those of many retrained networks.
+
+        Args:
+            jobs: Rows; those that run a method take part.
+            n_models: Networks of each kind.
+
+        Returns:
+            The figures.
+        """
+        data = {name: self._sets.all[name] for name in ("forget", "retain")}
+        rows = Rows(
+            self._original,
+            {**data, "validation": self._sets.all["test"]},
+            resolve(self._task, who="compare"),
+            self._cache,
+        )
+        return judged(
+            {
+                job.label: (job.function, self._with_recipe(job, job.settings))
+                for job in jobs
+                if job.function is not None
+            },
+            Trained(self._references, self._sets.fingerprints["retain"]),
+            self._original,
+            rows,
+            n_models,
+            say=_log.info,
+            task=self._sets.task,
+        )
+
+    def _with_recipe(self, job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+        # Where a method retrains, it is given what the references are trained by.
+        accepted = () if job.function is None else inspect.signature(job.function).parameters
+        recipe = self._references.recipe()
+        given = {name: value for name, value in recipe.items() if name in accepted or job.name == "retrain"}
+        return {**given, **settings}
+
     def _path(self, job: Job, seed: int) -> Path | None:
         try:
             return self._named_path(job, seed)
@@ -161,9 +201,7 @@ class Study:
             settings["generator"] = torch.Generator().manual_seed(seed)
         if self._task is not None and accepts(job.name, job.function, "task"):
             settings.setdefault("task", self._task)
-        for name, value in self._references.recipe().items():
-            if name in accepted or job.name == "retrain":
-                settings.setdefault(name, value)
+        settings = self._with_recipe(job, settings)
         sets = self._sets.all
         with seeded(seed, *sets.values()):
             started = time.perf_counter()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.dtensors import is_dtensor, largest_of, local_of, sharded_like, totals, whole_of
 from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.fingerprint import weights_fingerprint
-from unlearn_ext._internal.names import plain_name, with_plain_names
+from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.fisher.engine import register_layer as register_layer
 from unlearn_ext.tasks.base import Task
@@ -235,17 +236,125 @@ class Importance(Mapping[str, Tensor]):
             weights_digest=_common(self.weights_digest, other.weights_digest),
         )
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank holds its part of the tensors only."""
+        return any(is_dtensor(tensor) for tensor in self._tensors.values())
+
+    def gathered(self) -> Importance:
+        """Gather the tensors of a sharded model's importances on every rank, which call it together.
+
+        Returns:
+            The same with whole tensors, which must fit into every rank's memory.
+        """
+        return self.with_tensors({name: whole_of(tensor) for name, tensor in self.items()})
+
+    @classmethod
+    def like(cls, model: nn.Module, params: Iterable[str] | None = None) -> Importance:
+        """Make zeros to load a checkpoint into, laid out like a model's parameters.
+
+        Args:
+            model: The model, sharded or not.
+            params: Names of parameters; all that are trainable by default.
+
+        Returns:
+            Importances of no sample, for ``torch.distributed.checkpoint.load({"importance": ...})``.
+
+        Example:
+            >>> Importance.like(nn.Linear(2, 1)).n_samples
+            0
+        """
+        wanted = None if params is None else {plain_name(name) for name in params}
+        tensors = {
+            name: torch.zeros_like(
+                parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            )
+            for name, parameter in parameters_by_name(model).items()
+            if (parameter.requires_grad if wanted is None else name in wanted)
+        }
+        coverage = dict.fromkeys(tensors, "fallback: not loaded yet")
+        return cls(
+            tensors,
+            n_samples=0,
+            estimator="per_sample",
+            power=2,
+            batch_size=0,
+            n_batches=0,
+            coverage=coverage,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, for ``torch.distributed.checkpoint``.
+
+        Returns:
+            ``"tensors"``, which share memory with this, and ``"facts"``, as JSON.
+
+        Example:
+            >>> importance = Importance.from_dict({"weight": torch.ones(2)}, n_samples=3)
+            >>> other = Importance.from_dict({"weight": torch.zeros(2)}, n_samples=1)
+            >>> other.load_state_dict(importance.state_dict())
+            >>> other.n_samples, other["weight"]
+            (3, tensor([1., 1.]))
+        """
+        return {"tensors": dict(self._tensors), "facts": json.dumps(self._facts())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` has returned, perhaps of other ranks and read from a checkpoint.
+
+        Args:
+            state: The state; tensors are copied into those that are here, or are those.
+
+        Raises:
+            ValueError: If it has other parameters or shapes; nothing is taken over then.
+        """
+        tensors, facts = state["tensors"], json.loads(state["facts"])
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {name: list(tensor.shape) for name, tensor in self.items()}:
+            raise ValueError(
+                f"Importance.load_state_dict: state must have the parameters {sorted(self)}, got "
+                f"{sorted(tensors)}, or other shapes"
+            )
+        for name, tensor in self.items():
+            given = tensors[name]
+            if given is not tensor:
+                local_of(tensor).copy_(local_of(sharded_like(given, tensor)))
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def _facts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Importance:
+        """Return other tensors with the same facts: the same importances in another place or layout.
+
+        Args:
+            tensors: Parameter name to importances.
+
+        Returns:
+            The importances.
+        """
+        return Importance(tensors, **self._facts())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file; a failure leaves the old file, if any, as it was.
+
+        Importances of a sharded model go to ``torch.distributed.checkpoint``, where every rank writes its
+        part: ``save({"importance": importance}, checkpoint_id=path)``; ``load`` reads them into
+        ``Importance.like(model)``, on any number of ranks.
 
         Args:
             path: The file.
 
         Raises:
             ImportError: If safetensors is not installed.
+            NotImplementedError: If the tensors are sharded.
         """
-        meta = {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
-        _FILE.save(path, self, {"importance": json.dumps(meta)})
+        if self.is_sharded:
+            raise NotImplementedError(
+                "Importance.save: tensors must be whole, got sharded ones; use torch.distributed.checkpoint."
+                "save({'importance': importance}, checkpoint_id=path) on all ranks, or save gathered() on one"
+            )
+        _FILE.save(path, self, {"importance": json.dumps(self._facts())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Importance:
@@ -392,15 +501,16 @@ def check_covers(who: str, full: Importance, forget: Importance) -> None:
         raise ValueError(f"{who}: {what}, got {full.n_samples} samples for {forget.n_samples} to forget")
     if full.estimator != "per_sample" or forget.estimator != "per_sample":
         return
-    broken = total = 0
-    for name, whole in full.items():
-        bound = whole * full.n_samples
-        if name not in forget or not bound.numel():
-            continue
-        allowed = bound * (1 + _RELATIVE) + _ABSOLUTE * bound.max()
-        part = forget[name].to(device=bound.device, dtype=bound.dtype) * forget.n_samples
-        broken += int((part > allowed).sum())
-        total += bound.numel()
+    names = [name for name, whole in full.items() if name in forget and whole.numel()]
+    largest = largest_of([full[name] for name in names])
+    numbers = []
+    for name, most in zip(names, largest, strict=True):
+        bound = local_of(full[name]) * full.n_samples
+        allowed = bound * (1 + _RELATIVE) + _ABSOLUTE * most * full.n_samples
+        part = local_of(forget[name]).to(device=bound.device, dtype=bound.dtype) * forget.n_samples
+        numbers.append(int((part > allowed).sum()))
+    broken = sum(totals(numbers, [full[name] for name in names]))
+    total = sum(full[name].numel() for name in names)
     if broken:
         raise ValueError(
             f"{who}: {what}, got {broken / total:.2%} of the scalars with F_forget > (n / n_forget) F_full; "
@@ -412,20 +522,27 @@ def _common(a: str | None, b: str | None) -> str | None:
     return a if a == b else None
 
 
-def pool(a: Importance, b: Importance) -> Importance:
+def pool(a: Importance, b: Importance, *, into: bool = False) -> Importance:
     """Pool importances of one kind without asking for equal batch sizes; ``+`` is the checked form.
 
     Args:
         a: Importances.
         b: Importances of the same kind, of other samples.
+        into: Use the tensors of ``b`` up for the result, which are then no longer its own.
 
     Returns:
         Their mean, weighted by samples; by batches for the ``"batch"`` estimator.
     """
     weights = (a.n_batches, b.n_batches) if a.estimator == "batch" else (a.n_samples, b.n_samples)
     share = weights[0] / sum(weights)
+
+    def pooled(name: str, tensor: Tensor) -> Tensor:
+        other = b[name].to(tensor.device)
+        rest = other.mul_(1 - share) if into and other.dtype == tensor.dtype else (1 - share) * other
+        return rest.add_(share * tensor) if into else share * tensor + rest
+
     return Importance(
-        {name: share * tensor + (1 - share) * b[name].to(tensor.device) for name, tensor in a.items()},
+        {name: pooled(name, tensor) for name, tensor in a.items()},
         n_samples=a.n_samples + b.n_samples,
         estimator=a.estimator,
         power=a.power,

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, restricted
+from unlearn_ext._internal.dtensors import is_dtensor, local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
+from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
 from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
@@ -24,6 +27,9 @@ Score: TypeAlias = Literal["ratio", "grad", "grad_abs", "fisher", "taylor", "obd
 Reduction: TypeAlias = Literal["mean", "sum", "max", "l2", "first"]
 
 SCORES: tuple[Score, ...] = ("ratio", "grad", "grad_abs", "fisher", "taylor", "obd", "random")
+
+# Scores that are made of importances alone.
+_OF_SHARDS: tuple[Score, ...] = ("ratio", "grad_abs", "fisher", "obd")
 
 # In units of the mean importance on the retain set. What matters far less than that to either set must not
 # stand out for a quotient of two tiny numbers.
@@ -114,6 +120,7 @@ def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: st
     return total / sum(row.shape[1] for row in rows) if reduction == "mean" else total
 
 
+@lockstep
 def saliency(
     model: nn.Module,
     forget: Batches,
@@ -127,6 +134,7 @@ def saliency(
     params: Params = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    process_group: Group = None,
 ) -> Scores:
     """Score every trainable scalar by how much it answers for the forget set.
 
@@ -143,6 +151,9 @@ def saliency(
     e is a tenth of the mean of all F_retain (our choice: without it, scalars that matter to neither set may
     come first). The model runs in eval mode and is left as it was.
 
+    Of a model that FSDP2 (``fully_shard``) has sharded, all ranks call it together, each with its own share
+    of the sets; there are the scores made of importances, as DTensors, of scalars and not of neurons.
+
     Args:
         model: Any model. Frozen parameters are not scored.
         forget: The forget set: re-iterable batches.
@@ -158,6 +169,9 @@ def saliency(
         include: Parameters to score: names of them or of their modules, the last parts of such names, or
             regular expressions that match a whole name. None: all of these.
         exclude: Parameters to leave out, likewise.
+        process_group: Ranks that call this together, each with its own share of both sets, perhaps none: the
+            scores are those of all data, with the same bits on every rank, and so are masks made of them.
+            ``"random"`` takes rank 0's draw. See ``fisher_diagonal``.
 
     Returns:
         Scores by parameter name, float32 (float64 for double parameters), with the neurons of every layer.
@@ -169,7 +183,8 @@ def saliency(
         ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, a set is empty or a one-shot
             iterator, or no parameter is left.
         TypeError: If a parameter is not floating point (quantised, say).
-        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
+        NotImplementedError: If the model is wrapped for parallel training, sharded and the score is not made
+            of importances, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -185,12 +200,21 @@ def saliency(
         >>> [(group.name, [part.name for part in group.parts]) for group in scores.groups]
         [('0', ['0.weight', '0.bias', '1.weight', '1.bias']), ('3', ['3.weight', '3.bias'])]
     """
-    check_model(model, "saliency")
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded and score not in _OF_SHARDS:
+        raise NotImplementedError(
+            f"saliency: score must be one of {', '.join(_OF_SHARDS)} for a model that fully_shard has "
+            f"sharded, got {score!r}"
+        )
+    if is_sharded:
+        reshard(model)
+    check_model(model, "saliency", may_be_sharded=is_sharded)
     chosen = resolve(task, loss_fn, who="saliency")
-    with restricted(model, "saliency", params, include, exclude) as names:
+    ranks = ranks_of(process_group, "saliency")
+    with restricted(model, "saliency", params, include, exclude, may_be_sharded=is_sharded) as names:
         if names is None:
             names = list(chosen_parameters(model, "saliency"))
-        return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
+        return scored("saliency", model, forget, retain, chosen, score, names, progress, generator, ranks)
 
 
 def scored(
@@ -203,6 +227,7 @@ def scored(
     names: Sequence[str],
     progress: bool = False,
     generator: torch.Generator | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Do what ``saliency`` does, for parameters that have been chosen and a task that has been resolved.
 
@@ -216,6 +241,7 @@ def scored(
         names: Plain names of the parameters.
         progress: As for ``saliency``.
         generator: As for ``saliency``.
+        ranks: Those that call this together.
 
     Returns:
         The scores.
@@ -233,12 +259,16 @@ def scored(
     known = parameters_by_name(model)
     parameters = {name: known[name] for name in names}
     loss_fn = task.loss
-    groups = neuron_groups(model, forget, task=task, names=names)
+    # What a neuron is, nobody asks of shards.
+    is_sharded = any(is_dtensor(parameter) for parameter in parameters.values())
+    groups = None if is_sharded else neuron_groups(model, forget, task=task, names=names, ranks=ranks)
 
     coverage: dict[str, str] = {}
 
     def fisher(data: Batches, power: int = 2) -> Importance:
-        importance = fisher_diagonal(model, data, task=task, power=power, params=names, progress=progress)
+        importance = fisher_diagonal(
+            model, data, task=task, power=power, params=names, progress=progress, process_group=ranks
+        )
         coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
         return importance
 
@@ -247,7 +277,8 @@ def scored(
     if score == "ratio":
         assert retain is not None
         above, below = fisher(forget), fisher(retain)
-        total = sum(float(values.sum(dtype=torch.float64)) for values in below.values())
+        sums = [float(local_of(values).sum(dtype=torch.float64)) for values in below.values()]
+        total = sum(totals(sums, list(below.values())))
         floor = _RATIO_FLOOR * total / sum(values.numel() for values in below.values())
         floor = max(floor, torch.finfo(torch.float32).tiny)
         for importance in (above, below):
@@ -260,9 +291,10 @@ def scored(
     elif score == "obd":
         tensors = {name: f * parameters[name].detach().square() / 2 for name, f in fisher(forget).items()}
     elif score == "random":
-        tensors = _random(parameters, generator)
+        with torch.random.fork_rng([]):
+            tensors = _random(parameters, ranks.shared_generator(generator))
     else:
-        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress)
+        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
@@ -293,8 +325,9 @@ def _mean_gradients(
     parameters: Mapping[str, Tensor],
     loss_fn: LossFn,
     progress: bool,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
-    totals = {name: _accumulator(p) for name, p in parameters.items()}
+    gradients = {name: _accumulator(p) for name, p in parameters.items()}
     n = 0
     with borrowed(model):
         reader = read_batches(data, device_of(model), description="saliency", progress=progress)
@@ -305,11 +338,13 @@ def _mean_gradients(
             n += len(values)
             if values.requires_grad:
                 grads = torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)
-                for total, grad in zip(totals.values(), grads, strict=True):
+                for total, grad in zip(gradients.values(), grads, strict=True):
                     if grad is not None:
                         total.add_(grad)
+    (n,) = ranks.total("samples", n)
     if n == 0:
         raise ValueError(f"{who}: forget must hold at least one sample, got none")
-    for total in totals.values():
+    ranks.sum_("gradients", gradients.values())
+    for total in gradients.values():
         total.div_(n)
-    return totals
+    return gradients

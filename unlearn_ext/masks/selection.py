@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor, like, local_of
 from unlearn_ext._internal.names import chosen_names
 from unlearn_ext.masks.neurons import NeuronGroup, Part
 from unlearn_ext.masks.saliency import Reduction, Scores
@@ -61,11 +62,14 @@ def select_mask(
 
     Returns:
         Parameter name to packed mask, uint8 ``[ceil(numel / 8)]``, for every scored parameter: the form that
-        the masked optimizers take. What is left out has no bit set.
+        the masked optimizers take. What is left out has no bit set. For scores that are DTensors, bool
+        DTensors laid out like them; all ranks call it together, and the selection is that of the whole.
 
     Raises:
         ValueError: If a choice is unknown, ``density`` is out of range, a score is NaN, or no parameter is
             left.
+        NotImplementedError: If scores are DTensors and the units are not scalars, or the rule not
+            ``"density"``.
 
     Source:
         Exactly k of all scalars without a sort, as in Fan et al., "SalUn", ICLR 2024, by radix selection
@@ -86,6 +90,12 @@ def select_mask(
     if not 0 <= min_depth < 1:
         raise ValueError(f"select_mask: min_depth must lie in [0, 1), got {min_depth}")
     known = scores if isinstance(scores, Scores) else Scores(scores)
+    is_sharded = any(is_dtensor(tensor) for tensor in known.values())
+    if is_sharded and (granularity, rule) != ("element", "density"):
+        raise NotImplementedError(
+            "select_mask: granularity must be 'element' and rule 'density' for sharded scores (DTensors), "
+            f"got {granularity!r} and {rule!r}; gather the scores with full_tensor()"
+        )
     deep = known.groups[int(min_depth * len(known.groups)) :]
     known_names = [part.name for group in deep for part in group.parts]
     groups = list(_kept(deep, set(chosen_names(known_names, include, exclude, "select_mask"))))
@@ -119,10 +129,20 @@ def select_mask(
                 for part in groups[i].parts:
                     whole = part.spread(flags.expand(groups[i].size) if granularity == "layer" else flags)
                     masks[part.name] = ops.pack_mask(whole.reshape(known[part.name].shape))
+    if is_sharded:
+        return {name: _sharded_mask(masks.get(name), tensor) for name, tensor in known.items()}
     for name, tensor in known.items():
         nothing = torch.zeros((tensor.numel() + 7) // 8, dtype=torch.uint8, device=tensor.device)
         masks[name] = masks[name].to(tensor.device) if name in masks else nothing
     return {name: masks[name] for name in known}
+
+
+def _sharded_mask(packed: Tensor | None, scores: Tensor) -> Tensor:
+    # Not packed: what the bits of a shard mean would depend on how the scores are cut.
+    own = local_of(scores)
+    if packed is None:
+        return like(torch.zeros(own.shape, dtype=torch.bool, device=own.device), scores)
+    return like(ops.unpack_mask(packed, list(own.shape)), scores)
 
 
 def _check_choices(granularity: str, scope: str, rule: str) -> None:

@@ -12,8 +12,10 @@ from unlearn_ext.methods.gradient_masking import gradient_masking, salun
 from unlearn_ext.methods.msg import msg
 from unlearn_ext.methods.newton import newton
 from unlearn_ext.methods.pgu import forgetting_loss, pgu, pgu_from_sets
+from unlearn_ext.methods.preference import gradient_difference, npo, simnpo
 from unlearn_ext.methods.pruning import prune_neurons
 from unlearn_ext.methods.registry import METHODS, unlearn
+from unlearn_ext.methods.rmu import rmu
 from unlearn_ext.methods.ssd import plan_ssd, ssd
 from unlearn_ext.methods.ssd_plan import SsdPlan
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
@@ -35,18 +37,22 @@ __all__ = [
     "fisher_forgetting",
     "forgetting_loss",
     "gradient_ascent",
+    "gradient_difference",
     "gradient_masking",
     "msg",
     "neg_grad_plus",
     "newton",
+    "npo",
     "pgu",
     "pgu_from_sets",
     "plan_ssd",
     "prune_neurons",
     "random_label",
     "retrain",
+    "rmu",
     "salun",
     "scrub",
+    "simnpo",
     "ssd",
     "unlearn",
     "unsir",

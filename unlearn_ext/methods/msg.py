@@ -22,17 +22,20 @@ from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods import loop
-from unlearn_ext.methods.common import count_batches, trainable
+from unlearn_ext.methods.common import count_batches, refuse_group, trainable
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
-@recorded
+@lockstep
 @recorded
 def msg(
     model: nn.Module,
@@ -45,6 +48,10 @@ def msg(
     lr: float = 1e-3,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     params: Params = None,
@@ -52,6 +59,7 @@ def msg(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Draw anew what tells forget from retain samples least, and train on the retain set.
 
@@ -67,6 +75,13 @@ def msg(
         lr: Highest learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; inferred, or refused, where it is not given.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         params: Names of trainable parameters; ``"adapters"``, those of PEFT's active adapters and of the
@@ -77,6 +92,7 @@ def msg(
         exclude: Parameters that may not change, likewise.
         generator: Decides every random choice.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Refused unless None.
 
     Returns:
         The record of the run.
@@ -84,6 +100,7 @@ def msg(
     Raises:
         ValueError: If a setting is out of range, a set is empty, or no convolution or linear layer is
             trainable.
+        NotImplementedError: If a process group is given.
         FloatingPointError: If a loss or gradient is NaN or infinite.
 
     Example:
@@ -93,6 +110,7 @@ def msg(
         >>> msg(model, forget, retain, epochs=1).history[0]["drawn"]  # 9 of 32 and 4 of 16
         13
     """
+    refuse_group("msg", process_group, "its first retain samples are those of one order")
     check_batches(forget, "msg: forget")
     check_batches(retain, "msg: retain")
     if not 0 <= share <= 1:
@@ -101,7 +119,7 @@ def msg(
         raise ValueError(f"msg: factor must be >= 0, got {factor}")
     task = resolve(task, loss_fn, who="msg")
     choices = choice(params, include, exclude)
-    settings = {
+    settings: dict[str, object] = {
         "share": share,
         "factor": factor,
         "epochs": epochs,
@@ -112,9 +130,21 @@ def msg(
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
         **choices,
     }
+    goal = ClosedLoop(
+        "msg",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=task,
+    )
+    settings |= goal.facts
     with (
         restricted(model, "msg", **choices),
-        unlearning(model, "msg", settings, generator=generator, data=(forget, retain)) as run,
+        unlearning(model, "msg", settings, generator=generator, data=(forget, retain), goal=goal) as run,
     ):
         layers = [module for module in model.modules() if _is_drawn(module)]
         if not layers:
@@ -143,7 +173,7 @@ def msg(
         finally:
             for handle in handles:
                 handle.remove()
-    return run.result()
+    return goal.result(run)
 
 
 def _is_drawn(module: nn.Module) -> bool:

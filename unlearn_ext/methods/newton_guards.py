@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.tasks.base import Task
+from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.methods.until import perplexity_rise
+from unlearn_ext.tasks.base import Task, Yardstick
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 
 # See Note [What a small validation set can tell].
@@ -45,6 +47,17 @@ class Answers:
         """Share of the labels that are predicted."""
         return float(self.right.sum()) / float(self.labels.sum())
 
+    def known(self, yardstick: Yardstick) -> float:
+        """Say how well the samples are known.
+
+        Args:
+            yardstick: What tells.
+
+        Returns:
+            The accuracy, or minus the loss: the higher, the better.
+        """
+        return -self.loss if yardstick == "loss" else self.accuracy
+
     def share(self, label: int) -> float:
         """Return the share of samples of a class.
 
@@ -57,7 +70,7 @@ class Answers:
         return 0.0 if self.classes is None else float((self.classes == label).double().mean())
 
 
-def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
+def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks = ALONE) -> Answers:
     """See how a model answers.
 
     Args:
@@ -65,6 +78,7 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
         task: What it is for.
         data: Re-iterable batches.
         name: Of the set, for the message.
+        ranks: Those that look together, each at its own share of the set.
 
     Returns:
         What is right.
@@ -86,15 +100,13 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
             losses.append(task.losses(outputs, batch).double().cpu())
             own = task.classes_of(batch)
             classes += [] if own is None else [own.cpu()]
-    if not counted or not bool(torch.cat(counted).any()):
+    known = all(ranks.exchange("classes", len(classes) == len(counted)))
+    none = torch.zeros(0, dtype=torch.long)
+    columns = [[none, *part] for part in (right, counted, *([classes] if known else []))]
+    joined = ranks.concatenated("answers", [torch.cat(part) for part in (*columns, [none.double(), *losses])])
+    if not bool(joined[1].any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
-    known = len(classes) == len(counted)
-    return Answers(
-        torch.cat(right),
-        torch.cat(counted),
-        torch.cat(classes) if known else None,
-        float(torch.cat(losses).mean()),
-    )
+    return Answers(joined[0], joined[1], joined[2] if known else None, float(joined[-1].mean()))
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,10 @@ class Guard:
     """Budgets: shares of accuracy that may be lost.
 
     Attributes:
-        retain: On the retain set.
+        retain: On the retain set; by the loss, a share by which the perplexity may rise.
         validation: On the validation set.
         classes: On every class of the validation set.
+        yardstick: What is watched on the retain set.
 
     Raises:
         ValueError: If one is not in [0, 1].
@@ -113,6 +126,7 @@ class Guard:
     retain: float
     validation: float
     classes: float
+    yardstick: Yardstick = "accuracy"
 
     def __post_init__(self) -> None:
         for name, value in (("", self.retain), ("validation_", self.validation), ("class_", self.classes)):
@@ -130,7 +144,10 @@ class Guard:
             A phrase for every one.
         """
         told = []
-        if "retain" in before and before["retain"].accuracy - after["retain"].accuracy > self.retain:
+        if "retain" in before and self.yardstick == "loss":
+            rise = perplexity_rise(before["retain"].loss, after["retain"].loss)
+            told += [f"retain perplexity {100 * rise:.1f} % higher"] if rise > self.retain else []
+        elif "retain" in before and before["retain"].accuracy - after["retain"].accuracy > self.retain:
             lost = before["retain"].accuracy - after["retain"].accuracy
             told.append(f"retain accuracy {100 * lost:.1f} points lower")
         was, now = before["validation"], after["validation"]

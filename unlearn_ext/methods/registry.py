@@ -13,6 +13,8 @@ from unlearn_ext.methods.gradient_masking import gradient_masking, salun
 from unlearn_ext.methods.msg import msg
 from unlearn_ext.methods.newton import newton
 from unlearn_ext.methods.pgu import pgu_from_sets
+from unlearn_ext.methods.preference import gradient_difference, npo, simnpo
+from unlearn_ext.methods.rmu import rmu
 from unlearn_ext.methods.ssd import ssd
 from unlearn_ext.methods.teachers import bad_teacher, scrub
 from unlearn_ext.methods.unsir import unsir
@@ -35,6 +37,10 @@ METHODS: dict[str, Callable[..., UnlearnResult]] = {
     "fisher_forgetting": fisher_forgetting,
     "newton": newton,
     "msg": msg,
+    "gradient_difference": gradient_difference,
+    "npo": npo,
+    "simnpo": simnpo,
+    "rmu": rmu,
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,6 +26,9 @@ from torch import nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.agree import check_same_weights
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.ssd_importances import Measure, check_sources, loss_of, of_names, sources_of
@@ -40,6 +44,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
 
+@lockstep
 def plan_ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -64,6 +69,7 @@ def plan_ssd(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> SsdPlan:
     """Work out a selective synaptic dampening and leave the model as it is.
 
@@ -79,6 +85,9 @@ def plan_ssd(
 
     ``power=1`` with ``loss_fn=losses.logit_norm`` is the loss-free, label-free variant (LFSSD); without
     labels, ``alpha`` must be given.
+
+    A model that FSDP2 (``fully_shard``) has sharded is planned for, dampened and put back shard by shard, by
+    all ranks together, each with its own share of the sets; ``alpha`` must be given then.
 
     Args:
         model: The model. Parameters that do not require grad are considered for ``params="base"`` only.
@@ -96,8 +105,11 @@ def plan_ssd(
         until: The closed loop's goal: ``"forgotten"`` (accuracy on the forget set at most 1 %: classes),
             ``"unseen"`` (no higher than on ``validation``), a number (the highest accuracy on the forget
             set), or a callable that is given the model and says whether it will do. ``"auto"`` is
-            ``"forgotten"`` with ``alpha="auto"``, else None: one shot.
-        budget: Retain accuracy that the closed loop may lose, as a share.
+            ``"forgotten"`` with ``alpha="auto"``, else None: one shot. For texts (tasks of language models)
+            ``"unseen"`` is a loss no lower than on ``validation``, and what ``"auto"`` means where that is
+            given: most tokens of any text are told.
+        budget: Retain accuracy that the closed loop may lose, as a share; for texts the share by which the
+            perplexity on the retain set may rise.
         validation: Data that the model never saw, for ``until="unseen"``.
         strict: Let ``apply`` raise ``UnlearningFailed`` where the goal was not reached, not warn.
         lambda_: Dampening constant, >= 0. Lower dampens more; the papers have 1 or 0.1.
@@ -118,6 +130,9 @@ def plan_ssd(
         exclude: Parameters to leave out, likewise.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
+            ``fisher_diagonal``. All of them come to the same plan, that of all data; what is done with it
+            afterwards (``apply``, ``revert``) each does for itself.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
@@ -128,7 +143,8 @@ def plan_ssd(
             set is empty or a one-shot iterator, a setting is out of range or does not go with another, the
             full set is smaller than the forget set, or importances of different losses, estimators, powers,
             batch sizes (for ``"batch"``) or parameters meet.
-        NotImplementedError: If the closed loop has no accuracy to watch, or the task has no log-odds.
+        NotImplementedError: If the model is sharded and ``alpha`` is ``"auto"``, the closed loop has no
+            accuracy to watch, or the task has no log-odds.
         FloatingPointError: If a loss or an importance is NaN or infinite; the message names the batch or the
             parameter.
 
@@ -143,15 +159,25 @@ def plan_ssd(
         >>> torch.equal(model.weight, before)
         True
     """
-    check_model(model, "plan_ssd")
-    resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded and alpha == "auto":
+        raise NotImplementedError(
+            "plan_ssd: alpha must be a number or 'adaptive' for a model that fully_shard has sharded, got "
+            "'auto', whose closed loop looks at the whole model"
+        )
+    if is_sharded:
+        reshard(model)
+    check_model(model, "plan_ssd", may_be_sharded=is_sharded)
+    judge = resolve(task, loss_fn, who="plan_ssd")  # refuses what is neither, before anything runs
     factors = _checked_factors(lambda_, exponent, beta_min, beta_max)
     if alpha not in ("auto", "adaptive"):
         checked("alpha", alpha)
     check_estimator("plan_ssd", estimator, power)
-    goal = _checked_goal(alpha, until, budget, validation)
+    is_text = alpha == "auto" and judge.yardstick(model) == "loss"
+    goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
+    ranks = ranks_of(process_group, "plan_ssd")
     choices = choice(params, include, exclude)
-    with restricted(model, "plan_ssd", **choices) as names:
+    with restricted(model, "plan_ssd", **choices, may_be_sharded=is_sharded) as names:
         sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
         measured = check_sources(model, sources, estimator, power)
         watched = (
@@ -167,7 +193,7 @@ def plan_ssd(
             **choices,
         }
         seconds: dict[str, float] = {}
-        measure = Measure(model, task, loss, estimator, power, measured or names, generator, progress)
+        measure = Measure(model, task, loss, estimator, power, measured or names, generator, progress, ranks)
 
         started = time.perf_counter()
         watch = None
@@ -182,6 +208,7 @@ def plan_ssd(
                 budget=budget,
                 validation=validation,
                 task=task,
+                ranks=ranks,
             )
             outcome = settled(watch, goal)
             seconds["search"] = time.perf_counter() - started
@@ -215,7 +242,7 @@ def plan_ssd(
                 warnings.warn(
                     f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set "
                     f"exceeds n / n_forget = {bound:.6g} times that on the full set",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         return SsdPlan(
             model,
@@ -229,6 +256,7 @@ def plan_ssd(
         )
 
 
+@lockstep
 def ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -253,6 +281,7 @@ def ssd(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Dampen what matters far more to the forget set than to the full set: ``plan_ssd(...).apply()``.
 
@@ -291,6 +320,8 @@ def ssd(
         exclude: Patterns of parameters to leave out.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set; see ``plan_ssd``.
+            Every rank ends with the same model, which is verified.
 
     Returns:
         The record of the run.
@@ -308,8 +339,9 @@ def ssd(
         >>> ssd(model, forget, retain, alpha="adaptive").method
         'ssd'
     """
+    ranks = ranks_of(process_group, "ssd")
     # The closed loop measures as it goes; one shot is measured around it.
-    record = None if alpha == "auto" else Record(model, forget, retain, task)
+    record = None if alpha == "auto" else Record(model, forget, retain, task, ranks)
     plan = plan_ssd(
         model,
         forget,
@@ -333,15 +365,34 @@ def ssd(
         exclude=exclude,
         generator=generator,
         progress=progress,
+        process_group=ranks,
     )
-    result = plan.apply()
+    result = _applied(plan, model, ranks)
     return result if record is None else record.added_to(result)
 
 
+def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks) -> UnlearnResult:
+    # On all ranks or on none.
+    with ExitStack() as undo:
+        with ranks.failing_together():
+            result = plan.apply()
+            undo.callback(plan.revert)
+            check_same_weights(ranks, model, "after the dampening")
+        undo.pop_all()
+    return result
+
+
 def _checked_goal(
-    alpha: Alpha, until: Until | Literal["auto"], budget: float, validation: Batches | None
+    alpha: Alpha,
+    until: Until | Literal["auto"],
+    budget: float,
+    validation: Batches | None,
+    *,
+    is_text: bool,
 ) -> Until:
     default: Until = "forgotten" if alpha == "auto" else None
+    if is_text and validation is not None:
+        default = "unseen"
     goal = default if isinstance(until, str) and until == "auto" else until
     check_goal("plan_ssd", goal, budget, validation)
     if alpha == "auto" and goal is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unlearn_ext import ops
 from unlearn_ext._internal.checksum import checksum
@@ -61,8 +61,21 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
     return a.view(words) != b.view(words)
 
 
+def is_as_noted(journal: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> bool:
+    """Say whether all parameters are as a journal wants them.
+
+    Args:
+        journal: Parameter name to entry.
+        parameters: The model's parameters by name, or this rank's shards of them.
+
+    Returns:
+        False if one has changed.
+    """
+    return all(checksum(parameters[name].detach()) == found.checksum for name, found in journal.items())
+
+
 def write(
-    journal: Mapping[str, Entry], parameters: Mapping[str, nn.Parameter], who: str, since: str
+    journal: Mapping[str, Entry], parameters: Mapping[str, Tensor], who: str, since: str
 ) -> dict[str, Entry]:
     """Write the values of a journal into a model, all or none.
 

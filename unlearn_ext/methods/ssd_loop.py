@@ -79,14 +79,21 @@ def closed_loop(
     named = parameters_by_name(model)
     parameters = {name: named[name] for name in importances[0]}
     task = measure.judge
-    first = next(batch for batch in read_batches(forget, device_of(model)) if task.count(batch))
-    watch.count(task.count(first))
-    scopes = scopes_of(parameters, order_of_use(model, parameters, first, task.loss))
+    ranks = measure.ranks
+    # One pass for the order of use, on whichever rank has a sample.
+    first = next((batch for batch in read_batches(forget, device_of(model)) if task.count(batch)), None)
+    shown = None
+    if first is not None:
+        shown = task.count(first), order_of_use(model, parameters, first, task.loss)
+    samples, order = ranks.first("order of use", shown) or (0, list(parameters))
+    watch.count(samples)
+    scopes = scopes_of(parameters, order)
 
     def again() -> Importances | None:
         left = _still_known(model, forget, task)
         watch.count(watch.before("forget").samples)
-        if not left or retain is None:
+        (n_left,) = ranks.total("still known", len(left))
+        if not n_left or retain is None:
             return None
         return measure.both({"forget": left, "retain": retain})
 

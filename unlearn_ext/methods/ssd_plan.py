@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.checksum import checksum
+from unlearn_ext._internal.dtensors import agreed_by_all, is_dtensor, local_of, totals
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext.distributed.fsdp import reshard
 from unlearn_ext.fisher.importance import Importance
-from unlearn_ext.methods.ssd_journal import Entry, differing, entry, write
+from unlearn_ext.methods.ssd_journal import Entry, differing, entry, is_as_noted, write
 from unlearn_ext.methods.ssd_search import Candidate, Outcome
 from unlearn_ext.methods.ssd_sweep import Sweep, SweepRow
 from unlearn_ext.methods.until import UnlearningFailed, Watch, figures
@@ -156,8 +158,11 @@ class SsdPlan:
         lines = ["SSD: refused before any importance was measured"]
         if self.importance_forget is not None and self.importance_full is not None:
             lines = [self._sizes(self.importance_forget, self.importance_full)]
+        of = (
+            "% of retain perplexity gained" if watch.yardstick == "loss" else "points of retain accuracy lost"
+        )
         lines += [
-            f"goal: {watch.goal}, at most {100 * watch.budget:g} points of retain accuracy lost"
+            f"goal: {watch.goal}, at most {100 * watch.budget:g} {of}"
             if watch.has_retain
             else f"goal: {watch.goal}; nothing watches the retain set, of which there are no data",
             f"lambda {self._factors['lambda_']:g}; before: {_in_words(before)}",
@@ -234,10 +239,12 @@ class SsdPlan:
             return self._apply_found(self._found)
         full, forget = self._importances()
         started = time.perf_counter()
+        reshard(self._model)
         parameters = parameters_of(self._model, full)
-        tensors = [parameter.detach() for parameter in parameters.values()]
-        fulls = [full[name].to(tensor.device) for name, tensor in zip(parameters, tensors, strict=True)]
-        forgets = [forget[name].to(tensor.device) for name, tensor in zip(parameters, tensors, strict=True)]
+        tensors = [local_of(parameter.detach()) for parameter in parameters.values()]
+        named = list(zip(parameters, tensors, strict=True))
+        fulls = [local_of(full[name]).to(tensor.device) for name, tensor in named]
+        forgets = [local_of(forget[name]).to(tensor.device) for name, tensor in named]
         originals: list[tuple[str, Tensor, Tensor, Tensor]] = []  # name, parameter, selected, values
         for name, tensor, whole, part in zip(parameters, tensors, fulls, forgets, strict=True):
             selected = selection(whole, part, self.alpha)
@@ -246,12 +253,13 @@ class SsdPlan:
                 originals.append((name, tensor, selected, values))
         try:
             ops.selective_dampen_(tensors, fulls, forgets, alpha=self.alpha, **self._factors)
-            changed = {
-                name: int((tensor[selected] != values).sum()) for name, tensor, selected, values in originals
-            }
+            own = {name: int((tensor[chosen] != values).sum()) for name, tensor, chosen, values in originals}
             journal = {name: entry(selected, values, tensor) for name, tensor, selected, values in originals}
+            changed = _over_ranks(parameters, own)
+            selected_of = {name: len(values) for name, *_, values in originals}
+            n_selected = sum(_over_ranks(parameters, selected_of).values())
             seconds = time.perf_counter() - started
-            result = self._result(sum(len(values) for *_, values in originals), changed, seconds)
+            result = self._result(n_selected, changed, seconds)
             self._journal = journal
         except BaseException:
             for _, tensor, selected, values in originals:
@@ -268,7 +276,15 @@ class SsdPlan:
         """
         if self._journal is None:
             raise RuntimeError("SsdPlan.revert: the plan is not applied, or its journal has been purged")
-        write(self._journal, parameters_of(self._model, self._journal), "SsdPlan.revert", "apply()")
+        reshard(self._model)
+        parameters = parameters_of(self._model, self._journal)
+        own = {name: local_of(parameter.detach()) for name, parameter in parameters.items()}
+        every = list(self._model.parameters())
+        if not agreed_by_all(is_as_noted(self._journal, own), every) and any(map(is_dtensor, every)):
+            raise RuntimeError(
+                "SsdPlan.revert: a parameter has changed since apply(), on this rank or another"
+            )
+        write(self._journal, own, "SsdPlan.revert", "apply()")
         self._journal = None
 
     def purge(self) -> None:
@@ -373,14 +389,21 @@ class SsdPlan:
         if count == 0:
             return math.nan
         full, forget = self._importances()
-        shrunk = 0.0
+        shrunk = []
         for name in full:
-            factors = torch.ones_like(full[name])
+            whole, part = local_of(full[name]), local_of(forget[name])
+            factors = torch.ones_like(whole)
             ops.selective_dampen_(
-                [factors], [full[name]], [forget[name]], alpha=alpha, **{**self._factors, "lambda_": lambda_}
+                [factors], [whole], [part], alpha=alpha, **{**self._factors, "lambda_": lambda_}
             )
-            shrunk += float((1 - factors.double()).sum())
-        return 1 - shrunk / count
+            shrunk.append(float((1 - factors.double()).sum()))
+        return 1 - sum(totals(shrunk, list(full.values()))) / count
+
+
+def _over_ranks(parameters: Mapping[str, nn.Parameter], own: Mapping[str, int]) -> dict[str, int]:
+    # What every rank has counted of its shards, added up.
+    numbers = totals([own.get(name, 0) for name in parameters], list(parameters.values()))
+    return {name: int(number) for name, number in zip(parameters, numbers, strict=True)}
 
 
 def _importance_phase(forget: Importance, full: Importance) -> dict[str, object]:

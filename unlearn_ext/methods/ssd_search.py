@@ -62,10 +62,10 @@ class Candidate:
     reached: bool
 
     def __str__(self) -> str:
-        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f}"
+        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f} %"
         return (
             f"round {self.round}, {self.scope}: alpha {self.alpha:.6g} selects {self.selected:,}; forget "
-            f"accuracy {self.forget.accuracy:.2%}, points lost on retain: {lost}"
+            f"accuracy {self.forget.accuracy:.2%}, loss {self.forget.loss:.4g}, lost on retain: {lost}"
             f"{'; goal reached' if self.reached else ''}"
         )
 
@@ -258,7 +258,7 @@ def search(
     so_far: list[Candidate] = []
     least = math.inf
     with torch.no_grad(), _put_back(parameters):
-        known = watch.before("forget").accuracy
+        known = watch.knows(watch.before("forget"))
         for number in range(1, ROUNDS + 1):
             now = _Round(number, parameters, importances, scopes, factors, watch)
             accepted = False
@@ -278,12 +278,12 @@ def search(
             step = None
             if not accepted and watch.has_retain and number < ROUNDS:
                 steps = [found for scope in scopes if (found := now.most_affordable(scope)) is not None]
-                step = min(steps, key=lambda found: found.forget.accuracy, default=None)
+                step = min(steps, key=lambda found: watch.knows(found.forget), default=None)
             outcome.candidates += now.tried.values()
-            if accepted or step is None or not step.forget.accuracy < known:
+            if accepted or step is None or not watch.knows(step.forget) < known:
                 break
             now.apply(step.scope, step.k)
-            known = step.forget.accuracy
+            known = watch.knows(step.forget)
             so_far.append(step)
             renewed = again()
             if renewed is None:
@@ -298,20 +298,27 @@ def _reason(outcome: Outcome, watch: Watch) -> str:
         last = outcome.chosen[-1]
         cost = "nothing watched the rest: there are no retain data"
         if last.lost is not None:
-            cost = f"{100 * last.lost:.2f} points of retain accuracy lost"
-        return f"forget accuracy {last.forget.accuracy:.2%} after {last.round} round(s), {cost}"
+            cost = watch.in_words(last.lost)
+        how = _how_known(watch, last.forget)
+        return f"forget {how} after {last.round} round(s), {cost}"
     tried = len(outcome.candidates)
     costs = [found.lost for found in outcome.candidates if found.reached and found.lost is not None]
     if costs:
         return (
-            f"of {tried} candidates those that forget cost {100 * min(costs):.2f} points of retain accuracy "
+            f"of {tried} candidates those that forget cost {watch.in_words(min(costs))} "
             f"or more, beyond the budget of {100 * watch.budget:g}"
         )
-    least = min(found.forget.accuracy for found in outcome.candidates)
+    least = min((found.forget for found in outcome.candidates), key=watch.knows)
     return (
-        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the lowest accuracy "
-        f"on it was {least:.2%}"
+        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the best of them "
+        f"came to {_how_known(watch, least)}"
     )
+
+
+def _how_known(watch: Watch, forget: Measured) -> str:
+    if watch.yardstick == "loss":
+        return f"loss {forget.loss:.4g}"
+    return f"accuracy {forget.accuracy:.2%}"
 
 
 @contextmanager

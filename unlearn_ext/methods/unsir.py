@@ -12,20 +12,24 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods.common import (
     check_count,
     count_batches,
     facts_of,
     n_classes,
     prepared,
+    refuse_group,
     required,
     single_values_normalised,
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, is_per_sample, read_batches
@@ -37,6 +41,7 @@ from unlearn_ext.tasks.losses import LossFn
 _OFFICIAL_COPIES = 20
 
 
+@lockstep
 @recorded
 def unsir(
     model: nn.Module,
@@ -58,12 +63,17 @@ def unsir(
     noise_label: Literal["class", "official"] = "class",
     repair_schedule: Literal["linear", "constant"] = "linear",
     freeze_bn_during_noise: bool = True,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Forget classes without their data: learn noise, impair the model with it, repair it on the rest.
 
@@ -117,6 +127,13 @@ def unsir(
             released, does not.
         freeze_bn_during_noise: False learns the noise in train mode, as the released code does: BatchNorm
             statistics then end up those of noise.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``), an accuracy, or a function of the model that says whether it will
+            do. None: go on to the end, whatever comes of it.
+        budget: Retain accuracy that reaching the goal may cost, as a share.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -124,6 +141,7 @@ def unsir(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Refused unless None.
 
     Returns:
         The record: the noise loss of every class, step by step, and the epochs of impair and repair.
@@ -146,6 +164,7 @@ def unsir(
         >>> sorted(result.seconds)
         ['impair', 'noise', 'repair']
     """
+    refuse_group("unsir", process_group, "noise is learned on one model and mixed into one order")
     chosen = prepared("unsir", model, task, loss_fn)
     if forget_classes is None and _are_classes(forget):
         forget, forget_classes = None, cast("int | Iterable[int]", forget)
@@ -188,7 +207,21 @@ def unsir(
         "freeze_bn_during_noise": freeze_bn_during_noise,
         **facts_of(task, loss_fn),
     }
-    with unlearning(model, "unsir", hyperparameters, generator=generator, data=(retain,)) as run:
+    goal = ClosedLoop(
+        "unsir",
+        model,
+        cast("Batches | None", forget),
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    hyperparameters |= goal.facts
+    with unlearning(
+        model, "unsir", hyperparameters, generator=generator, goal=goal, data=(retain,), changes=trained
+    ) as run:
         model.train(not freeze_bn_during_noise)
         reader = _Reader(chosen)
         samples = _noise_samples(run, classes, retain, noise_batch, reader)
@@ -229,7 +262,7 @@ def unsir(
             steps_min=repair_steps_min,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 def _learn_noise(

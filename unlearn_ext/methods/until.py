@@ -1,7 +1,9 @@
 """Closed loop: what a method is to reach, what that may cost, and what was measured before and after.
 
 A *goal* (``until=``) says when the forget set counts as forgotten, a *budget* how much of the retain set's
-accuracy may be lost on the way. Both are judged on the forget and retain data that a method is given (and on
+accuracy may be lost on the way. For texts, most of whose tokens are right whatever the model knows, the loss
+stands in for accuracy: ``"unseen"`` is a loss no lower than on unseen texts, and the budget a share by which
+the perplexity may rise. Both are judged on the forget and retain data that a method is given (and on
 held-out data where the goal is ``"unseen"``); test data are never read.
 """
 
@@ -16,6 +18,8 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed.group import on_all
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import resolve
@@ -27,7 +31,7 @@ Until: TypeAlias = Literal["forgotten", "unseen"] | float | Callable[[nn.Module]
 """When to stop: a name, the highest accuracy on the forget set, a test of the model, or None: one shot."""
 
 # Accuracy on the forget set at which a class counts as forgotten.
-_FORGOTTEN = 0.01
+FORGOTTEN = 0.01
 
 
 class UnlearningFailed(RuntimeError):  # noqa: N818 - what the public contract calls it
@@ -58,7 +62,11 @@ class Measured:
 
 
 def measure(
-    model: nn.Module, data: Batches, task: Task | None = None, classes_seen: set[int] | None = None
+    model: nn.Module,
+    data: Batches,
+    task: Task | None = None,
+    classes_seen: set[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Measured:
     """Measure accuracy and mean loss in one forward pass over the data.
 
@@ -67,6 +75,7 @@ def measure(
         data: Re-iterable batches.
         task: What the model is for; None infers it.
         classes_seen: Takes up the classes of the samples that count, where they have one each.
+        ranks: Those that measure together, each on its own share of the data.
 
     Returns:
         The figures.
@@ -97,6 +106,9 @@ def measure(
             classes = None if classes_seen is None else judge.classes_of(batch)
             if classes_seen is not None and classes is not None:
                 classes_seen.update(torch.unique(classes[valid > 0]).tolist())
+    right, counted, samples, loss = ranks.total("measured", right, counted, samples, loss)
+    if classes_seen is not None:
+        classes_seen.update(*ranks.exchange("classes", classes_seen))
     if samples == 0:
         raise ValueError("measure: data must hold at least one sample, got none")
     return Measured(right / counted if counted else math.nan, loss / samples, samples)
@@ -114,9 +126,11 @@ class Watch:
         budget: Share of the retain set's accuracy that may be lost, in [0, 1].
         validation: Data that the model never saw, for ``"unseen"``.
         task: What the model is for; None infers it.
+        ranks: Those that measure together, each on its own share of the data.
 
     Attributes:
         budget: As given.
+        yardstick: What is watched: ``"accuracy"``, or for texts ``"loss"``.
 
     Raises:
         TypeError: If the goal is of no known kind.
@@ -134,15 +148,17 @@ class Watch:
         budget: float,
         validation: Batches | None = None,
         task: Task | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_goal(who, until, budget, validation)
         self.budget = budget
         self._model, self._until, self._validation = model, until, validation
         self._sets = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
-        self._task = task
+        self._task, self._ranks = task, ranks
+        self.yardstick = resolve(task, who=who).yardstick(model)
         self._classes: dict[str, set[int]] = {name: set() for name in self._sets}
         self._before = {
-            name: measure(model, data, task, self._classes[name]) for name, data in self._sets.items()
+            name: measure(model, data, task, self._classes[name], ranks) for name, data in self._sets.items()
         }
         self._read = self._total = sum(part.samples for part in self._before.values())
 
@@ -156,6 +172,8 @@ class Watch:
         """The goal in words."""
         if callable(self._until):
             return "what until asks of the model"
+        if self._until == "unseen" and self.yardstick == "loss":
+            return "a loss on the forget set no lower than on the validation set"
         if self._until == "unseen":
             return "accuracy on the forget set no higher than on the validation set"
         return f"accuracy on the forget set at most {self.limit:.2%}"
@@ -164,7 +182,7 @@ class Watch:
     def limit(self) -> float:
         """The highest accuracy on the forget set where the goal is such a number; else NaN."""
         if self._until == "forgotten":
-            return _FORGOTTEN
+            return FORGOTTEN
         return float(self._until) if isinstance(self._until, (int, float)) else math.nan
 
     @property
@@ -197,7 +215,7 @@ class Watch:
         Returns:
             The figures.
         """
-        found = measure(self._model, self._sets[name], self._task)
+        found = measure(self._model, self._sets[name], self._task, ranks=self._ranks)
         self._read += found.samples
         return found
 
@@ -219,10 +237,13 @@ class Watch:
             True if it has; False also where the accuracy cannot be told.
         """
         if callable(self._until):
-            return bool(self._until(self._model))
+            test = self._until
+            return on_all(self._ranks, "until", lambda: bool(test(self._model)))
         if self._until == "unseen" and self._validation is not None:
-            unseen = measure(self._model, self._validation, self._task)
+            unseen = measure(self._model, self._validation, self._task, ranks=self._ranks)
             self._read += unseen.samples
+            if self.yardstick == "loss":
+                return forget.loss >= unseen.loss
             return forget.accuracy <= unseen.accuracy
         return forget.accuracy <= self.limit
 
@@ -233,9 +254,53 @@ class Watch:
             retain: What was measured on it now.
 
         Returns:
-            Accuracy before less accuracy now.
+            Accuracy before less accuracy now; for texts the share by which the perplexity has risen.
         """
-        return self._before["retain"].accuracy - retain.accuracy
+        before = self._before["retain"]
+        if self.yardstick == "loss":
+            return perplexity_rise(before.loss, retain.loss)
+        return before.accuracy - retain.accuracy
+
+    def knows(self, forget: Measured) -> float:
+        """Say how well the forget set is known, for comparing one model with another.
+
+        Args:
+            forget: What was measured of it.
+
+        Returns:
+            The accuracy; for texts minus the loss.
+        """
+        return -forget.loss if self.yardstick == "loss" else forget.accuracy
+
+    def in_words(self, lost: float) -> str:
+        """Put what was lost into words.
+
+        Args:
+            lost: What ``lost`` returned.
+
+        Returns:
+            A phrase.
+        """
+        if self.yardstick == "loss":
+            return f"{100 * lost:.2f} % of retain perplexity gained"
+        return f"{100 * lost:.2f} points of retain accuracy lost"
+
+
+def perplexity_rise(before: float, after: float) -> float:
+    """Return the share by which the perplexity has risen.
+
+    Args:
+        before: Mean loss per token.
+        after: The same afterwards.
+
+    Returns:
+        ``exp(after - before) - 1``; infinity where that is too large for a number.
+
+    Example:
+        >>> round(perplexity_rise(1.0, 1.1), 3)
+        0.105
+    """
+    return math.expm1(after - before) if after - before < 700 else math.inf
 
 
 def figures(measured: Mapping[str, Measured]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unlearn_ext.ops import sharded
 from unlearn_ext.ops.library import OPS
 
 
@@ -19,6 +20,8 @@ def selective_dampen_(
     beta_max: float = 1.0,
 ) -> None:
     """Shrink the scalars that matter far more to the forget set than to the full set.
+
+    DTensors that are sharded alike are dampened shard by shard, without communication.
 
     ``params <- params * clamp((lambda_ * full / forget)^exponent, beta_min, beta_max)``
     where ``forget > alpha * full``
@@ -55,6 +58,10 @@ def selective_dampen_(
         >>> params
         [tensor([1.0000, 0.2500, 0.1250])]
     """
+    if sharded.has_dtensors(params, importance_full, importance_forget):
+        params, importance_full, importance_forget = sharded.local_lists(
+            "selective_dampen_", params, importance_full, importance_forget
+        )
     OPS.selective_dampen_.default(
         params,
         importance_full,
@@ -73,6 +80,8 @@ def selected_counts(
     """Count the scalars that ``selective_dampen_`` would select, for many thresholds in one pass.
 
     ``counts[a, t] = #{i : importance_forget[t][i] > alphas[a] * importance_full[t][i]}``
+
+    DTensors are counted over all ranks of their mesh, which call it together.
 
     Args:
         importance_full: Importances on the full set; float32 or float64.
@@ -98,6 +107,12 @@ def selected_counts(
         >>> ops.selected_counts(full, forget, [1.0, 2.0, 10.0]).tolist()
         [[3], [2], [0]]
     """
+    if sharded.has_dtensors(importance_full, importance_forget):
+        return sharded.selected_counts(
+            importance_full,
+            importance_forget,
+            lambda full, forget: OPS.selected_counts.default(full, forget, alphas),
+        )
     counts: Tensor = OPS.selected_counts.default(importance_full, importance_forget, alphas)
     return counts
 
@@ -109,7 +124,7 @@ def ratio_quantile(
 
     With the finite ratios in ascending order ``r[0..n-1]`` and ``h = q * (n - 1)``:
     ``r[floor(h)] + (h - floor(h)) * (r[floor(h) + 1] - r[floor(h)])``. Ratios that are NaN or Inf (0/0, x/0)
-    are left out.
+    are left out. DTensors count over all ranks of their mesh, which call it together.
 
     Args:
         importance_full: Importances on the full set, the denominators; float32 or float64.
@@ -134,5 +149,7 @@ def ratio_quantile(
         >>> ops.ratio_quantile(full, forget, 0.5)
         tensor(3.)
     """
+    if sharded.has_dtensors(importance_full, importance_forget):
+        return sharded.ratio_quantile(importance_full, importance_forget, q)
     quantile: Tensor = OPS.ratio_quantile.default(importance_full, importance_forget, q)
     return quantile

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unlearn_ext.ops import sharded
 from unlearn_ext.ops.arguments import flat_padding, per_dimension
 from unlearn_ext.ops.library import OPS
 
@@ -21,6 +22,7 @@ def fisher_accumulate_(
     ``fisher <- decay * fisher + weight * |grads|^power``
 
     Gradients are squared after conversion to the accumulator's dtype, so float16 gradients do not underflow.
+    DTensors that are sharded alike are worked on shard by shard.
 
     Args:
         fisher: Accumulators, written in place; float32, or float64 for float64 gradients.
@@ -46,6 +48,8 @@ def fisher_accumulate_(
         >>> fisher
         [tensor([ 5.5000, 10.0000])]
     """
+    if sharded.has_dtensors(fisher, grads):
+        fisher, grads = sharded.local_lists("fisher_accumulate_", fisher, grads)
     OPS.fisher_accumulate_.default(fisher, grads, weight=weight, decay=decay, power=power)
 
 
@@ -88,6 +92,7 @@ def fisher_linear_(
         >>> fisher
         tensor([[2., 2.]])
     """
+    sharded.refuse_dtensors("fisher_linear_", fisher, inputs, grad_outputs)
     OPS.fisher_linear_.default(fisher, inputs, grad_outputs, weight=weight, power=power)
 
 
@@ -144,6 +149,7 @@ def fisher_conv_(
         >>> fisher
         tensor([[[ 9., 36.]]])
     """
+    sharded.refuse_dtensors("fisher_conv_", fisher, inputs, grad_outputs)
     n_dims = inputs.dim() - 2
     OPS.fisher_conv_.default(
         fisher,
@@ -189,6 +195,7 @@ def fisher_bias_(
         >>> fisher
         tensor([16., 36.])
     """
+    sharded.refuse_dtensors("fisher_bias_", fisher, grad_outputs)
     OPS.fisher_bias_.default(fisher, grad_outputs, channel_dim=channel_dim, weight=weight, power=power)
 
 
@@ -231,6 +238,7 @@ def fisher_affine_(
         >>> fisher
         tensor([4., 9.])
     """
+    sharded.refuse_dtensors("fisher_affine_", fisher, normalized, grad_outputs)
     OPS.fisher_affine_.default(
         fisher, normalized, grad_outputs, channel_dim=channel_dim, weight=weight, power=power
     )
@@ -278,6 +286,7 @@ def fisher_embedding_(
                 [ 0.],
                 [25.]])
     """
+    sharded.refuse_dtensors("fisher_embedding_", fisher, indices, grad_outputs)
     OPS.fisher_embedding_.default(
         fisher, indices, grad_outputs, padding_idx=padding_idx, weight=weight, power=power
     )

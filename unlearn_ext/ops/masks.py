@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unlearn_ext.ops import sharded
 from unlearn_ext.ops.library import OPS
 
 
@@ -30,6 +31,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> ops.pack_mask(torch.tensor([True, False, True, True]))
         tensor([13], dtype=torch.uint8)
     """
+    if sharded.has_dtensors([mask]):
+        ((mask,),) = sharded.local_lists("pack_mask", [mask])
     packed: Tensor = OPS.pack_mask.default(mask)
     return packed
 
@@ -60,6 +63,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
+    sharded.refuse_dtensors("unpack_mask", packed)
     mask: Tensor = OPS.unpack_mask.default(packed, shape)
     return mask
 
@@ -69,6 +73,9 @@ def topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list
 
     Exactly k bits are set. Equal scores, -0 and +0 among them, are taken by lowest flat index, counted
     through the list from the first tensor to the last. The scores are neither sorted nor concatenated.
+
+    Of DTensors, all ranks of their mesh call it together: the selection is that of the gathered scores, ties
+    included, and every rank gets the masks of its own shards.
 
     Args:
         scores: Scores, all of one dtype (float32, float16, bfloat16 or float64) and on one device. On the CPU
@@ -95,6 +102,8 @@ def topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list
         >>> ops.unpack_mask(first, (2,)), ops.unpack_mask(second, (2,))
         (tensor([False,  True]), tensor([ True, False]))
     """
+    if sharded.has_dtensors(scores):
+        return sharded.topk_mask(scores, k, largest=largest, pack=pack_mask)
     masks: list[Tensor] = OPS.topk_mask.default(scores, k, largest=largest)
     return masks
 
@@ -125,4 +134,7 @@ def apply_mask_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         >>> grads
         [tensor([1., 0., 0.])]
     """
+    if sharded.has_dtensors(grads):
+        (grads,) = sharded.local_lists("apply_mask_", grads)
+    sharded.refuse_dtensors("apply_mask_", *masks)
     OPS.apply_mask_.default(grads, masks)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unlearn_ext.ops import sharded
 from unlearn_ext.ops.library import OPS
 
 
@@ -37,7 +38,7 @@ def masked_sgd_(
         momentum_buffers: Momentum, written in place; float32, or float64 for float64 parameters. An empty
             list means no momentum.
         masks: Packed masks, uint8 ``[ceil(numel / 8)]``, one per parameter (see ``pack_mask``); their bits
-            are row-major whatever the strides of the parameter.
+            are row-major whatever the strides of the parameter. Of DTensors, those of this rank's shards.
         lr: Learning rate, finite and >= 0.
         momentum: Momentum factor, >= 0; must be 0 if there are no buffers.
         dampening: Share of the gradient that is kept out of the momentum.
@@ -62,6 +63,9 @@ def masked_sgd_(
         >>> params
         [tensor([0.5000, 1.0000])]
     """
+    if sharded.has_dtensors(params, grads, momentum_buffers):
+        params, grads, momentum_buffers = sharded.local_lists("masked_sgd_", params, grads, momentum_buffers)
+    sharded.refuse_dtensors("masked_sgd_", *masks)
     OPS.masked_sgd_.default(
         params,
         grads,
@@ -109,7 +113,7 @@ def masked_adamw_(
             parameters.
         exp_avg_sqs: Running means of their squares, written in place; dtype as ``exp_avgs``.
         masks: Packed masks, uint8 ``[ceil(numel / 8)]``, one per parameter (see ``pack_mask``); their bits
-            are row-major whatever the strides of the parameter.
+            are row-major whatever the strides of the parameter. Of DTensors, those of this rank's shards.
         step: Number of this step, 1 on the first call: an int or a 0-d tensor, float32 or float64. A tensor
             on the parameters' device is read when the kernel runs, so that a captured graph can count its
             steps.
@@ -139,6 +143,11 @@ def masked_adamw_(
         >>> params
         [tensor([0.7500, 1.0000])]
     """
+    if sharded.has_dtensors(params, grads, exp_avgs, exp_avg_sqs):
+        params, grads, exp_avgs, exp_avg_sqs = sharded.local_lists(
+            "masked_adamw_", params, grads, exp_avgs, exp_avg_sqs
+        )
+    sharded.refuse_dtensors("masked_adamw_", *masks)
     op = OPS.masked_adamw_.tensor_step if isinstance(step, Tensor) else OPS.masked_adamw_.default
     op(
         params,

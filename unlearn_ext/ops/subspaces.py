@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from unlearn_ext.ops import sharded
 from unlearn_ext.ops.arguments import flat_padding, per_dimension
 from unlearn_ext.ops.library import OPS
 
@@ -39,6 +40,7 @@ def gram_accumulate_(gram: Tensor, inputs: Tensor) -> None:
         tensor([[10., 14.],
                 [14., 20.]])
     """
+    sharded.refuse_dtensors("gram_accumulate_", gram, inputs)
     OPS.gram_accumulate_.default(gram, inputs)
 
 
@@ -88,6 +90,7 @@ def gram_conv_accumulate_(
                 [ 8., 14.]])
     """
     n_dims = inputs.dim() - 2
+    sharded.refuse_dtensors("gram_conv_accumulate_", gram, inputs)
     OPS.gram_conv_accumulate_.default(
         gram,
         inputs,
@@ -130,6 +133,7 @@ def project_out(grad: Tensor, basis: Tensor) -> Tensor:
         >>> ops.project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
         tensor([[0., 4.]])
     """
+    sharded.refuse_dtensors("project_out", grad, basis)
     _refuse_forward_mode("project_out")
     projection: Tensor = OPS.project_out.default(grad, basis)
     return projection
@@ -138,7 +142,8 @@ def project_out(grad: Tensor, basis: Tensor) -> Tensor:
 def project_out_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tensor]) -> None:
     """Remove from the rows of one or many gradients their part inside a subspace, in place.
 
-    ``G <- G - (G U) U^T`` as ``project_out``, for a tensor and its basis or for two lists of them.
+    ``G <- G - (G U) U^T`` as ``project_out``, for a tensor and its basis or for two lists of them. DTensors
+    that are cut along their first dimension have whole rows, which are projected shard by shard.
 
     Args:
         grad: Weight gradient ``[out, ...]`` or a sequence of them, written in place; float32, float16,
@@ -160,6 +165,9 @@ def project_out_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tenso
         >>> grad
         tensor([[0., 4.]])
     """
+    if sharded.has_dtensors(_listed(grad), _listed(basis)):
+        sharded.project("project_out_", _listed(grad), _listed(basis), OPS.project_out_.list)
+        return
     op = OPS.project_out_.default if isinstance(grad, Tensor) else OPS.project_out_.list
     op(grad, basis)
 
@@ -194,6 +202,7 @@ def project_onto(grad: Tensor, basis: Tensor) -> Tensor:
         >>> ops.project_onto(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
         tensor([[3., 0.]])
     """
+    sharded.refuse_dtensors("project_onto", grad, basis)
     _refuse_forward_mode("project_onto")
     projection: Tensor = OPS.project_onto.default(grad, basis)
     return projection
@@ -202,7 +211,8 @@ def project_onto(grad: Tensor, basis: Tensor) -> Tensor:
 def project_onto_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tensor]) -> None:
     """Keep of the rows of one or many gradients only their part inside a subspace, in place.
 
-    ``G <- (G V) V^T`` as ``project_onto``, for a tensor and its basis or for two lists of them.
+    ``G <- (G V) V^T`` as ``project_onto``, for a tensor and its basis or for two lists of them. DTensors that
+    are cut along their first dimension have whole rows, which are projected shard by shard.
 
     Args:
         grad: Weight gradient ``[out, ...]`` or a sequence of them, written in place; float32, float16,
@@ -224,8 +234,15 @@ def project_onto_(grad: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tens
         >>> grad
         tensor([[3., 0.]])
     """
+    if sharded.has_dtensors(_listed(grad), _listed(basis)):
+        sharded.project("project_onto_", _listed(grad), _listed(basis), OPS.project_onto_.list)
+        return
     op = OPS.project_onto_.default if isinstance(grad, Tensor) else OPS.project_onto_.list
     op(grad, basis)
+
+
+def _listed(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else tensors
 
 
 def _refuse_forward_mode(op: str) -> None:

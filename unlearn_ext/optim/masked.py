@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor, layout_of, local_of, part_of, refusal
 from unlearn_ext.optim.constrained import (
     ConstrainedOptimizer,
     Constraint,
@@ -30,6 +31,8 @@ class _MaskedOptimizer(ConstrainedOptimizer):
     _keyword = "masks"
 
     def _constrain(self, param: Tensor, label: str, value: Tensor) -> Constraint:
+        if is_dtensor(param):
+            return self._constrain_sharded(param, label, value)
         condition = f"be bool {list(param.shape)} or packed uint8 [{packed_size(param)}]"
         got = f"{value.dtype} {list(value.shape)}"
         if value.dtype not in (torch.bool, torch.uint8):
@@ -41,6 +44,20 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         # A copy of its own: the caller may go on to use the memory of a mask for something else.
         return Constraint(ops.pack_mask(value) if value.dtype == torch.bool else value.clone())
 
+    def _constrain_sharded(self, param: Tensor, label: str, value: Tensor) -> Constraint:
+        # Packed masks are refused: those of a shard and of the whole may be equally long.
+        condition = (
+            f"be bool {list(param.shape)}, whole on every rank or a DTensor sharded like the parameter"
+        )
+        if value.dtype != torch.bool or value.shape != param.shape:
+            raise ValueError(self._error(label, condition, f"{value.dtype} {list(value.shape)}"))
+        if why := refusal(param):
+            raise NotImplementedError(self._error(label, "belong to a sharded or replicated parameter", why))
+        if is_dtensor(value) and layout_of(value) != layout_of(param):
+            raise ValueError(self._error(label, condition, f"a DTensor with {layout_of(value)}"))
+        own = local_of(value) if is_dtensor(value) else value[part_of(param)]
+        return Constraint(ops.pack_mask(own.to(local_of(param).device)))
+
     def _missing(self, param: Tensor, label: str) -> None:
         if param.requires_grad:
             raise ValueError(self._error(label, "be given, as for every trainable parameter", "no mask"))
@@ -51,7 +68,7 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         if given is not None:
             return super()._constraints_of(group, given)
         # One run of set bits, as long as the longest parameter needs, serves a whole group.
-        sizes = {param: packed_size(param) for param in group["params"]}
+        sizes = {param: packed_size(local_of(param)) for param in group["params"]}
         ones = {
             device: torch.full((max(sizes.values()),), 255, dtype=torch.uint8, device=device)
             for device in {param.device for param in sizes}
@@ -92,8 +109,9 @@ class MaskedSGD(_MaskedOptimizer):
         weight_decay: L2 penalty, >= 0.
         nesterov: Use Nesterov momentum; needs momentum and no dampening.
         masks: What may change, by parameter name: bool tensors of the parameter's shape, or packed ones as
-            ``select_mask`` and ``ops.pack_mask`` return them, uint8 ``[ceil(numel / 8)]``. Every trainable
-            parameter must have one; further names are ignored. None: everything may change.
+            ``select_mask`` and ``ops.pack_mask`` return them, uint8 ``[ceil(numel / 8)]``. Of a sharded
+            parameter (DTensor): bool, whole on every rank or sharded alike. Every trainable parameter must
+            have one; further names are ignored. None: everything may change.
         maximize: Ascend instead of descend.
 
     Raises:
@@ -197,8 +215,9 @@ class MaskedAdamW(_MaskedOptimizer):
         eps: Added to the denominator, >= 0.
         weight_decay: Decoupled weight decay, >= 0.
         masks: What may change, by parameter name: bool tensors of the parameter's shape, or packed ones as
-            ``select_mask`` and ``ops.pack_mask`` return them, uint8 ``[ceil(numel / 8)]``. Every trainable
-            parameter must have one; further names are ignored. None: everything may change.
+            ``select_mask`` and ``ops.pack_mask`` return them, uint8 ``[ceil(numel / 8)]``. Of a sharded
+            parameter (DTensor): bool, whole on every rank or sharded alike. Every trainable parameter must
+            have one; further names are ignored. None: everything may change.
         maximize: Ascend instead of descend.
         capturable: Keep ``step`` on the parameters' device, so that a step can be captured in a CUDA graph.
             The learning rate of the capture is part of the graph.

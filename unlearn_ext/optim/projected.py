@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor, layout_of
 from unlearn_ext._internal.names import plain_name
 from unlearn_ext.optim.constrained import (
     STATE_DTYPES,
@@ -136,6 +137,16 @@ class ProjectedSGD(ConstrainedOptimizer):
     def _constrain(self, param: Tensor, label: str, value: Tensor) -> Constraint:
         if not value.is_floating_point():
             raise TypeError(self._error(label, "be floating point", value.dtype))
+        if is_dtensor(param) and any(
+            place.is_partial() or (place.is_shard() and place.dim != 0) for place in layout_of(param)[1]
+        ):
+            raise NotImplementedError(
+                self._error(
+                    label, "belong to a parameter that is cut along its first dimension", layout_of(param)
+                )
+            )
+        if is_dtensor(param) and value.dim() == 3:
+            raise NotImplementedError(self._error(label, "have no groups for a sharded parameter", "some"))
         if param.dim() < 2:
             raise ValueError(
                 self._error(label, "belong to a parameter of at least 2 dimensions", param.dim())

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from unlearn_ext.tasks.fields import Fields, Inputs, Labels, described, logits_i
 
 Outputs: TypeAlias = Any
 """What a task's ``forward`` returns, for the task's other methods."""
+
+Yardstick: TypeAlias = Literal["accuracy", "loss"]
+"""What tells a sample that is known from one that is not."""
 
 
 class Task:
@@ -241,6 +244,17 @@ class Task:
             return None
         single = labels.ndim == 1 and not labels.is_floating_point() and not labels.is_complex()
         return labels if single else None
+
+    def yardstick(self, model: nn.Module) -> Yardstick:
+        """Say what tells samples that a model knows from those it does not.
+
+        Args:
+            model: The model.
+
+        Returns:
+            ``"accuracy"``; ``"loss"`` for language models, most of whose answers are right for any text.
+        """
+        return "accuracy"
 
     @property
     def loss(self) -> Callable[[nn.Module, Batch], Tensor]:

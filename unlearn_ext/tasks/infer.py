@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.tasks.base import Outputs, Task
+from unlearn_ext.tasks.base import Outputs, Task, Yardstick
 from unlearn_ext.tasks.batches import Batch, tensors_in
 from unlearn_ext.tasks.classification import Classification
 from unlearn_ext.tasks.decisions import Binary, MultiLabel
@@ -212,6 +212,11 @@ class _Inferred(Task):
 
     def counted(self, outputs: Outputs, batch: Batch) -> Tensor:
         return cast("Tensor", outputs[0].counted(outputs[1], batch))
+
+    def yardstick(self, model: nn.Module) -> Yardstick:
+        # What is not told by the model's class is told by labels, and texts are not.
+        named = _by_name(unwrapped(model))
+        return "accuracy" if named is None else named.yardstick(model)
 
     def sampled(
         self,

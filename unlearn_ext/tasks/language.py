@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from unlearn_ext.tasks.base import Yardstick
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Inputs, Labels
@@ -73,15 +74,23 @@ class TokenClassification(_Tokens):
     """
 
 
-class MaskedLM(_Tokens):
+class _Words(_Tokens):
+    """Tokens of texts, many of which are right whatever the text: commas, endings, what everybody writes."""
+
+    @override
+    def yardstick(self, model: nn.Module) -> Yardstick:
+        return "loss"
+
+
+class MaskedLM(_Words):
     """The words behind the masked tokens; labels of all others are ``ignore_index``."""
 
 
-class Sequence2Sequence(_Tokens):
+class Sequence2Sequence(_Words):
     """The target sequence of an encoder-decoder, at its own positions: the decoder's inputs are shifted."""
 
 
-class CausalLM(_Tokens):
+class CausalLM(_Words):
     """Each token from those before it: the output at position ``t`` belongs to the label of ``t + 1``.
 
     A sample's loss is the mean over its tokens that are not ignored, so a short sequence weighs as much as a

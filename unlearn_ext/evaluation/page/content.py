@@ -28,6 +28,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     made = [
         ("results", "Results", results(document)),
         ("accuracy", "Accuracy, and the gap to retraining", _accuracy(document)),
+        ("audit", "Against many retrained networks", _audit(document)),
         ("losses", "Losses of forget and unseen samples", _losses(document)),
         ("layers", "Where the weights changed", _layers(document)),
         ("time", "Time", _time(document)),
@@ -150,6 +151,41 @@ def _accuracy(document: Mapping[str, Any]) -> dict[str, Any] | None:
         if bars:
             blocks.append({"label": entry["label"], "kind": entry["kind"], "bars": bars})
     return {"blocks": blocks, "has_reference": reference is not None}
+
+
+def _audit(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = document.get("audit")
+    if found is None:
+        return None
+    columns = list(dict.fromkeys(name for scores in found["figures"].values() for name in scores))
+    failed = found["failed"]
+    # Last what networks score that do not differ: no method can be expected to do better.
+    floor = list(found["figures"])[-1]
+    lines = [
+        {
+            "label": label,
+            "kind": "reference" if label == floor else "method",
+            "note": "the ceiling" if label == floor else _refusals(found, label),
+            "cells": [_score(scores.get(name)) for name in columns],
+        }
+        for label, scores in found["figures"].items()
+    ]
+    lines += [{"label": label, "kind": "method", "note": None, "why": why} for label, why in failed.items()]
+    return {"heads": columns, "lines": lines, "n": found["facts"]["n_models"], "limits": found["limits"]}
+
+
+def _refusals(found: Mapping[str, Any], label: str) -> str | None:
+    refused = found["refused"].get(label, 0)
+    return f"refused {refused} of {found['facts']['n_models']}" if refused else None
+
+
+def _score(score: Mapping[str, Any] | None) -> dict[str, str | None]:
+    if score is None:
+        return {"why": "not measured"}
+    low, high = score["low"], score["high"]
+    known = not isinstance(low, str)  # NaN, where networks were not resampled
+    rest = f"[{low:.3g},{_NO_BREAK}{high:.3g}]" if known else ""
+    return {"text": f"{score['value']:.3g}", "rest": rest, "verdict": None}
 
 
 def _losses(document: Mapping[str, Any]) -> dict[str, Any] | None:

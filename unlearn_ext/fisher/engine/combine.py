@@ -161,6 +161,7 @@ def as_parameter_gradients(
     rest = [step for step in path if kind_of(step.node) not in CASTS]
     if len(found.paths) > 1:
         return Derived(term, found.edge, parameter)
+    at_node = term
     while rest and isinstance(term, Product) and kind_of(rest[-1].node) in _TRANSPOSITIONS:
         term = term.transposed
         rest.pop()
@@ -180,7 +181,7 @@ def as_parameter_gradients(
         )
     if all(step.moves for step in rest):
         return Moved(term, rest, parameter)
-    return Derived(term, found.edge, parameter)
+    return Derived(at_node, found.edge, parameter)
 
 
 def is_for_later(term: PerSampleGradients) -> bool:
@@ -195,6 +196,20 @@ def is_for_later(term: PerSampleGradients) -> bool:
     if isinstance(term, Sum):
         return any(is_for_later(part) for part in term.terms)
     return isinstance(term, (Moved, Derived))
+
+
+def needs_graph(term: PerSampleGradients) -> bool:
+    """Say whether gradients are worked out by autograd, from a graph that is kept for it.
+
+    Args:
+        term: The gradients.
+
+    Returns:
+        True for functions of parameters.
+    """
+    if isinstance(term, Sum):
+        return any(needs_graph(part) for part in term.terms)
+    return isinstance(term, Derived)
 
 
 def merged(terms: Sequence[PerSampleGradients]) -> PerSampleGradients:

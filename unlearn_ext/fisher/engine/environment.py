@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ext.fisher.engine import checkpoints
 
@@ -102,15 +104,85 @@ def _run_plainly(module: nn.RNNBase, stack: ExitStack) -> None:
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
 
+class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices what is written to a model's parameters, and keeps what was there.
+
+    Without copies of all parameters, and by storage: writing to ``weight.data`` leaves no other trace.
+
+    Args:
+        model: The model.
+        announced: Ids of the parameters that may be written to.
+    """
+
+    def __init__(self, model: nn.Module, announced: Collection[int] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._own: dict[int, list[tuple[str, Tensor]]] = {}
+        # Parameters may also be given other memory.
+        self._memory = [
+            (name, parameter, parameter.detach(), parameter._version)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in announced and not parameter.is_inference()
+        ]
+        for name, parameter, _, _ in self._memory:
+            if parameter.device.type != "meta" and parameter.layout is torch.strided:
+                self._own.setdefault(_storage_of(parameter), []).append((name, parameter))
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Any,  # noqa: ANN401 - an operator
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if function._schema.is_mutable:
+            arguments = function._schema.arguments
+            given = [*zip(arguments, args, strict=False)]
+            given += [(a, kwargs[a.name]) for a in arguments if kwargs and a.name in kwargs]
+            for argument, value in given:
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(value, Tensor) and value.layout is torch.strided:
+                    self._keep(_storage_of(value))
+        return function(*args, **(kwargs or {}))
+
+    def _keep(self, storage: int) -> None:
+        for _, parameter in self._own.get(storage, ()):
+            if id(parameter) not in self._before:
+                self._before[id(parameter)] = parameter, parameter.detach().clone()
+
+    def put_back(self) -> str | None:
+        """Give the parameters the values they had.
+
+        Returns:
+            The name of one that was written to, if any.
+        """
+        written = None
+        with torch.no_grad():
+            for name, parameter, memory, version in self._memory:
+                if parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype:
+                    parameter.data = memory
+                    written = written or name
+                kept = self._before.get(id(parameter))
+                if kept is not None:
+                    parameter.copy_(kept[1])
+                if kept is not None or parameter._version != version:
+                    written = written or name
+        return written
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 @contextmanager
-def unwritten(model: nn.Module) -> Iterator[None]:
+def unwritten(model: nn.Module) -> Iterator[ParameterGuard]:
     """Put back what a forward pass writes into a model's parameters, and drop buffers that it registers.
 
     Args:
         model: The model.
 
     Yields:
-        Nothing.
+        What has to be entered around a forward pass for the values before it to be known.
 
     Raises:
         RuntimeError: If the model wrote to a parameter that nothing announced it would write to.
@@ -121,26 +193,22 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         weight = getattr(module, "weight", None)
         if getattr(module, "max_norm", None) is not None and isinstance(weight, Tensor):
             tables[id(weight)] = weight, weight.detach().clone()
-    versions = [
-        (name, parameter, parameter._version)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in tables
-    ]
+    guard = ParameterGuard(model, tables.keys())
     buffers = {module: set(module._buffers) for module in model.modules()}
     try:
-        yield
+        yield guard
     finally:
         with torch.no_grad():
             for weight, value in tables.values():
                 if not torch.equal(weight, value):
                     weight.copy_(value)
+        written = guard.put_back()
         for module, names in buffers.items():
             for name in set(module._buffers) - names:
                 del module._buffers[name]
                 module._non_persistent_buffers_set.discard(name)
-    for name, parameter, version in versions:
-        if not parameter.is_inference() and parameter._version != version:
-            raise RuntimeError(
-                f"fisher_diagonal: the forward pass must not write to parameters, got a model that writes to "
-                f"{name}; the model is changed"
-            )
+    if written is not None:
+        raise RuntimeError(
+            f"fisher_diagonal: the forward pass must not write to parameters, got a model that writes to "
+            f"{written}; take that out of its forward method"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples, add_gradient, describe
+from unlearn_ext.fisher.engine.settled import SettledTotals
 from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, tensors_in
 
 # Scalars in the gradients of one chunk, and the fewest samples that are worth a chunk. Measured on two CPU
@@ -40,6 +41,8 @@ class Fallback:
             "" if self._chunk >= fewest else f"faster than vmap for {scalars:,} scalars on {device}"
         )
         self._used_vmap = False
+        if not loss.lockstep.is_alone:
+            self._loop_because = "parameters are sharded"
 
     @property
     def how(self) -> str:
@@ -75,6 +78,35 @@ class Fallback:
                 add_gradient(value.sum(), self._chosen, fisher, self._power)
                 values.append(value.detach())
             start = stop
+        return torch.cat(values)
+
+    def accumulate_in_lockstep(self, samples: Samples, totals: SettledTotals) -> Tensor:
+        """Add one batch, sample by sample, on all ranks at once.
+
+        Args:
+            samples: A batch on the model's device.
+            totals: What the gradients' powers are added to.
+
+        Returns:
+            The samples' losses on their own, ``[n]``.
+        """
+        lockstep = self._loss.lockstep
+        values: list[Tensor] = []
+        for sample in range(lockstep.most(samples.n)):
+            with lockstep.marking(self._loss.model) as marks:
+                one = samples.take([min(sample, samples.n - 1)])
+                value = self._loss.losses(one, 1, is_whole=samples.n == 1)
+            if sample < samples.n:
+                values.append(value.detach())
+            if not value.requires_grad:
+                continue
+            totals.begin(self._chosen)
+
+            def take(name: str, grad: Tensor, is_real: bool = sample < samples.n) -> None:
+                if is_real and name in self._chosen:
+                    totals.add_power(name, grad)
+
+            lockstep.gradients(value.sum(), take, marks, totals.settle)
         return torch.cat(values)
 
     def _add_chunk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,10 +14,12 @@ from torch.autograd.graph import GradientEdge
 
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
+from unlearn_ext.fisher.engine.coupling import Watch
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Graph, Node, NodeInput, UntraceableError, kind_of
 from unlearn_ext.fisher.engine.layers import RecordedCall, Recording, recorded
 from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
+from unlearn_ext.fisher.engine.lockstep import Lockstep, Marks, Settle
 from unlearn_ext.fisher.engine.rules import Call, Reach, combines_with_data, read
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss
 from unlearn_ext.tasks.batches import Batch
@@ -66,10 +68,15 @@ class Trace:
         losses: ``[n]``, with their graph.
         n: Number of samples.
         recording: What the forward pass has shown of layers with rules of their own.
+        lockstep: Decides together with other ranks.
+        marks: Places at which every rank comes by in the same order.
     """
 
-    def __init__(self, losses: Tensor, n: int, recording: Recording) -> None:
+    def __init__(
+        self, losses: Tensor, n: int, recording: Recording, lockstep: Lockstep, marks: Marks = ()
+    ) -> None:
         self.losses, self.n = losses, n
+        self.lockstep, self.marks = lockstep, marks
         self._recording = recording
         self.graph = Graph(losses.grad_fn)
         self._reads: dict[tuple[int, Reach], list[Read]] = {}
@@ -132,6 +139,9 @@ class Trace:
         for node, output, arrived in arrivals:
             waiting.setdefault(node, []).append(arrived)
             outputs.setdefault(node, set()).add(output)
+        for node, output in self.marks:  # all ranks go as far down as any, whatever they look for
+            waiting.setdefault(node, [])
+            outputs.setdefault(node, set()).add(output)
         above = self.graph.above(waiting)
         handles = []
         try:
@@ -183,7 +193,9 @@ def _signature(taken: NodeInput) -> Signature:
 
 
 @contextmanager
-def traced(loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False) -> Iterator[Trace]:
+def traced(
+    loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False, watch: Watch | None = None
+) -> Iterator[Trace]:
     """Run a forward pass.
 
     Args:
@@ -191,14 +203,24 @@ def traced(loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False)
         batch: A batch on the model's device.
         n: Its number of samples.
         is_whole: It is a batch as the user gave it.
+        watch: Looks on; a model that cannot run while it is watched runs once more.
 
     Yields:
         The pass, whose graph lives as long as the context.
     """
     with recorded(loss.model) as recording:
-        values = loss.losses(batch, n, is_whole=is_whole)
+        values: Tensor | None = None
+        with loss.lockstep.marking(loss.model) as marks:
+            if watch is not None:
+                with watch, suppress(Exception):
+                    values = loss.losses(batch, n, is_whole=is_whole)
+            if values is None:
+                if watch is not None:
+                    watch.is_mixed = True
+                    recording.edges.clear()
+                values = loss.losses(batch, n, is_whole=is_whole)
         recording.is_open = False
-        yield Trace(values, n, recording)
+        yield Trace(values, n, recording, loss.lockstep, marks)
 
 
 @dataclass
@@ -221,6 +243,8 @@ class FisherPass:
         layouts: Parameter name to what is read, and in which layout.
         accumulate: ``accumulate(name, gradients)`` gets every parameter's gradients as soon as they are
             complete; a ``MismatchError`` refuses them.
+        settle: ``settle(names that may still come, failures)`` is called at the marks and at the end, on all
+            ranks at once; it adds the other ranks' failures.
     """
 
     def __init__(
@@ -229,7 +253,9 @@ class FisherPass:
         parameters: Mapping[str, Tensor],
         layouts: Mapping[str, Mapping[Read, Layout]],
         accumulate: Accumulate,
+        settle: Settle | None = None,
     ) -> None:
+        self._settle = settle
         self._trace, self._layouts, self._accumulate = trace, layouts, accumulate
         self._targets = [_Target(name, parameters[name], len(layouts[name])) for name in layouts]
         self._failures: dict[str, Exception] = {}
@@ -251,8 +277,14 @@ class FisherPass:
                 if isinstance(place.what, NodeInput):
                     needs_graph |= any(not step.moves for path in place.what.paths for step in path)
                     needs_graph |= len(place.what.paths) > 1
+        if self._settle:  # as arrivals, which the lowest mark has too, whatever is read below it
+            arrivals += [(node, output, self._come_by) for node, output in self._trace.marks]
         try:
-            self._trace.backward(arrivals, torch.ones_like(self._trace.losses), retain_graph=needs_graph)
+            self._trace.backward(
+                arrivals,
+                torch.ones_like(self._trace.losses),
+                retain_graph=needs_graph,
+            )
             with torch.no_grad():
                 for target, term in self._later:
                     self._finish(target, term)
@@ -260,9 +292,17 @@ class FisherPass:
                 if target.missing:
                     error = MismatchError("its gradient did not arrive")
                     self._failures.setdefault(target.name, error)
+            if self._settle:
+                self._settle((), self._failures)
         finally:
             self._later.clear()
         return self._failures
+
+    def _come_by(self, _: Sequence[Tensor | None]) -> None:
+        still = {target.name for target in self._targets if target.missing}
+        still |= {target.name for target, _ in self._later}
+        if self._settle:
+            self._settle(still - self._failures.keys(), self._failures)
 
     def _arrived(self, target: _Target, place: Read, layout: Layout, grads: Sequence[Tensor | None]) -> None:
         if target.name in self._failures:

@@ -6,17 +6,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.combine import needs_graph
+from unlearn_ext.fisher.engine.coupling import Watch, may_couple
 from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.layers import RecordedCall
 from unlearn_ext.fisher.engine.layout import Layout, MismatchError, NoRuleError, UnprovenError
+from unlearn_ext.fisher.engine.lockstep import Lockstep
 from unlearn_ext.fisher.engine.passes import FisherPass, Read, Trace, traced
 from unlearn_ext.fisher.engine.proof import LayoutProof
 from unlearn_ext.fisher.engine.sample_losses import (
@@ -28,7 +31,7 @@ from unlearn_ext.fisher.engine.sample_losses import (
     in_channels_last,
 )
 from unlearn_ext.fisher.engine.selections import below, selections
-from unlearn_ext.fisher.engine.totals import Totals
+from unlearn_ext.fisher.engine.settled import SettledTotals
 from unlearn_ext.fisher.engine.trust import Trust, TrustCache
 from unlearn_ext.fisher.engine.verification import Alone, Tolerance, Verification, tolerance_of
 from unlearn_ext.tasks.batches import Batch
@@ -74,6 +77,9 @@ class PerSample:
         power: 1 or 2.
         select: ``select(batch, samples) -> batch`` for batches whose samples do not lie along a leading
             dimension; by default they do.
+        lockstep: Decides together with the other ranks of a sharded model, whose gathered parameters
+            ``chosen`` are.
+        guard: What the forward passes of a model that nothing is known about run inside.
 
     Raises:
         NotImplementedError: If parameters are sharded, or not there.
@@ -87,17 +93,20 @@ class PerSample:
         fisher: Mapping[str, Tensor],
         power: int,
         select: Select | None = None,
+        lockstep: Lockstep | None = None,
+        guard: AbstractContextManager[object] | None = None,
     ) -> None:
         check_parameters(chosen)
         self._model, self._chosen, self._fisher, self._power = model, chosen, fisher, power
-        self._select = select
-        self._loss = PerSampleLoss(model, loss_fn)
+        self._select, self._guard = select, guard
+        self._lockstep = Lockstep() if lockstep is None else lockstep
+        self._loss = PerSampleLoss(model, loss_fn, self._lockstep)
         self._trust_cache = TrustCache(model, loss_fn, chosen)
         self._verification = Verification(self._loss, chosen)
         self._fallbacks: dict[tuple[str, ...], Fallback] = {}
         self._has_warned = False
         self._has_run = self._is_used = False
-        self._totals = Totals(fisher, power)
+        self._totals = self._lockstep.totals(fisher, power)
         self._how: dict[str, str] = {}
 
     @property
@@ -118,7 +127,10 @@ class PerSample:
         with prepared(self._model):
             samples = Samples(batch, n, self._select)
             trust = self._trust_cache.lookup(batch, n)
-            losses = None if trust.is_mixed else self._add(samples, trust)
+            self._loss.surroundings = None if trust.sizes else self._guard
+            self._guard = None  # what a model does not write in its first batch, it hardly will
+            is_mixed = self._lockstep.any(trust.is_mixed)
+            losses = None if is_mixed else self._add(samples, trust)
             return self._add_on_their_own(samples) if losses is None else losses
 
     def finish(self) -> None:
@@ -129,7 +141,7 @@ class PerSample:
         """
         with torch.no_grad():
             self._totals.finish()
-        if self._has_run and not self._is_used:
+        if self._lockstep.any(self._has_run) and not self._lockstep.any(self._is_used):
             raise ValueError(
                 "fisher_diagonal: the losses must depend on the chosen parameters, got losses that depend on "
                 "none of them as they are (a wrapper such as FSDP may put others in their place: pass the "
@@ -147,35 +159,46 @@ class PerSample:
             The losses, or None if the samples do influence each other, and nothing was added.
         """
         n, start = samples.n, time.perf_counter()
+        lockstep = self._lockstep
         if trust.channels_last is None:
             trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
-        with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
+        batch, watch = self._formatted(samples, trust), None
+        if not trust.edges and lockstep.is_alone:  # a watched pass that fails is run again
+            watch = Watch(batch, n, is_leading=samples.is_leading)
+        with traced(self._loss, batch, n, is_whole=True, watch=watch) as trace:
             losses = trace.losses.detach()
-            if not bool(torch.isfinite(losses).all()):
+            if not lockstep.all(bool(torch.isfinite(losses).all())):
                 return losses
             self._has_run |= trace.losses.requires_grad
             self._is_used |= any(trace.graph.has_leaf(parameter) for parameter in self._chosen.values())
-            is_new = not trace.graph.edges <= trust.edges
-            was_known = bool(trust.edges)
+            is_new = lockstep.any(not trace.graph.edges <= trust.edges)
+            was_known = lockstep.all(bool(trust.edges))
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
-                trust.may_couple = bool(trust.may_couple) or may_couple(self._loss, samples)
+            if lockstep.any(is_new or n not in trust.sizes):
+                trust.may_couple = lockstep.any(bool(trust.may_couple)) or lockstep.any(
+                    watch.is_mixed if watch is not None else may_couple(self._loss, samples)
+                )
+            trust.reasons.update(lockstep.reasons(trust.reasons))
             if self._chosen.keys() - trust.reasons.keys():
                 plan = self._plan(trace, trust)
             else:
                 plan = _Plan(reasons={name: trust.reasons[name] for name in self._chosen})
             tolerance, spent = trust.tolerance, time.perf_counter()
-            alone = self._alone(samples, losses, trust, is_new=is_new, is_blind=plan.is_blind)
+            is_blind = lockstep.any(plan.is_blind)
+            alone = self._alone(samples, losses, trust, is_new=is_new, is_blind=is_blind)
             if not self._verification.is_apart(samples, losses, alone, tolerance):
                 trust.is_mixed = not was_known or trust.refutations[_MIXED] >= _REFUTATIONS
                 trust.refutations[_MIXED] += 1
                 return None
-            compared = [found for found in alone if found.projections or n == 1]
+            compared = [found for found in alone if found.projections or (n == 1 and found.has_gradients)]
             if compared:
                 trust.price, trust.seconds = time.perf_counter() - spent, 0.0
                 start += trust.price
             failures = self._run(trace, trust, plan, compared, tolerance, is_new=is_new)
-        again = [name for name, error in failures.items() if isinstance(error, UnprovenError)]
+        unproven = {name for name, error in failures.items() if isinstance(error, UnprovenError)}
+        joined = lockstep.names(unproven)
+        again = [name for name in self._chosen if name in joined]
         if again:
             failures = {name: error for name, error in failures.items() if name not in again}
             failures |= self._add_again(samples, trust, again, compared, tolerance)
@@ -191,7 +214,7 @@ class PerSample:
             self._fall_back(samples, plan.reasons)
         if not is_new:
             trust.seconds += time.perf_counter() - start
-        if not trust.tried_fewer and n > max(_FEWER):
+        if lockstep.any(not trust.tried_fewer) and lockstep.all(n > max(_FEWER)):
             trust.tried_fewer = True
             self._tell_apart(samples, trust)
         return losses
@@ -200,12 +223,14 @@ class PerSample:
         # Where one position of many has a gradient (a class token), two layouts may explain what is seen in a
         # batch of one size, such as 65 positions of 32 samples, and hardly in those of others.
         for n in _FEWER:
-            names = trust.unsettled(self._chosen)
+            joined = self._lockstep.names(trust.unsettled(self._chosen))
+            names = [name for name in self._chosen if name in joined]
             if not names:
                 return
             fewer = Samples(samples.take(range(n)), n, self._select)
             with traced(self._loss, self._formatted(fewer, trust), n) as trace:
-                if not trace.losses.requires_grad or not bool(torch.isfinite(trace.losses).all()):
+                is_finite = self._lockstep.all(bool(torch.isfinite(trace.losses).all()))
+                if not trace.losses.requires_grad or not is_finite:
                     return
                 for name, proven in LayoutProof(trace, self._chosen).run(names).items():
                     if proven.error is None and proven.reach is trust.reaches.get(name):
@@ -232,29 +257,35 @@ class PerSample:
         Raises:
             NotPerSampleError: If the loss is not one value per sample.
         """
-        n = samples.n
-        is_due = trust.seconds * CERTIFICATES >= trust.price
+        n, lockstep = samples.n, self._lockstep
+        is_due = lockstep.any(trust.seconds * CERTIFICATES >= trust.price)
+        is_due = lockstep.any(n not in trust.sizes) or is_due
+        is_coupled = lockstep.any(bool(trust.may_couple))
         chosen: list[int] = []
-        if trust.may_couple and is_blind:
+        if is_coupled and is_blind:
             chosen = list(range(n))
-        elif is_new or not trust.certificates:
+        elif is_new or lockstep.any(not trust.certificates):
             # The largest losses have gradients to show; two batches, since all samples of one may be alike.
             trust.certificates += not is_new
-            chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
-        elif n not in trust.sizes or is_due:
+            chosen = losses.abs().argsort(descending=True, stable=True)[: 1 + is_new].tolist()
+        elif is_due:
             chosen = [trust.certificates * 40503 % n]
+            if n > max(trust.sizes, default=0):  # nothing was ever at the last place
+                chosen = sorted({*chosen, n - 1})
             trust.certificates += 1
+        chosen += [0] * (lockstep.most(len(chosen)) - len(chosen))
         found = []
         try:
             found = [self._verification.alone(samples, sample) for sample in chosen]
             if is_blind and len(chosen) > 1:
                 formatted = Samples(self._formatted(samples, trust), n, self._select)
                 found.append(self._verification.among_copies(formatted, chosen[0]))
-            if trust.may_couple:
-                for sample in range(n):
-                    if sample not in chosen:
-                        value = self._loss.losses(samples.take([sample]), 1)
-                        found.append(Alone(sample, value.detach()))
+            if is_coupled:
+                rest = [sample for sample in range(n) if sample not in chosen]
+                rest += [0] * (lockstep.most(len(rest)) - len(rest))
+                for sample in rest:
+                    value = self._loss.losses(samples.take([sample]), 1)
+                    found.append(Alone(sample, value.detach(), has_gradients=False))
         except NotPerSampleError:
             self._loss.losses(samples.batch, n, is_whole=True)  # fails as well, and with the user's numbers
             raise
@@ -281,7 +312,7 @@ class PerSample:
             if name in trust.reasons:
                 plan.reasons[name] = trust.reasons[name]
                 continue
-            if only is None and name in trust.reaches:
+            if only is None and name in trust.reaches and not trust.may_couple:
                 try:
                     reads = trace.reads(self._chosen[name], trust.reaches[name])
                     known = trust.layouts(name, reads, trace.n, moved)
@@ -291,6 +322,8 @@ class PerSample:
                 pending.append(name)
             else:
                 plan.layouts[name] = known
+        joined = self._lockstep.names(pending)
+        pending = [name for name in self._chosen if name in joined]
         if pending and trace.losses.requires_grad:
             proof = LayoutProof(trace, self._chosen, moving)
             for name, proven in proof.run(pending).items():
@@ -298,6 +331,7 @@ class PerSample:
                     trust.learn(name, proven)
                     plan.layouts[name] = proven.layouts
                 else:
+                    plan.layouts.pop(name, None)
                     plan.reasons[name] = describe(proven.error)
                     self._refute(trust, name, plan.reasons[name], for_good=not moved)
             trust.learn_axes(proof.axes_kept)
@@ -325,26 +359,42 @@ class PerSample:
         is_new: bool,
     ) -> dict[str, Exception]:
         def accumulate(name: str, term: PerSampleGradients) -> None:
-            if self._verification.check(name, term, alone, tolerance):
+            if not self._lockstep.is_alone and needs_graph(term):
+                raise MismatchError("made of parameters that are not all gathered at once")
+            try:
+                is_evident = self._verification.check(name, term, alone, tolerance)
+            except MismatchError:
+                raise
+            except Exception as error:  # of a function of parameters, say, that autograd differentiates once
+                raise MismatchError(describe(error)) from error
+            if is_evident:
                 trust.evident.add(name)
             elif name in plan.unseen and name not in trust.evident:
                 if term.is_zero():
                     return
                 raise MismatchError("no sample that was checked had a gradient")
-            if is_new:
+            if is_new and self._lockstep.is_alone:
                 self._add_first(name, term)
             else:
                 self._totals.add(name, term)
 
         if not trace.losses.requires_grad:
             return {}
-        failures = FisherPass(trace, self._chosen, plan.layouts, accumulate).run()
-        for name, layouts in plan.layouts.items():
-            if not layouts and any(
-                self._verification.has_gradient(name, found, tolerance) for found in alone
-            ):
-                failures[name] = NoRuleError("the graph does not show where it is used")
-        return failures
+        unseen = {
+            name
+            for name, layouts in plan.layouts.items()
+            if not layouts
+            if any(self._verification.has_gradient(name, found, tolerance) for found in alone)
+        }
+        unseen = self._lockstep.names(unseen)
+        layouts = {name: of for name, of in plan.layouts.items() if name not in unseen}
+        settle = None
+        if isinstance(self._totals, SettledTotals):
+            self._totals.begin(layouts)
+            settle = self._totals.settle
+        failures = FisherPass(trace, self._chosen, layouts, accumulate, settle).run()
+        why = "the graph does not show where it is used"
+        return failures | {name: NoRuleError(why) for name in unseen}
 
     def _add_again(
         self,
@@ -376,6 +426,7 @@ class PerSample:
         kinds = (nn.Conv2d, nn.ConvTranspose2d)
         return (
             samples.is_leading
+            and self._lockstep.is_alone
             and samples.n > 1
             and self._loss.device.type == "cpu"
             and any(isinstance(module, kinds) for module in self._model.modules())
@@ -413,7 +464,10 @@ class PerSample:
         if fallback is None:
             chosen = {name: self._chosen[name] for name in names}
             fallback = self._fallbacks[names] = Fallback(self._loss, chosen, self._power)
-        values = fallback.accumulate(samples, self._fisher)
+        if isinstance(self._totals, SettledTotals):
+            values = fallback.accumulate_in_lockstep(samples, self._totals)
+        else:
+            values = fallback.accumulate(samples, self._fisher)
         for name in names:
             self._how[name] = f"fallback: {reasons[name]}; {fallback.how}"
         return values
@@ -425,7 +479,7 @@ class PerSample:
                 "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "
                 "each other, the model is random in eval mode, or a tensor that the samples share is as long "
                 "as the batch and was taken apart; the importances are those of samples on their own",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._has_warned = True
         return self._fall_back(samples, dict.fromkeys(self._chosen, _MIXED))

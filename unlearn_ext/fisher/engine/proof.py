@@ -22,14 +22,15 @@ from unlearn_ext.fisher.engine.layers import RecordedCall
 from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
 from unlearn_ext.fisher.engine.passes import Arrived, Read, Signature, Trace
 from unlearn_ext.fisher.engine.rules import Reach
+from unlearn_ext.fisher.engine.sample_losses import describe
 from unlearn_ext.fisher.engine.selections import Key, Selection
 
 AXES = (Axis.FIRST, Axis.SECOND, Axis.INNER)
-# float16 has few powers of two.
-_LARGEST_EXPONENT = {torch.float16: 3}
-_EXPONENT = 12
+# Codes are powers of four: a row that two or three samples share alike, say one that stands for equal
+# samples, is multiplied by the mean of their codes, and no mean of a few powers of four is another one.
+# float16 has few.
+_LARGEST_POWER, _LARGEST_HALF_POWER = 10, 2
 DISAGREES = "disagrees with plain autograd"
-# Codes are a factor of two apart.
 _NEAR = 0.1
 
 
@@ -116,12 +117,11 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 class _Codes:
     """Factors of the losses, as few passes as tell all samples apart."""
 
-    def __init__(self, losses: Tensor, *, is_float16: bool) -> None:
-        n = len(losses)
-        largest = _LARGEST_EXPONENT[torch.float16] if is_float16 else _EXPONENT
-        exponents = range(-largest, largest + 1)
+    def __init__(self, losses: Tensor, n: int, *, is_float16: bool) -> None:
+        largest = _LARGEST_HALF_POWER if is_float16 else _LARGEST_POWER
+        powers = range(-largest, largest + 1)
         # Small ones first, so that few samples need no large ones.
-        values = [sign * 2.0**e for e in sorted(exponents, key=abs) for sign in (1.0, -1.0)]
+        values = [sign * 4.0**e for e in sorted(powers, key=abs) for sign in (1.0, -1.0)]
         values = [value for value in values if value != 1.0]
         base = len(values)
         self.digits: list[Tensor] = []
@@ -132,7 +132,7 @@ class _Codes:
             if not bool(rest.any()):
                 break
         table = losses.new_tensor(values)
-        self.values = [table[digit.to(losses.device)] for digit in self.digits]
+        self.values = [table[digit.to(losses.device)][: len(losses)] for digit in self.digits]
         self.table, self.base = table, base
 
     def __len__(self) -> int:
@@ -169,7 +169,9 @@ class LayoutProof:
             torch.is_autocast_enabled(trace.losses.device.type)
             and torch.get_autocast_dtype(trace.losses.device.type) == torch.float16
         )
-        self._codes = _Codes(trace.losses.detach(), is_float16=is_float16)
+        # As many passes as the rank with the most samples needs.
+        most = trace.lockstep.most(self._n)
+        self._codes = _Codes(trace.losses.detach(), most, is_float16=is_float16)
 
     def run(self, names: Iterable[str]) -> dict[str, Proven]:
         """Prove.
@@ -192,6 +194,7 @@ class LayoutProof:
             self._measure({name: places for name, places in reads.items() if places})
             for name, places in reads.items():
                 found[name] = _better(found.get(name), self._conclude(name, places, reach))
+            self._learn_from_others(found, pending, reach)
             pending = [name for name in pending if found[name].error is not None]
             if not pending:
                 break
@@ -222,8 +225,15 @@ class LayoutProof:
                 kept[selection.key] = None
         return kept
 
+    def _learn_from_others(self, found: dict[str, Proven], names: Iterable[str], reach: Reach) -> None:
+        # What cannot be read on one rank is not read on any.
+        own = {name: describe(error) for name in names if (error := found[name].error) is not None}
+        for name, why in self._trace.lockstep.reasons(own).items():
+            if name not in own:
+                found[name] = Proven(reach, error=MismatchError(why))
+
     def _measure(self, reads: Mapping[str, Sequence[Read]]) -> None:
-        if not reads:
+        if not reads and self._trace.lockstep.is_alone:
             return
         ones = torch.ones_like(self._trace.losses)
         for number, weights in enumerate([ones, *self._codes.values]):
@@ -280,10 +290,11 @@ class LayoutProof:
         # Share of [n, positions] that is not explained by the samples' codes.
         first, *coded = values
         size = torch.linalg.vector_norm(first, dtype=torch.float64)
-        worst = 0.0
+        shares = []
         for value, codes in zip(coded, self._codes.values, strict=True):
             left = value / codes.to(value.dtype).unsqueeze(1) - first
-            worst = max(worst, float(torch.linalg.vector_norm(left, dtype=torch.float64) / size))
+            shares.append(torch.linalg.vector_norm(left, dtype=torch.float64) / size)
+        worst = float(torch.stack(shares).amax())  # which keeps what is no number
         return worst if worst == worst else float("inf")
 
     def _conclude(self, name: str, places: Sequence[Read], reach: Reach) -> Proven:
@@ -295,7 +306,7 @@ class LayoutProof:
             some = next(iter(readable.values()), rows)
             if some is None and any(tried.values()):
                 return Proven(reach, error=self._failures[name, place, Axis.FIRST])
-            if some is None or not bool(some.values[0].any()):
+            if some is None or not any(bool(value.any()) for value in some.values):
                 proven.layouts[place] = Layout(self._n, Axis.ROWS, may_be_nonzero=False)
                 proven.learn(place.signature, Place(None, is_spread=False, is_settled=True))
                 continue
@@ -342,7 +353,8 @@ class LayoutProof:
             distance, digit = nearest.min(1)
             if bool((distance > _NEAR).any()):
                 return None
-            left = torch.where(has_some, value / table[digit] - first, 0)
+            # Where samples cancel each other, the codes show what the plain pass does not.
+            left = torch.where(has_some, value / table[digit] - first, value)
             if not float(torch.linalg.vector_norm(left)) <= tolerance * float(
                 torch.linalg.vector_norm(first)
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext.fisher.engine.layout import MismatchError
+from unlearn_ext.fisher.engine.lockstep import Lockstep
 from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors
 from unlearn_ext.tasks.losses import LossFn
 
@@ -26,11 +28,17 @@ class PerSampleLoss:
     Args:
         model: The model, borrowed for a pass.
         loss_fn: ``loss_fn(model, batch) -> Tensor[n]``.
+        lockstep: Decides together with other ranks, if there are any.
+
+    Attributes:
+        surroundings: What forward passes run inside; None for nothing.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, lockstep: Lockstep | None = None) -> None:
         self.model, self.loss_fn = model, loss_fn
+        self.lockstep = Lockstep() if lockstep is None else lockstep
         self._is_first = True
+        self.surroundings: AbstractContextManager[object] | None = None
         self.device = device_of(model)
         if self.device.type == "meta":
             raise NotImplementedError(
@@ -56,13 +64,21 @@ class PerSampleLoss:
         Raises:
             NotPerSampleError: If the loss is not one value per sample.
             ValueError: If that of the first whole batch does not depend on the parameters.
+            RuntimeError: If losses depend on the parameters on some ranks only.
         """
         # Weights that autocast has cast for an earlier pass belong to a graph that is used up.
         torch.clear_autocast_cache()
-        values = self.loss_fn(self.model, batch)
+        with self.surroundings or nullcontext():
+            values = self.loss_fn(self.model, batch)
         if not isinstance(values, Tensor) or values.shape != (n,):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise NotPerSampleError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
+        depends = values.requires_grad
+        if self.lockstep.any(depends) and self.lockstep.any(not depends):
+            raise RuntimeError(
+                "fisher_diagonal: losses of a sharded model must depend on parameters on all ranks or none, "
+                "got constant ones on a rank (samples without labels?); leave such samples out"
+            )
         if is_whole:
             if self._is_first and not values.requires_grad:
                 raise ValueError("loss_fn must return losses that depend on the parameters, got a constant")

@@ -37,6 +37,8 @@ _ANYWHERE = {
 # of it.
 _BROADCASTING = {"Add", "Div", "Expand", "Mul", "Repeat", "Sub", "Where"}
 _LEAVES = MOVES | {"ToCopy", "Expand"}
+# What FSDP2 puts around a module to gather and to free its parameters hands everything on as it is.
+_TRANSPARENT = {"RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ def selections(graph: Graph) -> Iterator[Selection]:
 
 def _is_unknown(kind: str) -> bool:
     # A torch.autograd.Function, whose node's name has no number at its end.
-    return kind.endswith("Backward")
+    return kind.endswith("Backward") and kind not in _TRANSPARENT
 
 
 def _dims(node: Node) -> tuple[int, ...] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +15,6 @@ from unlearn_ext.fisher.engine.graph import Graph
 from unlearn_ext.fisher.engine.layout import MismatchError
 from unlearn_ext.fisher.engine.proof import DISAGREES
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
-
-# Scalars of plain gradients that are held at a time; of a large model, a quarter.
-_HELD = 2**22
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -76,6 +74,7 @@ class Alone:
         projections: Parameter name to the projections of its gradient.
         size: The largest norm among them.
         strictness: Factor of the tolerance for gradients.
+        has_gradients: Its gradients were looked at; projections are left out where they vanish.
     """
 
     sample: int
@@ -83,6 +82,7 @@ class Alone:
     projections: dict[str, Tensor] = field(default_factory=dict)
     size: float = 0.0
     strictness: float = 1.0
+    has_gradients: bool = True
 
 
 class Verification:
@@ -148,36 +148,39 @@ class Verification:
     def _differentiated(self, found: Alone, value: Tensor) -> Alone:
         if not value.requires_grad:
             return found
-        groups = list(self._groups())
-        for number, names in enumerate(groups):
-            grads = torch.autograd.grad(
-                value.sum(),
-                [self._chosen[name] for name in names],
-                allow_unused=True,
-                retain_graph=number + 1 < len(groups),
-            )
-            with torch.no_grad():
-                for name, grad in zip(names, grads, strict=True):
-                    if grad is not None:
-                        dense = grad.to_dense() if grad.is_sparse else grad
-                        found.projections[name] = self.onto(name).of(dense.unsqueeze(0))[0]
+        if self._loss.lockstep.is_alone:
+            self._differentiate(found, value)
+        else:
+
+            def take(name: str, grad: Tensor) -> None:
+                self._project(found, name, grad)
+
+            self._loss.lockstep.gradients(value.sum(), take, (), None)
         sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
         found.size = max(sizes, default=0.0)
         return found
 
-    def _groups(self) -> Iterator[list[str]]:
-        total = sum(parameter.numel() for parameter in self._chosen.values())
-        budget = max(_HELD, total // 4)
-        names: list[str] = []
-        held = 0
-        for name in reversed(list(self._chosen)):
-            names.append(name)
-            held += self._chosen[name].numel()
-            if held >= budget:
-                yield names
-                names, held = [], 0
-        if names:
-            yield names
+    def _differentiate(self, found: Alone, value: Tensor) -> None:
+        handles = []
+        try:
+            for name, parameter in self._chosen.items():
+                hook = functools.partial(self._project, found, name)
+                handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+            grads = torch.autograd.grad(value.sum(), list(self._chosen.values()), allow_unused=True)
+            for name, grad in zip(self._chosen, grads, strict=True):
+                if grad is not None and grad.layout is not torch.strided:
+                    self._project(found, name, grad.to_dense())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _project(self, found: Alone, name: str, grad: Tensor) -> Tensor | None:
+        if grad.layout is not torch.strided:
+            return None
+        with torch.no_grad():
+            found.projections[name] = self.onto(name).of(grad.unsqueeze(0))[0]
+            # Zeros without memory take its place, so that one gradient at a time is held.
+            return grad.new_zeros(()).expand_as(grad)
 
     def check(
         self, name: str, term: PerSampleGradients, alone: Iterable[Alone], tolerance: Tolerance
@@ -236,19 +239,24 @@ class Verification:
         Returns:
             False if they influence each other.
         """
-        return all(self._is_apart(samples, losses, found, tolerance) for found in alone)
+        every = [self._is_apart(samples, losses, found, tolerance) for found in alone]
+        return self._loss.lockstep.all(all(every))
 
     def _is_apart(self, samples: Samples, losses: Tensor, found: Alone, tolerance: Tolerance) -> bool:
         here, there = float(losses[found.sample]), float(found.loss.reshape(()))
         size = max(1.0, abs(here))
         difference = abs(here - there)
-        if difference <= tolerance.loss * size:
-            return True
-        if not difference <= tolerance.loose * size:
-            return False
+        is_same = difference <= tolerance.loss * size
+        may_be_rounding = not is_same and difference <= tolerance.loose * size
+        if not self._loss.lockstep.any(may_be_rounding):
+            return is_same
         # Other sizes of a batch mean other kernels, which round otherwise. A batch of the same size that
         # holds nothing but this sample runs the same ones: what differs then is the others' influence.
         company = self._loss.losses(samples.take([found.sample] * samples.n), samples.n).detach()
-        difference = abs(here - float(company[found.sample]))
+        if not may_be_rounding:  # another rank has asked for it
+            return is_same
+        # Wherever in the batch it stands, since places may matter as well.
+        farthest = float((company - company[found.sample]).abs().max())
+        influence = max(abs(here - float(company[found.sample])), farthest)
         # The logits, which may be large where the loss is small, have rounded alike.
-        return difference <= tolerance.loss * size or difference <= 0.1 * abs(here - there)
+        return influence <= tolerance.loss * size or influence <= 0.1 * difference

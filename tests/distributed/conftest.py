@@ -1,0 +1,16 @@
+import pytest
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def three_ranks():
+    pool = RankPool(3)
+    yield pool
+    pool.close()

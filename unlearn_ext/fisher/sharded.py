@@ -1,0 +1,242 @@
+"""The diagonal of models that are sharded over ranks by FSDP2, each rank with its own share of the data.
+
+The engine is the same, and so is its proof. What differs: the parameters in autograd's graph are gathered for
+a pass and freed again; no rank has room for all accumulators; and since every pass is a collective, the ranks
+go through all of them together, those that have run out of data with a batch that counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unlearn_ext._internal.dtensors import local_of
+from unlearn_ext.distributed.fsdp import ShardedModel, fsdp_modules
+from unlearn_ext.fisher.engine.lockstep import Lockstep, Marks, Settle, Take
+from unlearn_ext.fisher.engine.settled import SettledTotals
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches, map_tensors, moved, read_batches
+
+
+class ShardedLockstep(Lockstep):
+    """The decisions of all ranks of a model's mesh.
+
+    Args:
+        sharded: The model.
+        leaves: Name to gathered parameter, for all of them.
+        chosen: Names of those that importances are computed of.
+    """
+
+    is_alone = False
+
+    def __init__(self, sharded: ShardedModel, leaves: Mapping[str, Tensor], chosen: Collection[str]) -> None:
+        self._sharded = sharded
+        self._leaves, self._chosen = leaves, list(chosen)
+        self._totals: SettledTotals | None = None
+
+    def any(self, flag: bool) -> bool:  # noqa: D102 - as in the base class
+        return bool(self.most(int(flag)))
+
+    def most(self, number: int) -> int:  # noqa: D102
+        return int(self._sharded.reduced(torch.tensor(number), dist.ReduceOp.MAX))
+
+    def names(self, own: Collection[str]) -> set[str]:  # noqa: D102
+        flags = torch.tensor([name in own for name in self._chosen], dtype=torch.int32)
+        agreed = self._sharded.reduced(flags, dist.ReduceOp.MAX).tolist()
+        return {name for name, is_in in zip(self._chosen, agreed, strict=True) if is_in}
+
+    def reasons(self, own: Mapping[str, str]) -> dict[str, str]:  # noqa: D102
+        if not self.most(len(own)):
+            return {}
+        joined: dict[str, str] = {}
+        for each in self._sharded.exchanged(dict(own)):
+            joined = {**each, **joined}  # what the first rank says
+        return joined
+
+    def totals(self, fisher: Mapping[str, Tensor], power: int) -> SettledTotals:  # noqa: D102
+        self._totals = SettledTotals(
+            fisher,
+            power,
+            shapes={name: self._leaves[name] for name in self._chosen},
+            reduce=lambda name, full: self._sharded.add_reduced(fisher[name], full),
+            least=self._sharded.reduced,
+        )
+        return self._totals
+
+    def count(self, is_live: bool) -> None:
+        """Say whether the next batch counts.
+
+        Args:
+            is_live: False where it is run only because other ranks have more.
+        """
+        if self._totals is not None:
+            self._totals.counts = is_live
+
+    @contextmanager
+    def marking(self, model: nn.Module) -> Iterator[list[tuple[object, int]]]:  # noqa: D102
+        marks: dict[object, int] = {}
+
+        def note(module: nn.Module, args: object, output: object) -> None:
+            for tensor in _differentiable(output):
+                marks.setdefault(tensor.grad_fn, tensor.output_nr)
+
+        handles = [module.register_forward_hook(note) for _, module in fsdp_modules(model)]
+        places: list[tuple[object, int]] = []
+        try:
+            yield places
+        finally:
+            for handle in handles:
+                handle.remove()
+            places += marks.items()
+
+    def gradients(self, loss: Tensor, take: Take, marks: Marks, settle: Settle | None) -> None:  # noqa: D102
+        coming = set(self._chosen)
+        failures: dict[str, Exception] = {}
+
+        def arrived(name: str) -> Callable[[Tensor], None]:
+            def hook(leaf: Tensor) -> None:
+                # Taken away at once, so that FSDP finds nothing to add up over the ranks.
+                grad, leaf.grad = leaf.grad, None
+                if grad is not None and name in coming:
+                    coming.discard(name)
+                    with torch.no_grad():
+                        take(name, grad.detach())
+
+            return hook
+
+        def come_by(*_: object) -> None:
+            if settle is not None:
+                with torch.no_grad():
+                    settle(coming, failures)
+
+        handles = [
+            leaf.register_post_accumulate_grad_hook(arrived(name))
+            for name, leaf in self._leaves.items()
+            if leaf.requires_grad
+        ]
+        try:
+            handles += [node.register_prehook(come_by) for node, _ in marks]
+            loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        coming.clear()
+        come_by()
+
+
+def _differentiable(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.grad_fn is not None:
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _differentiable(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _differentiable(value)
+
+
+@contextmanager
+def unwritten_shards(sharded: ShardedModel) -> Iterator[None]:
+    """Notice where a forward pass writes to a shard; what it writes to gathered parameters goes with them.
+
+    Args:
+        sharded: The model.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: If it has; the model is changed.
+    """
+    versions = {name: local_of(shard)._version for name, shard in sharded.shards.items()}
+    yield
+    for name, shard in sharded.shards.items():
+        if local_of(shard)._version != versions[name]:
+            raise RuntimeError(
+                f"fisher_diagonal: the forward pass must not write to parameters, got a model that writes to "
+                f"{name}; the model is changed"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch on every rank.
+
+    Attributes:
+        batch: This rank's, or one that counts for nothing.
+        n: Its number of samples.
+        index: Its number among this rank's batches.
+        is_live: It counts.
+    """
+
+    batch: Batch
+    n: int
+    index: int
+    is_live: bool
+
+
+def steps(
+    sharded: ShardedModel, data: Batches, task: Task, device: torch.device, **how: object
+) -> Iterator[Step]:
+    """Read every rank's batches until none has any left.
+
+    Args:
+        sharded: The model.
+        data: This rank's batches, perhaps none.
+        task: Counts samples.
+        device: Where tensors go.
+        **how: For ``read_batches``.
+
+    Yields:
+        As many steps on every rank. A rank that has run out goes on with its last batch, one that has never
+        had any with samples of another rank's.
+
+    Raises:
+        RuntimeError: If reading failed on another rank.
+        Exception: What reading raised on this one.
+    """
+    reader = enumerate(read_batches(data, device, **how))  # type: ignore[arg-type]
+    last: tuple[Batch, int] | None = None
+    has_company = False
+    while True:
+        step: Step | None = None
+        error: Exception | None = None
+        try:
+            for index, batch in reader:
+                n = task.count(batch)
+                if n:
+                    step, last = Step(batch, n, index, True), (batch, n)
+                    break
+        except Exception as raised:  # told to the others first
+            error = raised
+        failed, ready, lacks = sharded.reduced(
+            torch.tensor([error is not None, step is not None, last is None], dtype=torch.int32),
+            dist.ReduceOp.MAX,
+        ).tolist()
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("reading the data failed on another rank, whose message says why")
+        if not ready:
+            return
+        if lacks and not has_company:
+            has_company = True
+            found = sharded.exchanged(None if step is None else _few(task, step))
+            company = next(each for each in found if each is not None)
+            if last is None:
+                last = moved(company[0], device), company[1]
+        if step is None:
+            assert last is not None
+            step = Step(*last, -1, False)
+        yield step
+
+
+def _few(task: Task, step: Step) -> tuple[Batch, int]:
+    n = min(2, step.n)
+    return map_tensors(lambda tensor: tensor.cpu(), task.select(step.batch, list(range(n)))), n

@@ -1,0 +1,139 @@
+"""``fisher_diagonal`` of a model that FSDP2 has sharded."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.chosen import Params, Patterns
+from unlearn_ext._internal.dtensors import local_of
+from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext.distributed.fsdp import ShardedModel
+from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
+from unlearn_ext.fisher.engine import PerSample
+from unlearn_ext.fisher.importance import Estimator, Importance, loss_name
+from unlearn_ext.fisher.sharded import ShardedLockstep, steps, unwritten_shards
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batches
+
+
+def sharded_diagonal(
+    model: nn.Module,
+    data: Batches,
+    judge: Task,
+    *,
+    estimator: Estimator,
+    power: int,
+    params: Params,
+    include: Patterns,
+    exclude: Patterns,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> Importance:
+    """Estimate the diagonal of a sharded model, on all ranks of its mesh at once; see ``fisher_diagonal``.
+
+    Args:
+        model: A model with ``fully_shard`` applied to it.
+        data: This rank's share of the data; ranks may have different numbers of batches, or none.
+        judge: The task, with its loss.
+        estimator: ``"per_sample"`` or ``"mc"``.
+        power: 1 or 2.
+        params: See ``fisher_diagonal``.
+        include: See ``fisher_diagonal``.
+        exclude: See ``fisher_diagonal``.
+        generator: For the draws of ``"mc"``, this rank's own.
+        progress: Show a progress bar.
+
+    Returns:
+        Importances of the ranks' data together; tensors sharded like the parameters.
+
+    Raises:
+        NotImplementedError: If the estimator is ``"batch"``, or the model is not sharded by FSDP2 alone.
+        ValueError: If no rank has a sample.
+        FloatingPointError: If a loss or an importance is not finite, on every rank.
+        RuntimeError: If the forward pass writes to a shard.
+    """
+    who = "fisher_diagonal"
+    if estimator == "batch":
+        raise NotImplementedError(
+            f"{who}: estimator 'batch' must be computed on an unsharded model, whose batches it is a mean "
+            "over; 'per_sample' does not depend on batches"
+        )
+    sharded = ShardedModel(model, who)
+    names = list(checked_parameters(model, params, include, exclude))
+    counts = torch.zeros(2, dtype=torch.int64)  # samples, batches
+    largest = 0
+    with sharded.resharded(), borrowed(model), unwritten_shards(sharded):
+        for name in names:  # borrowed puts the flags back
+            if not sharded.shards[name].requires_grad:
+                sharded.shards[name].requires_grad_(True)
+        leaves = sharded.leaves()
+        device = leaves[names[0]].device
+        fisher = {name: sharded.zeros_like(name) for name in names}
+        lockstep = ShardedLockstep(sharded, leaves, names)
+        gradients = PerSample(
+            model,
+            judge.loss,
+            {name: leaves[name] for name in names},
+            fisher,
+            power,
+            select=judge.select if judge.has_own_select else None,
+            lockstep=lockstep,
+        )
+        for step in steps(sharded, data, judge, device, description="importance", progress=progress):
+            batch = step.batch
+            if estimator == "mc":
+                batch = with_drawn_targets(model, judge, batch, step.index, generator)
+            lockstep.count(step.is_live)
+            values = gradients.accumulate(batch, step.n)
+            _check_finite_everywhere(lockstep, values, step.index)
+            if step.is_live:
+                counts += torch.tensor([step.n, 1])
+                largest = max(largest, step.n)
+        n_samples, n_batches = sharded.reduced(counts, dist.ReduceOp.SUM).tolist()
+        if not n_samples:
+            raise ValueError(f"{who}: data must hold at least one sample on some rank, got none")
+        gradients.finish()
+        largest = lockstep.most(largest)
+        coverage = _joined_coverage(sharded, gradients.coverage)
+    for name, total in fisher.items():
+        own = local_of(total)
+        own.div_(n_samples)
+        if not lockstep.all(bool(torch.isfinite(own).all())):
+            raise FloatingPointError(
+                f"{who}: importances must be finite, got some that are not for {name}: a gradient is not "
+                "finite, or too large to be raised to the power"
+            )
+    return Importance(
+        fisher,
+        n_samples=n_samples,
+        estimator=estimator,
+        power=power,
+        batch_size=largest,
+        n_batches=n_batches,
+        coverage=coverage,
+        loss=loss_name(judge),
+        weights_digest=weights_fingerprint(model),
+    )
+
+
+def _check_finite_everywhere(lockstep: ShardedLockstep, values: Tensor, index: int) -> None:
+    is_finite = bool(torch.isfinite(values).all())
+    if lockstep.all(is_finite):
+        return
+    if is_finite:
+        raise FloatingPointError(
+            "fisher_diagonal: the loss must be finite, got another value on another rank"
+        )
+    check_finite("loss", values, index)
+
+
+def _joined_coverage(sharded: ShardedModel, own: dict[str, str]) -> dict[str, str]:
+    joined: dict[str, str] = {}
+    for each in sharded.exchanged(own):
+        for name, how in each.items():
+            if joined.setdefault(name, how) == "fused":
+                joined[name] = how
+    return {name: joined[name] for name in own}
