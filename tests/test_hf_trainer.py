@@ -302,6 +302,57 @@ def test_other_tensors_in_the_parameters_place():
     assert_alike(model, other)
 
 
+def test_parameters_that_are_sharded_later_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 3)
+        cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=random_masks(model))
+        optimizer = cls(model.parameters(), **kwargs)
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in model.parameters()]
+        optimizer.param_groups[0]["params"] = sharded
+        for p in sharded:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(NotImplementedError, match=r"params\['weight'\] must be whole .* got a DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    masks, before = random_masks(model), values_of(model)
+    cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=masks, clip_free=0.1)
+    optimizer = cls([{"params": list(model.parameters())}], **kwargs)
+    for view in (False, True):
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
+        for step in range(3):
+            optimizer.zero_grad()
+            parallel(torch.full((2, 4), float(rank + step + 1))).square().sum().backward()
+            # What the Trainer clips next.
+            assert not any(bool(p.grad[~masks[name]].any()) for name, p in model.named_parameters())
+            optimizer.step()
+    assert_kept(model, before, masks)
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    first = mine.clone()
+    torch.distributed.broadcast(first, 0)
+    assert torch.equal(mine, first)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    torch.multiprocessing.start_processes(_one_of_two, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+
+
 def test_hooks_do_not_keep_an_optimizer():
     model = nn.Linear(4, 3)
     cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=random_masks(model))

@@ -324,6 +324,15 @@ class ConstrainedOptimizer(Optimizer):
         # what a name was constrained to holds for whichever tensor has the name.
         names, param = group.get("param_names"), group["params"][index]
         known = self._by_name.get(names[index]) if names else None
+        tensors = sys.modules.get(
+            "torch.distributed.tensor"
+        )  # where nobody has imported it, nothing is sharded
+        if known is not None and tensors is not None and isinstance(param, tensors.DTensor):
+            what = f"params[{self._label(group, index)}]"
+            condition = f"be whole where {self._keyword} were given for whole parameters"
+            raise NotImplementedError(
+                self._error(what, condition, "a DTensor (sharded after the optimizer was made)")
+            )
         if known is not None and known[0] == param.shape:
             self._constraints[param] = known[1]
 
