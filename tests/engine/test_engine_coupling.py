@@ -72,7 +72,7 @@ DECISIONS = {
     "bag of all": lambda x: F.embedding_bag(torch.arange(len(x))[None], x, mode="max")[0, 0] > 3,
     "reversed": lambda x: x.flip(0)[:, :1] > 6,
     "neighbour": lambda x: x[(torch.arange(len(x)) + 1) % len(x)][:, :1] > 6,
-    "the one before": lambda x: torch.cat([x[:1] * 0, x[:-1]]).flip(0)[:, :1] > 6,
+    "the next one": lambda x: torch.cat([x[1:], x[:1] * 0])[:, :1] > 6,
     "python": lambda x: torch.tensor(sum(x[:, 0].tolist()) > 6),
     "numpy": lambda x: torch.tensor(bool(x[:, 0].numpy().max() > 6)),
     "a shape": lambda x: torch.tensor(x[x > 3].numel() > 0),

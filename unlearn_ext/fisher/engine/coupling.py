@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -54,26 +55,27 @@ class _Axes:
     def __init__(self, n: int) -> None:
         self.n, self.is_mixed = n, False
         self._known: Any = WeakTensorKeyDictionary()
-        self._written: dict[int, Any] = {}  # kept, so that no other memory gets the same name
+        # A weak reference keeps the memory's name from being given to other memory.
+        self._memory: dict[int, StorageWeakRef] = {}
 
     def set(self, tensor: Tensor, at: SampleAxis) -> None:
+        """Note where the samples are; other tensors on the same memory depend on them as well."""
         self._known[tensor] = at
-
-    def write(self, tensor: Tensor, at: SampleAxis) -> None:
-        """Note that a tensor which did not depend on the samples does from now on, and so do its views."""
-        storage = tensor.untyped_storage()
-        self._written[storage._cdata] = storage
-        self._known[tensor] = at
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._memory:
+                self._memory[storage._cdata] = StorageWeakRef(storage)
 
     def get(self, tensor: Tensor) -> SampleAxis | None:
         at: SampleAxis | None = self._known.get(tensor)
-        if at is not None or not self._written:
+        if at is not None or tensor.layout is not torch.strided:
             return at
-        if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in self._written:
+        if tensor.untyped_storage()._cdata not in self._memory or not tensor.numel():
             return None
+        # Seen through another tensor, or written to in parts.
         sizes = [axis for axis, size in enumerate(tensor.shape) if size == self.n]
         if len(sizes) != 1:
-            raise MixedError("a buffer that was written in parts")
+            raise MixedError("memory that is used in several ways")
         return SampleAxis(sizes[0])
 
 
@@ -140,8 +142,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, at in zip(results, found if isinstance(found, list) else [found], strict=True):
             if at is None or not isinstance(tensor, Tensor):
                 continue
-            if name != packet and tensor is not args[0]:
-                self._axes.write(tensor, at)
             self._axes.set(tensor, at)
 
 

@@ -160,8 +160,11 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, parameter, memory, version in self._memory:
                 if parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype:
+                    # A router that is converted to float32 in every pass, say, keeps its values.
+                    is_converted = torch.equal(memory.to(parameter.dtype), parameter)
+                    written = written or (None if is_converted else name)
+                    version = parameter._version if is_converted else version
                     parameter.data = memory
-                    written = written or name
                 kept = self._before.get(id(parameter))
                 if kept is not None:
                     parameter.copy_(kept[1])
