@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed.fsdp import fsdp_modules
+from unlearn_ext.methods.sharded import figures_of
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import resolve
@@ -81,6 +83,9 @@ def measure(
         0.75
     """
     judge = resolve(task, who="measure")
+    if fsdp_modules(model):
+        accuracy, mean, n = figures_of(model, check_batches(data), judge, classes_seen)
+        return Measured(accuracy, mean, _at_least_one(n))
     right = counted = samples = 0
     loss = 0.0
     with borrowed(model), torch.no_grad():
@@ -99,9 +104,14 @@ def measure(
             classes = None if classes_seen is None else judge.classes_of(batch)
             if classes_seen is not None and classes is not None:
                 classes_seen.update(torch.unique(classes[valid > 0]).tolist())
+    _at_least_one(samples)
+    return Measured(right / counted if counted else math.nan, loss / samples, samples)
+
+
+def _at_least_one(samples: int) -> int:
     if samples == 0:
         raise ValueError("measure: data must hold at least one sample, got none")
-    return Measured(right / counted if counted else math.nan, loss / samples, samples)
+    return samples
 
 
 class Watch:
