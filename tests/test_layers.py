@@ -21,10 +21,10 @@ ALLOWED = {
     "tasks": set(),
     "results": {"_internal"},
     "optim": {"ops", "_internal"},
-    "distributed": {"_internal"},
+    "distributed": {"tasks", "_internal"},
     "fisher": {"fisher.engine", "distributed", "ops", "subspace", "tasks", "_internal"},
     "fisher.engine": {"ops", "tasks"},
-    "subspace": {"ops", "tasks", "_internal"},
+    "subspace": {"ops", "distributed", "tasks", "_internal"},
     "masks": {"ops", "distributed", "tasks", "fisher", "fisher.engine", "_internal"},
     "evaluation.metrics": {"tasks", "_internal"},
     "methods": {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.distributed.fsdp import ShardedModel
-from unlearn_ext.fisher.sharded import steps
+from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches

@@ -33,7 +33,9 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.subspace.layers import Layer, layer_of
+from unlearn_ext.subspace.sharded_gram import sharded_totals
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
 from unlearn_ext.tasks.losses import resolve
@@ -228,7 +230,8 @@ def activation_gram(
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, or ``modules`` names a module that is not
             there or not covered, or no covered layer ran.
-        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
+        NotImplementedError: If the model is wrapped for parallel training, sharded in another way than by
+            FSDP2 (of which all ranks call it together, and get the totals of all), or not in memory.
         FloatingPointError: If a total is NaN or infinite; the message names the module.
 
     Source:
@@ -244,7 +247,10 @@ def activation_gram(
         ([[10.0, 14.0], [14.0, 20.0]], 2)
     """
     batches = check_batches(data)
-    check_model(model, "activation_gram")
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded:
+        reshard(model)
+    check_model(model, "activation_gram", may_be_sharded=is_sharded)
     chosen = _chosen_modules(model, modules, include, exclude)
     forward = _forward_of(task)
     totals: dict[str, Tensor] = {}
@@ -257,14 +263,18 @@ def activation_gram(
         layer.add(totals[name], *inputs)
 
     n_samples = 0
-    with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
-        for batch in read_batches(
-            batches, device_of(model), description="activation Gram matrices", progress=progress
-        ):
-            n = _count(task, batch)
-            if n:
-                forward(model, batch)
-                n_samples += n
+    if is_sharded:
+        judge = Task() if task is None else resolve(task, who="activation_gram")
+        totals, n_samples = sharded_totals(model, batches, judge, chosen, _watched, progress)
+    else:
+        with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
+            for batch in read_batches(
+                batches, device_of(model), description="activation Gram matrices", progress=progress
+            ):
+                n = _count(task, batch)
+                if n:
+                    forward(model, batch)
+                    n_samples += n
     if n_samples == 0:
         raise ValueError("activation_gram: data must hold at least one sample, got none")
     if not totals:
