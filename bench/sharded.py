@@ -30,7 +30,7 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function.overloadpacket.__name__
-            if "wait" not in name and "barrier" not in name:
+            if "gather" in name or "reduce" in name:
                 tensors = [t for t in _flat((args, result)) if isinstance(t, torch.Tensor)]
                 size = max((t.numel() * t.element_size() for t in tensors), default=0)
                 self.bytes[name] = self.bytes.get(name, 0) + size

@@ -402,3 +402,22 @@ def mean_of_batches():
 def no_data():
     with pytest.raises(ValueError, match="at least one sample on some rank"):
         ux.fisher_diagonal(shard(small()), [])
+
+
+def gram_matrices():
+    for model, make in ((small(), images), (language_model("gpt2"), texts)):
+        parts = shares(make, dist.get_world_size(), [[3, 2], [], [1]])
+        sharded = shard(copy.deepcopy(model))
+        found = ux.activation_gram(sharded, own(parts))
+        expected = ux.activation_gram(model, all_of(parts))
+        assert list(found) == list(expected)
+        assert found.n_samples == expected.n_samples
+        for name, total in found.items():
+            assert torch.allclose(total, expected[name], rtol=1e-5, atol=1e-6 * float(expected[name].max()))
+        assert len({tuple(t.sum().item() for t in each) for each in _gathered(list(found.values()))}) == 1
+
+
+def _gathered(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -93,3 +93,24 @@ SHARES = [[4, 1, 3], [2, 2], [5]]
 def shares(make, world, sizes=SHARES):
     """Every rank's own batches."""
     return [make(10 + rank, sizes[rank]) for rank in range(world)]
+
+
+def digits_like(world):
+    """A network that tells five kinds of images apart, and shares of one kind to forget and of the others."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(5, 1, 5, 5, generator=generator)
+
+    def draw(labels):
+        return kinds[labels] + 0.3 * torch.randn(len(labels), 1, 5, 5, generator=generator), labels
+
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        x, y = draw(torch.randint(5, (50,), generator=generator))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    forget = [[draw(torch.zeros(n, dtype=torch.long)) for n in sizes] for sizes in SHARES[:world]]
+    retain = [[draw(torch.arange(12 + rank) % 4 + 1) for _ in range(rank + 1)] for rank in range(world)]
+    return model, forget, retain

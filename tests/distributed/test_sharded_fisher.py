@@ -45,6 +45,7 @@ VARIANTS = [
     "some_parameters",
     "drawn_targets",
     "as_it_was",
+    "gram_matrices",
     "fallbacks",
     "samples_that_influence_each_other",
     "loss_that_is_not_finite",

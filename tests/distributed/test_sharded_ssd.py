@@ -12,6 +12,11 @@ def test_a_plan_is_that_of_the_whole_model_and_can_be_undone(two_ranks):
     two_ranks.run(CHECKS, "plan")
 
 
+def test_the_closed_loop(two_ranks):
+    one, other = two_ranks.run(CHECKS, "loop")
+    assert one == other
+
+
 def test_in_one_call(two_ranks):
     two_ranks.run(CHECKS, "at_once")
 

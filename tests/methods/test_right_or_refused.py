@@ -129,6 +129,8 @@ def test_scores_and_gram_matrices_refuse_them_too(process_group, wrapper):
     refusal = "score must be one of ratio, grad_abs, fisher, obd" if wrapper == "FSDP2" else message
     with pytest.raises(NotImplementedError, match=f"saliency.*{refusal}"):
         ux.saliency(make(), forget, score="grad")
+    if wrapper == "FSDP2":  # which is known: tests/distributed/test_sharded_fisher.py
+        return
     with pytest.raises(NotImplementedError, match=f"activation_gram.*{message}"):
         ux.activation_gram(make(), forget)
 

@@ -84,12 +84,12 @@ class ShardedModel:
         kind = self.mesh.device_type
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
-    def reduced(self, numbers: Tensor, op: Any = dist.ReduceOp.MIN) -> Tensor:  # noqa: ANN401 - an enum of c10d
+    def reduced(self, numbers: Tensor, op: Any = None) -> Tensor:  # noqa: ANN401 - an enum of c10d
         """Reduce a tensor of numbers over all ranks of the mesh.
 
         Args:
             numbers: Any shape, the same on all ranks.
-            op: A ``ReduceOp``.
+            op: A ``ReduceOp``; the least by default.
 
         Returns:
             The result on the CPU, the same on all ranks.
@@ -97,7 +97,7 @@ class ShardedModel:
         moved = numbers.to(self.device)
         moved = moved.clone() if moved is numbers else moved
         for group in self._groups:
-            dist.all_reduce(moved, op=op, group=group)
+            dist.all_reduce(moved, op=dist.ReduceOp.MIN if op is None else op, group=group)
         return moved.cpu()
 
     def exchanged(self, value: object) -> list[Any]:

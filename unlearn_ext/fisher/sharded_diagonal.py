@@ -11,10 +11,11 @@ from unlearn_ext._internal.chosen import Params, Patterns
 from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed.fsdp import ShardedModel
+from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
 from unlearn_ext.fisher.engine import PerSample
 from unlearn_ext.fisher.importance import Estimator, Importance, loss_name
-from unlearn_ext.fisher.sharded import ShardedLockstep, steps, unwritten_shards
+from unlearn_ext.fisher.sharded import ShardedLockstep, unwritten_shards
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches
 

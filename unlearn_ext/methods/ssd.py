@@ -87,7 +87,7 @@ def plan_ssd(
     labels, ``alpha`` must be given.
 
     A model that FSDP2 (``fully_shard``) has sharded is planned for, dampened and put back shard by shard, by
-    all ranks together, each with its own share of the sets; ``alpha`` must be given then.
+    all ranks together, each with its own share of the sets.
 
     Args:
         model: The model. Parameters that do not require grad are considered for ``params="base"`` only.
@@ -143,8 +143,7 @@ def plan_ssd(
             set is empty or a one-shot iterator, a setting is out of range or does not go with another, the
             full set is smaller than the forget set, or importances of different losses, estimators, powers,
             batch sizes (for ``"batch"``) or parameters meet.
-        NotImplementedError: If the model is sharded and ``alpha`` is ``"auto"``, the closed loop has no
-            accuracy to watch, or the task has no log-odds.
+        NotImplementedError: If the closed loop has no accuracy to watch, or the task has no log-odds.
         FloatingPointError: If a loss or an importance is NaN or infinite; the message names the batch or the
             parameter.
 
@@ -160,11 +159,6 @@ def plan_ssd(
         True
     """
     is_sharded = bool(fsdp_modules(model))
-    if is_sharded and alpha == "auto":
-        raise NotImplementedError(
-            "plan_ssd: alpha must be a number or 'adaptive' for a model that fully_shard has sharded, got "
-            "'auto', whose closed loop looks at the whole model"
-        )
     if is_sharded:
         reshard(model)
     check_model(model, "plan_ssd", may_be_sharded=is_sharded)

@@ -10,6 +10,8 @@ from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext.distributed.fsdp import fsdp_modules
+from unlearn_ext.methods.sharded import first_uses, still_known
 from unlearn_ext.methods.ssd_importances import Measure
 from unlearn_ext.methods.ssd_search import Importances, Outcome, scopes_of, search
 from unlearn_ext.methods.until import Until, Watch
@@ -80,20 +82,27 @@ def closed_loop(
     parameters = {name: named[name] for name in importances[0]}
     task = measure.judge
     ranks = measure.ranks
-    # One pass for the order of use, on whichever rank has a sample.
-    first = next((batch for batch in read_batches(forget, device_of(model)) if task.count(batch)), None)
-    shown = None
-    if first is not None:
-        shown = task.count(first), order_of_use(model, parameters, first, task.loss)
-    samples, order = ranks.first("order of use", shown) or (0, list(parameters))
-    watch.count(samples)
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded:
+        order, read = first_uses(model, parameters, forget, task)
+    else:
+        # One pass for the order of use, on whichever rank has a sample.
+        first = next((batch for batch in read_batches(forget, device_of(model)) if task.count(batch)), None)
+        shown = None
+        if first is not None:
+            shown = task.count(first), order_of_use(model, parameters, first, task.loss)
+        read, order = ranks.first("order of use", shown) or (0, list(parameters))
+    watch.count(read)
     scopes = scopes_of(parameters, order)
 
     def again() -> Importances | None:
-        left = _still_known(model, forget, task)
+        if is_sharded:
+            left, is_any_left = still_known(model, forget, task)
+        else:
+            left = _still_known(model, forget, task)
+            is_any_left = bool(left)
         watch.count(watch.before("forget").samples)
-        (n_left,) = ranks.total("still known", len(left))
-        if not n_left or retain is None:
+        if not any(ranks.exchange("still known", is_any_left)) or retain is None:
             return None
         return measure.both({"forget": left, "retain": retain})
 

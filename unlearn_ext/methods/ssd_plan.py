@@ -75,14 +75,16 @@ def found_by(model: nn.Module, outcome: Outcome, watch: Watch, *, strict: bool) 
     Returns:
         The record.
     """
-    parameters = {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
+    reshard(model)
+    parameters = {name: local_of(parameter.detach()) for name, parameter in parameters_by_name(model).items()}
     journal = {}
-    for name, target in outcome.weights.items():
+    for name, whole in outcome.weights.items():
+        target = local_of(whole)
         changed = differing(target, parameters[name])
         if bool(changed.any()):
             journal[name] = entry(changed, target[changed], parameters[name])
     outcome.weights = {}
-    sums = {name: checksum(tensor) for name, tensor in parameters.items()}
+    sums = {name: checksum(tensor) if tensor.numel() else 0 for name, tensor in parameters.items()}
     return Found(outcome, watch, journal, sums, strict)
 
 
@@ -174,10 +176,11 @@ class SsdPlan:
         lines.append(f"{'reached' if found.reached else 'not reached'}: {outcome.reason}")
         if outcome.chosen:
             lines.append(f"after: {_in_words(after)}, in {watch.passes:.1f} forward passes")
-        sizes = {name: parameter.numel() for name, parameter in parameters_by_name(self._model).items()}
-        return "\n".join(
-            [*lines, *_hit_most({name: len(e.values) / sizes[name] for name, e in found.journal.items()})]
-        )
+        reshard(self._model)
+        parameters = parameters_by_name(self._model)
+        written = _over_ranks(parameters, {name: len(e.values) for name, e in found.journal.items()})
+        shares = {name: number / max(1, parameters[name].numel()) for name, number in written.items()}
+        return "\n".join([*lines, *_hit_most(shares)])
 
     @staticmethod
     def _sizes(forget: Importance, full: Importance) -> str:
@@ -304,12 +307,19 @@ class SsdPlan:
 
     def _apply_found(self, found: Found) -> UnlearnResult:
         started = time.perf_counter()
+        reshard(self._model)
         parameters = parameters_of(self._model, found.checksums)
-        for name, known in found.checksums.items():
-            if checksum(parameters[name].detach()) != known:
-                raise RuntimeError(f"SsdPlan.apply: {name} has changed since plan_ssd() measured the model")
-        undo = write(found.journal, parameters, "SsdPlan.apply", "plan_ssd()")
-        changed = {name: len(values.values) for name, values in undo.items()}
+        own = {name: local_of(parameter.detach()) for name, parameter in parameters.items()}
+        differ = [
+            name
+            for name, known in found.checksums.items()
+            if own[name].numel() and checksum(own[name]) != known
+        ]
+        if not agreed_by_all(not differ, parameters.values()):
+            name = differ[0] if differ else "a parameter's shard on another rank"
+            raise RuntimeError(f"SsdPlan.apply: {name} has changed since plan_ssd() measured the model")
+        undo = write(found.journal, own, "SsdPlan.apply", "plan_ssd()")
+        changed = _over_ranks(parameters, {name: len(values.values) for name, values in undo.items()})
         result = self._loop_result(found, changed, time.perf_counter() - started)
         if found.reached:
             self._journal = undo

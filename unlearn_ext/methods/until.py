@@ -19,7 +19,9 @@ from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.distributed.group import on_all
+from unlearn_ext.methods.sharded import figures_of
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import resolve
@@ -88,6 +90,9 @@ def measure(
         0.75
     """
     judge = resolve(task, who="measure")
+    if fsdp_modules(model):
+        accuracy, mean, n = figures_of(model, check_batches(data), judge, classes_seen)
+        return Measured(accuracy, mean, _at_least_one(n))
     right = counted = samples = 0
     loss = 0.0
     with borrowed(model), torch.no_grad():
@@ -109,9 +114,14 @@ def measure(
     right, counted, samples, loss = ranks.total("measured", right, counted, samples, loss)
     if classes_seen is not None:
         classes_seen.update(*ranks.exchange("classes", classes_seen))
+    _at_least_one(samples)
+    return Measured(right / counted if counted else math.nan, loss / samples, samples)
+
+
+def _at_least_one(samples: int) -> int:
     if samples == 0:
         raise ValueError("measure: data must hold at least one sample, got none")
-    return Measured(right / counted if counted else math.nan, loss / samples, samples)
+    return samples
 
 
 class Watch:

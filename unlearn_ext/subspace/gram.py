@@ -34,8 +34,10 @@ from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.resume import Progress
 from unlearn_ext.subspace.layers import Layer, layer_of
+from unlearn_ext.subspace.sharded_gram import sharded_totals
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of
 from unlearn_ext.tasks.losses import resolve
@@ -240,7 +242,8 @@ def activation_gram(
         ValueError: If ``data`` is empty or a one-shot iterator, or ``modules`` names a module that is not
             there or not covered, or no covered layer ran; if ``checkpoint`` is damaged, or of other data,
             weights or settings.
-        NotImplementedError: If the model is wrapped for parallel training, sharded, or not in memory.
+        NotImplementedError: If the model is wrapped for parallel training, sharded in another way than by
+            FSDP2 (of which all ranks call it together, and get the totals of all), or not in memory.
         FloatingPointError: If a total is NaN or infinite; the message names the module.
 
     Source:
@@ -256,7 +259,15 @@ def activation_gram(
         ([[10.0, 14.0], [14.0, 20.0]], 2)
     """
     batches = check_batches(data)
-    check_model(model, "activation_gram")
+    is_sharded = bool(fsdp_modules(model))
+    if is_sharded:
+        if ranks_of(process_group, "activation_gram").are_many or checkpoint is not None:
+            raise ValueError(
+                "activation_gram: process_group and checkpoint must be None for a model that fully_shard has "
+                "sharded, whose mesh says which ranks there are"
+            )
+        reshard(model)
+    check_model(model, "activation_gram", may_be_sharded=is_sharded)
     ranks = ranks_of(process_group, "activation_gram")
     chosen = _chosen_modules(model, modules, include, exclude)
     forward = _forward_of(task)
@@ -278,25 +289,29 @@ def activation_gram(
         layer.add(totals[name], *inputs)
 
     n_samples = 0
-    if kept.found is not None:
-        n_samples = kept.found[1]["n_samples"]
-        devices = {name: getattr(module, layer.weight).device for module, (name, layer) in chosen.items()}
-        totals = {name: total.to(devices[name]) for name, total in kept.found[0].items()}
-    with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
-        reader = kept.read(
-            batches,
-            device_of(model),
-            save=lambda: (totals, {"n_samples": n_samples}),
-            description="activation Gram matrices",
-            progress=progress,
-        )
-        with closing(reader):  # type: ignore[type-var]
-            for _, batch in reader:
-                n = _count(task, batch)
-                if n:
-                    forward(model, batch)
-                    n_samples += n
-    (n_samples,) = ranks.total("samples", n_samples)
+    if is_sharded:
+        judge = Task() if task is None else resolve(task, who="activation_gram")
+        totals, n_samples = sharded_totals(model, batches, judge, chosen, _watched, progress)
+    else:
+        if kept.found is not None:
+            n_samples = kept.found[1]["n_samples"]
+            devices = {name: getattr(module, layer.weight).device for module, (name, layer) in chosen.items()}
+            totals = {name: total.to(devices[name]) for name, total in kept.found[0].items()}
+        with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
+            reader = kept.read(
+                batches,
+                device_of(model),
+                save=lambda: (totals, {"n_samples": n_samples}),
+                description="activation Gram matrices",
+                progress=progress,
+            )
+            with closing(reader):  # type: ignore[type-var]
+                for _, batch in reader:
+                    n = _count(task, batch)
+                    if n:
+                        forward(model, batch)
+                        n_samples += n
+        (n_samples,) = ranks.total("samples", n_samples)
     if n_samples == 0:
         raise ValueError("activation_gram: data must hold at least one sample, got none")
     if not any(ranks.exchange("layers", bool(totals))):

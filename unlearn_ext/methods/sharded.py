@@ -1,0 +1,103 @@
+"""What a closed loop measures of a model that FSDP2 has sharded: all ranks together, each its own share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed.fsdp import ShardedModel
+from unlearn_ext.distributed.fsdp_steps import steps
+from unlearn_ext.methods.use_order import order_of_use
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch, Batches
+
+
+def figures_of(
+    model: nn.Module, data: Batches, judge: Task, classes_seen: set[int] | None
+) -> tuple[float, float, int]:
+    """Measure accuracy and mean loss in one forward pass over all ranks' data.
+
+    Args:
+        model: The model; run in eval mode, left as it was, with its shards in place.
+        data: This rank's batches, perhaps none.
+        judge: The task.
+        classes_seen: Takes up the classes of all ranks' samples that count, where they have one each.
+
+    Returns:
+        Accuracy (NaN where nothing is counted), mean loss and number of samples, the same on every rank.
+    """
+    sharded = ShardedModel(model, "measure")
+    sums = torch.zeros(4, dtype=torch.float64)  # right, counted, samples, loss
+    own: set[int] = set()
+    with sharded.resharded(), borrowed(model), torch.no_grad():
+        for step in steps(sharded, data, judge, sharded.device):
+            outputs = judge.forward(model, step.batch)
+            if not step.is_live:
+                continue
+            loss = float(judge.losses(outputs, step.batch).double().sum())
+            sums += torch.tensor([0, 0, step.n, loss], dtype=torch.float64)
+            try:
+                hits, valid = judge.correct(outputs, step.batch)
+            except NotImplementedError:  # there is no right and wrong, as for numbers without a tolerance
+                continue
+            sums += torch.tensor([int(hits.sum()), int(valid.sum()), 0, 0], dtype=torch.float64)
+            classes = None if classes_seen is None else judge.classes_of(step.batch)
+            if classes is not None:
+                own.update(torch.unique(classes[valid > 0]).tolist())
+    right, counted, samples, loss = sharded.reduced(sums, dist.ReduceOp.SUM).tolist()
+    if classes_seen is not None:
+        for each in sharded.exchanged(own):
+            classes_seen |= each
+    accuracy = right / counted if counted else math.nan
+    return accuracy, loss / samples if samples else math.nan, int(samples)
+
+
+def first_uses(
+    model: nn.Module, parameters: Mapping[str, Tensor], data: Batches, judge: Task
+) -> tuple[list[str], int]:
+    """Sort parameters by their first use, on the first batch of every rank; see ``order_of_use``.
+
+    Args:
+        model: The model.
+        parameters: Some of its parameters by name.
+        data: This rank's batches, perhaps none.
+        judge: The task, with its loss.
+
+    Returns:
+        The names, as the first rank sees them, and the number of samples that all ranks have read.
+    """
+    sharded = ShardedModel(model, "plan_ssd")
+    with sharded.resharded():
+        leaves = sharded.leaves()
+        named = {name: leaves[name] for name in parameters}
+        step = next(steps(sharded, data, judge, sharded.device))
+        order = order_of_use(model, named, step.batch, judge.loss)
+    read = sharded.reduced(torch.tensor(step.n if step.is_live else 0), dist.ReduceOp.SUM)
+    return sharded.exchanged(order)[0], int(read)
+
+
+def still_known(model: nn.Module, data: Batches, task: Task) -> tuple[list[Batch], bool]:
+    """Collect the samples that the model still answers rightly.
+
+    Args:
+        model: The model.
+        data: This rank's batches, perhaps none.
+        task: The task.
+
+    Returns:
+        This rank's, and whether any rank has some.
+    """
+    sharded = ShardedModel(model, "plan_ssd")
+    left: list[Batch] = []
+    with sharded.resharded(), borrowed(model), torch.no_grad():
+        for step in steps(sharded, data, task, sharded.device):
+            right, _ = task.correct(task.forward(model, step.batch), step.batch)
+            known = right.nonzero().flatten().tolist() if step.is_live else []
+            if known:
+                left.append(task.select(step.batch, known))
+    return left, bool(sharded.reduced(torch.tensor(len(left)), dist.ReduceOp.MAX))
