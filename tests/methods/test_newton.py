@@ -15,6 +15,7 @@ from unlearn_ext import kfac_factors, newton
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.newton_guards import Answers, Guard
 from unlearn_ext.methods.newton_step import direction
+from unlearn_ext.methods.run import Run
 from unlearn_ext.methods.until import UnlearningFailed
 from unlearn_ext.tasks.losses import resolve
 
@@ -115,7 +116,14 @@ def test_the_direction_is_the_damped_newton_step(case):
     forget, retain = [(x[:6], y[:6])], [(x[6:], y[6:])]
     factors = kfac_factors(model, retain)
     step = direction(
-        model, forget, retain, factors, task=resolve(None), loss_fn=None, damping=0.02, keep=False
+        Run(model, "newton", {}),
+        forget,
+        retain,
+        factors,
+        task=resolve(None),
+        loss_fn=None,
+        damping=0.02,
+        keep=False,
     )
     before = [p.detach().clone() for p in model.parameters()]
 

@@ -215,6 +215,11 @@ def newton(
         run.record("factors", n_samples=found.n_samples, left_out=left_out)
         with run.phase("measure"):
             before = {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
+        for name, part in before.items():
+            if not math.isfinite(part.loss):  # such samples would count as forgotten
+                raise FloatingPointError(
+                    f"newton: losses on the {name} set must be finite, got a mean of {part.loss}"
+                )
         if before["validation"].counted < _FEW:
             warnings.warn(
                 f"newton: validation should hold at least {_FEW} samples, got "
