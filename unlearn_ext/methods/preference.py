@@ -197,7 +197,7 @@ def npo(
     assert retain is not None
     _check_positive("npo", beta=beta)
     known = isinstance(forget, (list, tuple))
-    judged = _with_original(model, forget, chosen) if known else forget
+    judged: Batches = _with_original(model, forget, chosen) if known else forget
     original = None if known else copy.deepcopy(model).eval().requires_grad_(False)
 
     def objective(model: nn.Module, item: Batch) -> Tensor:
