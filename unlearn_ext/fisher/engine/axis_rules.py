@@ -155,16 +155,17 @@ _FACTORS = {
 def _mm(call: Operation) -> Found:
     left, right = (call.named[key] for key in _FACTORS[call.name])
     a, b, last = call.of(left), call.of(right), left.ndim - 1
-    if last == 2 and all(at.axis == 0 for at in (a, b) if at is not None) and (a or b):
-        found = a or b
+    found: SampleAxis | None = None
+    if last == 2 and all(at.axis == 0 for at in (a, b) if at is not None):
+        found = b if a is None else a
         shared = right if b is None else left
-        if a != b and (None not in (a, b) or not call.is_constant(shared, found)):
+        if found and a != b and (None not in (a, b) or not call.is_constant(shared, found)):
             raise MixedError(call.name)
     elif a is not None and b is None and a.axis == last - 1:
         found = a
     elif b is not None and a is None and right.ndim == left.ndim and b.axis == last:
         found = b
-    else:
+    if found is None:
         raise MixedError(call.name)
     if call.name in ("addmm", "baddbmm", "addmv"):
         bias = call.named["self"]
