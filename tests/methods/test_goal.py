@@ -27,6 +27,10 @@ GOOD = {
     "msg": {"lr": 0.3, "epochs": 20, "share": 0.6},
     "gradient_masking": {"density": 0.5, "min_depth": 0.0, "lr": 0.05, "epochs": 60},
     "salun": {"lr": 0.05, "epochs": 60},
+    "gradient_difference": {"lr": 0.02, "epochs": 40, "cap": 6.0},
+    "npo": {"lr": 0.02, "epochs": 60},
+    "simnpo": {"lr": 0.02, "epochs": 60},
+    "rmu": {"layer": "2", "steering": 30.0, "lr": 0.03, "epochs": 60, "retain_weight": 1.0},
     "unsir": {"impair_lr": 0.05, "impair_epochs": 3, "repair_lr": 0.01, "noise_share": 0.2},
 }
 
@@ -96,8 +100,8 @@ def test_it_stops_within_goal_and_budget_or_leaves_the_model_alone(trained, name
     else:
         assert same(model, trained)
         assert any("the model is as it was" in str(entry.message) for entry in told)
-    # Fisher forgetting is noise: it may fail. All that train get there on such data.
-    assert result.reached or name == "fisher_forgetting"
+    # Noise, and steering towards a direction by lot, may fail. All others get there on such data.
+    assert result.reached or name in ("fisher_forgetting", "rmu")
 
 
 @pytest.mark.parametrize("name", TRAIN)

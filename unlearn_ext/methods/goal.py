@@ -221,8 +221,7 @@ class GoalRule:
         watch = self._watch
         if not self.reached:
             self._put_back()
-            least = f"the accuracy on the forget set was {self._forget.accuracy:.2%} at the end"
-            self.reason = f"the goal was not reached ({watch.goal}): {least}"
+            self.reason = f"the goal was not reached ({watch.goal}): {watch.known_in_words(self._forget)}"
         elif not watch.has_retain:
             self.after["forget"] = self._forget
             self.reason = "the goal was reached; nothing watched the rest: there are no retain data"
@@ -258,14 +257,14 @@ class GoalRule:
             self._put_back()
             self.reached = False
             self.reason = (
-                f"the goal was reached at a cost of {100 * min(costs):.2f} points of retain accuracy or "
-                f"more, beyond the budget of {100 * watch.budget:g}"
+                f"the goal was reached at a cost, at least, of {watch.in_words(min(costs))}, beyond the "
+                f"budget of {100 * watch.budget:g}"
             )
             return
         self.after = best[1]
-        lost = 100 * watch.lost(best[1]["retain"])
+        lost = watch.in_words(watch.lost(best[1]["retain"]))
         part = "" if best[0] == 1 else f"with {best[0]:.3g} of the change, "
-        self.reason = f"the goal was reached, {part}{lost:.2f} points of retain accuracy lost"
+        self.reason = f"the goal was reached, {part}{lost}"
 
     @torch.no_grad()
     def _set(self, target: dict[str, Tensor], share: float) -> None:

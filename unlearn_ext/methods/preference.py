@@ -33,8 +33,10 @@ from unlearn_ext.methods.common import (
     trainable,
     what_a_task_must_have,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
@@ -59,6 +61,10 @@ def gradient_difference(
     epochs: int | None = None,
     lr: float = 1e-4,
     weight_decay: float = 0.01,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
@@ -83,6 +89,14 @@ def gradient_difference(
         lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
             parameters.
         weight_decay: Weight decay, decoupled.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``; for texts a loss no lower than there), an accuracy, or a function
+            of the model that says whether it will do. None: go on to the end, whatever comes of it.
+        budget: What reaching the goal may cost, as a share: of retain accuracy, for texts the rise of the
+            retain set's perplexity.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         generator: Decides every random choice.
@@ -128,6 +142,17 @@ def gradient_difference(
         generator=generator,
         progress=progress,
         patterns=(include, exclude),
+        goal=ClosedLoop(
+            "gradient_difference",
+            model,
+            forget,
+            retain,
+            until=until,
+            budget=budget,
+            validation=validation,
+            strict=strict,
+            task=chosen,
+        ),
     )
 
 
@@ -143,6 +168,10 @@ def npo(
     epochs: int | None = None,
     lr: float = 1e-4,
     weight_decay: float = 0.01,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -168,6 +197,14 @@ def npo(
         lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
             parameters.
         weight_decay: Weight decay, decoupled.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``; for texts a loss no lower than there), an accuracy, or a function
+            of the model that says whether it will do. None: go on to the end, whatever comes of it.
+        budget: What reaching the goal may cost, as a share: of retain accuracy, for texts the rise of the
+            retain set's perplexity.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
         progress: Show a progress bar, where tqdm is installed.
@@ -223,6 +260,17 @@ def npo(
         generator=generator,
         progress=progress,
         patterns=(include, exclude),
+        goal=ClosedLoop(
+            "npo",
+            model,
+            forget,
+            retain,
+            until=until,
+            budget=budget,
+            validation=validation,
+            strict=strict,
+            task=chosen,
+        ),
     )
 
 
@@ -239,6 +287,10 @@ def simnpo(
     epochs: int | None = None,
     lr: float = 1e-4,
     weight_decay: float = 0.01,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -261,6 +313,14 @@ def simnpo(
         lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
             parameters.
         weight_decay: Weight decay, decoupled.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``; for texts a loss no lower than there), an accuracy, or a function
+            of the model that says whether it will do. None: go on to the end, whatever comes of it.
+        budget: What reaching the goal may cost, as a share: of retain accuracy, for texts the rise of the
+            retain set's perplexity.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
         progress: Show a progress bar, where tqdm is installed.
@@ -303,6 +363,17 @@ def simnpo(
         generator=generator,
         progress=progress,
         patterns=(include, exclude),
+        goal=ClosedLoop(
+            "simnpo",
+            model,
+            forget,
+            retain,
+            until=until,
+            budget=budget,
+            validation=validation,
+            strict=strict,
+            task=chosen,
+        ),
     )
 
 
@@ -347,6 +418,7 @@ def _pushed_away(
     generator: torch.Generator | None,
     progress: bool,
     patterns: tuple[str | Iterable[str] | None, str | Iterable[str] | None],
+    goal: ClosedLoop,
 ) -> UnlearnResult:
     push, hold = weights
     for name, weight in (("forget_weight", push), ("retain_weight", hold)):
@@ -370,7 +442,8 @@ def _pushed_away(
         loss = push * objective(model, forgotten).mean()
         return loss + hold * task.loss(model, kept).mean() if hold else loss
 
-    with unlearning(model, who, {**told, **settings}, generator=generator, data=(forget, retain)) as run:
+    facts = {**told, **settings, **goal.facts}
+    with unlearning(model, who, facts, generator=generator, data=(forget, retain), goal=goal) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
         loop.train(
@@ -384,7 +457,7 @@ def _pushed_away(
             schedule=lambda epoch: lr * (1 - epoch / epochs),
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 def _check_positive(who: str, **values: float) -> None:

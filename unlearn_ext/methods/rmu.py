@@ -22,8 +22,10 @@ from unlearn_ext.methods.common import (
     train_with_fixed_statistics,
     trainable,
 )
+from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.until import Until
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Outputs, Task
 from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
@@ -44,6 +46,10 @@ def rmu(
     epochs: int | None = None,
     lr: float = 1e-4,
     weight_decay: float = 0.01,
+    until: Until = None,
+    budget: float = 0.02,
+    validation: Batches | None = None,
+    strict: bool = False,
     task: Task | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -72,6 +78,14 @@ def rmu(
         epochs: Passes over the forget set. None: as many as 60 steps take, at least 10.
         lr: Learning rate. 5e-5 is published.
         weight_decay: Weight decay, decoupled.
+        until: Stop at a goal: ``"forgotten"`` (accuracy on the forget set at most 1 %), ``"unseen"`` (no
+            higher than on ``validation``; for texts a loss no lower than there), an accuracy, or a function
+            of the model that says whether it will do. None: go on to the end, whatever comes of it.
+        budget: What reaching the goal may cost, as a share: of retain accuracy, for texts the rise of the
+            retain set's perplexity.
+        validation: Data that the model never saw, for ``until="unseen"``.
+        strict: Raise ``UnlearningFailed`` where the goal is not reached within the budget, not warn. The
+            model is as it was either way.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice, the direction among them.
         progress: Show a progress bar, where tqdm is installed.
@@ -108,7 +122,7 @@ def rmu(
     parameters = trainable(model, "rmu", include, exclude)
     width, norm = _measured(model, name, forget, chosen)
     length = 2 * norm if steering is None else steering
-    settings = {
+    settings: dict[str, object] = {
         "layer": layer,
         "steering": length,
         "retain_weight": retain_weight,
@@ -117,15 +131,27 @@ def rmu(
         "weight_decay": weight_decay,
         **({} if task is None else {"task": repr(task)}),
     }
+    goal = ClosedLoop(
+        "rmu",
+        model,
+        forget,
+        retain,
+        until=until,
+        budget=budget,
+        validation=validation,
+        strict=strict,
+        task=chosen,
+    )
+    settings |= goal.facts
     original = copy.deepcopy(model).eval().requires_grad_(False)
-    with unlearning(model, "rmu", settings, generator=generator, data=(forget, retain)) as run:
+    with unlearning(model, "rmu", settings, generator=generator, data=(forget, retain), goal=goal) as run:
         # Uniform in [0, 1), as published, not Gaussian: all coordinates point the same way.
         direction = torch.rand(width)
-        goal = (length * direction / direction.norm()).to(device_of(model))
+        aim = (length * direction / direction.norm()).to(device_of(model))
 
         def objective(model: nn.Module, pair: Batch) -> Tensor:
             forgotten, kept = cast("tuple[Batch, Batch]", pair)
-            steered = _distances(activations(model, name, forgotten, chosen), goal).mean()
+            steered = _distances(activations(model, name, forgotten, chosen), aim).mean()
             found = activations(model, name, kept, chosen)
             with torch.no_grad():
                 before, _ = activations(original, name, kept, chosen)
@@ -143,7 +169,7 @@ def rmu(
             epochs=epochs,
             progress=progress,
         )
-    return run.result()
+    return goal.result(run)
 
 
 def activations(model: nn.Module, layer: str, batch: Batch, task: Task) -> tuple[Tensor, Tensor]:

@@ -282,6 +282,19 @@ class Watch:
         """
         return -forget.loss if self.yardstick == "loss" else forget.accuracy
 
+    def known_in_words(self, forget: Measured) -> str:
+        """Put into words how well the forget set is known.
+
+        Args:
+            forget: What was measured of it.
+
+        Returns:
+            A phrase.
+        """
+        if self.yardstick == "loss":
+            return f"the loss on the forget set was {forget.loss:.4g} at the end"
+        return f"the accuracy on the forget set was {forget.accuracy:.2%} at the end"
+
     def in_words(self, lost: float) -> str:
         """Put what was lost into words.
 
