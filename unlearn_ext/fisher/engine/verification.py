@@ -149,7 +149,8 @@ class Verification:
         handles = []
         try:
             for name, parameter in self._chosen.items():
-                handles.append(parameter.register_hook(functools.partial(self._project, found, name)))
+                take = functools.partial(self._project, found, name)
+                handles.append(parameter.register_hook(take))  # type: ignore[no-untyped-call]
             grads = torch.autograd.grad(value.sum(), list(self._chosen.values()), allow_unused=True)
             for name, grad in zip(self._chosen, grads, strict=True):
                 if grad is not None and grad.layout is not torch.strided:
