@@ -106,7 +106,7 @@ def test_inverted_residuals():
 
 @pytest.mark.parametrize("capacity", [64, 3])
 def test_switch_transformers(capacity):
-    """Tokens of all samples compete for the experts' room; only a small capacity shows it."""
+    """The router converts itself to float32 in every pass, and rounds like that."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.SwitchTransformersConfig(
@@ -132,4 +132,5 @@ def test_switch_transformers(capacity):
     parts = [one_by_one(model, batch) for batch in batches]
     expected = {name: sum(part[name] for part in parts) / 3 for name in parts[0]}
     found = fisher_diagonal(model, batches)
-    assert max(errors(found, expected).values()) <= 1e-9, found.coverage
+    assert max(errors(found, expected).values()) <= 1e-5, found.coverage
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())

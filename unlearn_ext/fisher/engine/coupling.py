@@ -64,7 +64,7 @@ class _Axes:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._memory:
-                self._memory[storage._cdata] = StorageWeakRef(storage)
+                self._memory[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def get(self, tensor: Tensor) -> SampleAxis | None:
         at: SampleAxis | None = self._known.get(tensor)
