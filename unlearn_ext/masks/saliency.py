@@ -204,7 +204,7 @@ def saliency(
         reshard(model)
     check_model(model, "saliency", may_be_sharded=is_sharded)
     chosen = resolve(task, loss_fn, who="saliency")
-    with restricted(model, "saliency", params, include, exclude, may_be_sharded=is_sharded) as names:
+    with restricted(model, "saliency", is_sharded, params, include, exclude) as names:
         if names is None:
             names = list(chosen_parameters(model, "saliency"))
         return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
