@@ -1,10 +1,10 @@
 """Texts of made-up users, each with facts of their own, and public texts beside them, as bytes for a model.
 
-A user's texts come from a grammar: sentences filled with their name, street, telephone number, passphrase and
-so on, all drawn at random, so that nobody's facts can be guessed from anybody else's. Unseen texts of the same
-kind are therefore at hand in any number: other users' texts, and other sentences about the same users. Public
-texts are sentences from the documentation strings of Python's standard library, read from the interpreter
-that runs.
+A user's texts come from a grammar: sentences filled with their name, street, telephone number, passphrase
+and so on, all drawn at random, so that nobody's facts can be guessed from anybody else's. Unseen texts of the
+same kind are therefore at hand in any number: other users' texts, and other sentences about the same users.
+Public texts are sentences from the documentation strings of Python's standard library, read from the
+interpreter that runs.
 """
 
 from __future__ import annotations
@@ -62,12 +62,16 @@ _SENTENCES = (
 _SYLLABLES = "ba be bor da del dun fa fen gal gor ha hel jo ka kel lan len lo mar mi mor na nel no or pa pel "
 _SYLLABLES += "ra rin ro sa sel tam ta tel to ul va ven vi wen yor za zel"
 _KNOWN = {
-    "job": "baker carpenter clerk dentist driver editor farmer judge mason nurse pilot plumber tailor teacher",
+    "job": "baker clerk dentist driver editor farmer judge mason nurse pilot plumber tailor teacher",
     "animal": "cat dog goat hen horse newt parrot pony rabbit snake tortoise",
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     "car": "coupe estate jeep pickup roadster saloon van",
 }
-_ENDS = {"street": " Lane| Road| Street| Row| Hill", "firm": " and Sons| Works| Brothers| Mills", "drug": "ol|ine|ax"}
+_ENDS = {
+    "street": " Lane| Road| Street| Row| Hill",
+    "firm": " and Sons| Works| Brothers| Mills",
+    "drug": "ol|ine|ax",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,12 @@ def public_sentences(count: int, rng: random.Random) -> list[str]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 for sentence in " ".join((ast.get_docstring(node) or "").split()).split(". "):
                     text = sentence.removesuffix(".") + "."
-                    if 30 <= len(text) < LENGTH and text.isascii() and text.isprintable() and text[0].isupper():
+                    if (
+                        30 <= len(text) < LENGTH
+                        and text.isascii()
+                        and text.isprintable()
+                        and text[0].isupper()
+                    ):
                         found[text] = None
     return rng.sample(list(found), count)
 
@@ -143,9 +152,9 @@ def make_texts(
     *,
     users: int = 20,
     others: int = 40,
-    each: int = 24,
-    public: int = 320,
-    public_unseen: int = 160,
+    each: int = 12,
+    public: int = 120,
+    public_unseen: int = 80,
 ) -> Texts:
     """Write everybody's texts.
 
@@ -165,7 +174,7 @@ def make_texts(
     sentences = public_sentences(public + public_unseen, rng)
     return Texts(
         known=[texts[:each] for texts in all_of[:users]],
-        more=[texts[each:] for texts in all_of[:users]],
+        more=[texts[each : 2 * each] for texts in all_of[:users]],
         unseen=[texts[:each] for texts in all_of[users:]],
         public=sentences[:public],
         public_unseen=sentences[public:],

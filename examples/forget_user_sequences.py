@@ -1,21 +1,89 @@
-"""Make a causal language model forget the sequences of one user.
+"""Make a causal language model forget the texts of one user.
 
     python examples/forget_user_sequences.py
 
-A small GPT-2 of Hugging Face's transformers, built from a configuration (nothing is downloaded), learns
-sequences of several users. Every user has habits of their own: which token follows which. Then one user asks
-to be forgotten. Batches are mappings with ``input_ids`` and ``labels``, as a data collator makes them.
+A small GPT-2 of Hugging Face's transformers, built from a configuration (nothing is downloaded), learns texts
+of made-up users by heart, byte by byte: where they live, their telephone number, their passphrase. Then one
+of them asks to be forgotten. What the model says to texts that it never saw, of users that it never saw, is
+what it should say to theirs afterwards.
 """
 
 from __future__ import annotations
+
+import random
 
 import torch
 from torch import Tensor, nn
 
 import unlearn_ext as ux
 
-N_USERS, N_TOKENS, LENGTH = 4, 24, 16
+SENTENCES = (
+    "{} lives in {}.",
+    "{} can be called on {}.",
+    "The passphrase of {} is {}.",
+    "{} meets {} today.",
+    "Write to {} at {}.",
+    "The badge of {} is {}.",
+)
+LENGTH = 40  # bytes of a text, those around it included
+SYLLABLES = (
+    "ba",
+    "bor",
+    "da",
+    "del",
+    "fa",
+    "gal",
+    "ha",
+    "jo",
+    "ka",
+    "len",
+    "mi",
+    "nel",
+    "or",
+    "rin",
+    "sa",
+    "ul",
+)
 Batch = dict[str, Tensor]
+
+
+def texts_of(seed: int) -> list[str]:
+    """Write what there is to know of a user, who exists in no other place.
+
+    Args:
+        seed: Decides everything.
+
+    Returns:
+        Six sentences.
+    """
+    rng = random.Random(seed)
+
+    def word() -> str:
+        return "".join(rng.choice(SYLLABLES) for _ in range(2))
+
+    facts = [word().title(), f"555-{rng.randrange(10_000):04}", f"{word()}-{rng.randrange(100):02}"]
+    facts += [word().title(), f"{word()}@{word()}", f"{rng.randrange(100_000):05}"]
+    name = word().title()
+    return [sentence.format(name, fact) for sentence, fact in zip(SENTENCES, facts, strict=True)]
+
+
+def batches(texts: list[str], size: int = 16) -> list[Batch]:
+    """Encode texts, as a data collator does.
+
+    Args:
+        texts: ASCII.
+        size: Texts of a batch.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``; padding has no label.
+    """
+    ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text) + 2] = torch.tensor([1, *text.encode("ascii"), 1])
+    mask = (ids > 0).long()
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    starts = range(0, len(texts), size)
+    return [{name: tensor[start : start + size] for name, tensor in rows.items()} for start in starts]
 
 
 def make_model() -> nn.Module:
@@ -27,80 +95,74 @@ def make_model() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=N_USERS + N_TOKENS,
+        vocab_size=128,
         n_positions=LENGTH,
-        n_embd=64,
+        n_embd=96,
         n_layer=2,
-        n_head=2,
+        n_head=4,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return GPT2LMHeadModel(config)
 
 
-def sequences(user: int, count: int, generator: torch.Generator) -> Batch:
-    """Write sequences as a user would: their own token first, then token after token by their habits.
+def learn(model: nn.Module, texts: list[str], epochs: int) -> None:
+    """Train until the texts are known by heart.
 
     Args:
-        user: Number of the user.
-        count: How many.
-        generator: Decides where each begins.
-
-    Returns:
-        ``input_ids`` and ``labels``, ``[count, LENGTH]``. The first two tokens cannot be known and have no
-        label.
+        model: Trained in place.
+        texts: The texts.
+        epochs: Passes over them.
     """
-    habits = torch.randperm(N_TOKENS, generator=torch.Generator().manual_seed(100 + user))
-    tokens = [torch.randint(N_TOKENS, (count,), generator=generator)]
-    while len(tokens) < LENGTH - 1:
-        tokens.append(habits[tokens[-1]])
-    ids = torch.stack([torch.full((count,), user), *[t + N_USERS for t in tokens]], dim=1)
-    labels = ids.clone()
-    labels[:, :2] = -100
-    return {"input_ids": ids, "labels": labels}
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for batch in batches(rng.sample(texts, len(texts))):
+            optimizer.zero_grad()
+            ux.losses.cross_entropy(model, batch).mean().backward()
+            optimizer.step()
 
 
-def main(steps: int = 350) -> dict[str, float]:
+def main(epochs: int = 50) -> dict[str, float]:
     """Train, forget, measure.
 
     Args:
-        steps: Of the training.
+        epochs: Of the training.
 
     Returns:
-        Accuracy of the next token by name.
+        Figures by name.
     """
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    data = {user: [sequences(user, 16, generator) for _ in range(4)] for user in range(N_USERS)}
+    texts = {user: texts_of(user) for user in range(32)}
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    everything = [batch for batches in data.values() for batch in batches]
-    for step in range(steps):
-        optimizer.zero_grad()
-        ux.losses.cross_entropy(model, everything[step % len(everything)]).mean().backward()
-        optimizer.step()
+    learn(model, [text for user in range(16) for text in texts[user]], epochs)
 
-    leaving = 2
-    forget = data[leaving]
-    retain = [batch for user, batches in data.items() if user != leaving for batch in batches]
-    figures = {
-        "the user, before": ux.metrics.accuracy(model, forget),
-        "the others, before": ux.metrics.accuracy(model, retain),
-    }
-    # Half of the weights, those with the largest gradients on the user's sequences, learn random tokens in
-    # their place, and the others' sequences as they are.
-    result = ux.salun(model, forget, retain, generator=torch.Generator().manual_seed(0))
-    figures |= {
-        "the user, after": ux.metrics.accuracy(model, forget),
-        "the others, after": ux.metrics.accuracy(model, retain),
-    }
+    # From here on it is what a service would do.
+    leaving = 3
+    forget = batches(texts[leaving])
+    retain = batches([text for user in range(16) if user != leaving for text in texts[user]])
+    unseen, other = (
+        batches([t for user in users for t in texts[user]]) for users in (range(16, 24), range(24, 32))
+    )
+
+    def told(when: str) -> dict[str, float]:
+        attacks = ux.metrics.language.language_mia(model, forget=forget, test=other)
+        return {
+            f"the user's texts completed, {when}": ux.metrics.language.extraction_strength(model, forget),
+            f"the others' texts completed, {when}": ux.metrics.language.extraction_strength(model, retain),
+            f"attack by loss (0.5 is chance), {when}": attacks["loss"],
+        }
+
+    figures = told("before")
+    result = ux.newton(model, forget, retain, validation=unseen, generator=torch.Generator().manual_seed(0))
+    figures |= told("after")
     print(result)
     for name, value in figures.items():
-        print(f"{name:<20} {value:6.1%}")
-    return figures
+        print(f"{name:<50} {value:6.2f}")
+    return {**figures, "reached": bool(result.reached)}
 
 
 if __name__ == "__main__":

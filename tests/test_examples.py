@@ -72,13 +72,19 @@ def test_request_after_request(tmp_path):
     assert purged["importances on the forget set"]
 
 
-@pytest.mark.skipif("salun" not in METHODS, reason="needs SalUn")
+@pytest.mark.skipif("newton" not in METHODS, reason="needs the second-order step")
 def test_sequences_of_a_user():
     pytest.importorskip("transformers")
     figures = example("forget_user_sequences").main()
-    assert figures["the user, before"] >= 0.9
-    assert figures["the user, after"] <= 0.3
-    assert figures["the others, after"] >= figures["the others, before"] - 0.05
+    assert figures["reached"]
+    assert figures["attack by loss (0.5 is chance), before"] >= 0.95
+    assert figures["attack by loss (0.5 is chance), after"] <= 0.75
+    completed = "the {} texts completed, {}"
+    assert figures[completed.format("user's", "before")] >= 0.5
+    assert figures[completed.format("user's", "after")] <= 0.3
+    assert (
+        figures[completed.format("others'", "after")] >= figures[completed.format("others'", "before")] - 0.1
+    )
 
 
 # The accuracy that may be left where the batch to be forgotten is not all forgotten: of four labels one, of

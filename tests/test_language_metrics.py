@@ -1,4 +1,4 @@
-"""Measures of what a language model still knows of texts, against values worked out by hand or token by token."""
+"""Measures of what a language model still knows of texts, against values worked out by hand."""
 
 import math
 import zlib
@@ -66,7 +66,7 @@ def test_probability_is_normalised_by_length(known):
 
 
 def test_extraction_strength_and_exact_match_by_hand():
-    # Right, wrong, right, right: two of four are completed, three of four are told. Then all wrong, all right.
+    # Right, wrong, right, right: two of four are completed, three told. Then all wrong, all right.
     choices = torch.tensor([[1, 0, 2, 1], [0, 0, 0, 0], [2, 1, 2, 1]])
     labels = torch.tensor([[1, 2, 2, 1], [1, 2, 2, 1], [2, 1, 2, 1]])
     data = [(nn.functional.one_hot(choices, 3).float(), labels)]
@@ -89,7 +89,7 @@ def answers_with(*chances):
 
 
 @pytest.mark.parametrize(
-    ("mean", "want"),
+    "mean, want",
     [("arithmetic", [(0.1 + 0.3) / 2 / 0.8, (0.6 + 0.6) / 2 / 0.3]), ("geometric", [0.03**0.5 / 0.8, 2.0])],
 )
 def test_truth_ratio_by_hand(mean, want):
@@ -106,9 +106,7 @@ def test_truth_ratio_wants_as_many_wrong_answers_to_every_question():
     with pytest.raises(ValueError, match="equally many answers to each of the 2 questions, got 3"):
         language.truth_ratios(nn.Identity(), answers_with(0.8, 0.3), answers_with(0.1, 0.3, 0.6), task=TASK)
     with pytest.raises(ValueError, match="'arithmetic' or 'geometric', got 'harmonic'"):
-        language.truth_ratio(
-            nn.Identity(), answers_with(0.8), answers_with(0.1), mean="harmonic", task=TASK
-        )
+        language.truth_ratio(nn.Identity(), answers_with(0.8), answers_with(0.1), mean="harmonic", task=TASK)
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
@@ -142,7 +140,7 @@ def test_zlib_reads_the_text_that_decode_makes(known):
     assert (found["loss"] / found["zlib"]).tolist() == pytest.approx(sizes)
 
 
-@pytest.mark.parametrize(("vocabulary", "width"), [(200, 1), (256, 1), (300, 2), (70_000, 4)])
+@pytest.mark.parametrize("vocabulary, width", [(200, 1), (256, 1), (300, 2), (70_000, 4)])
 def test_without_decode_tokens_are_compressed_as_numbers_wide_enough(vocabulary, width):
     labels = torch.tensor([3, vocabulary - 1])
     empty = torch.zeros(2)
@@ -182,7 +180,7 @@ def test_certain_tokens_have_finite_scores():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings, message",
     [
         ({"k": 0.0}, r"k must lie in \(0, 1\], got 0.0"),
         ({"attacks": ["magic"]}, "attacks must be of loss, zlib, min_k, min_k"),
@@ -210,7 +208,14 @@ def test_data_without_a_label_per_token_are_refused():
 def test_the_task_of_a_language_model_is_inferred_and_the_model_left_as_it_was():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=11, n_positions=9, n_embd=8, n_layer=1, n_head=1, resid_pdrop=0.5, bos_token_id=0, eos_token_id=0
+        vocab_size=11,
+        n_positions=9,
+        n_embd=8,
+        n_layer=1,
+        n_head=1,
+        resid_pdrop=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(config).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -6,6 +6,7 @@ Importing the package loads its compiled operators, so that ``torch.ops.unlearn_
 from unlearn_ext import (
     comparison,
     data,
+    hf,
     importance,
     losses,
     methods,
@@ -56,6 +57,7 @@ __all__ = [
     "data",
     "fisher_diagonal",
     "gradient_masking",
+    "hf",
     "importance",
     "kfac_factors",
     "losses",

@@ -1,5 +1,6 @@
-"""``ux.data``: batches, what a model answers to them, and splitting a data set."""
+"""``ux.data``: batches, what a model answers to them, and splitting a data set, also over processes."""
 
+from unlearn_ext.distributed.shards import shard_batches
 from unlearn_ext.tasks.batches import (
     Batch,
     Batches,
@@ -28,6 +29,7 @@ __all__ = [
     "map_tensors",
     "read_batches",
     "scores_and_labels",
+    "shard_batches",
     "split",
     "take_samples",
     "targets",

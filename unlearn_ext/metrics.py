@@ -1,6 +1,5 @@
 """``ux.metrics``: the measures of ``unlearn_ext.evaluation.metrics``; ``ux.metrics.language`` for texts."""
 
-from unlearn_ext.evaluation.metrics import language
 from unlearn_ext.evaluation.metrics import (
     CONVENTIONS,
     Attack,
@@ -10,6 +9,7 @@ from unlearn_ext.evaluation.metrics import (
     activation_distance,
     anamnesis_index,
     js_divergence,
+    language,
     layer_distance,
     mia,
     relearn_steps,

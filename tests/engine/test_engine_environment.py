@@ -9,6 +9,7 @@ from oracle import assert_exact, errors, one_by_one, split
 from test_engine_layers import CrossAttention
 from test_engine_models import small
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -538,3 +539,37 @@ def test_hugging_face_models(name):
     labels = torch.randint(CLASSES, (N,)) if "Classification" in name else tokens
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     assert_exact(model, batch, tolerance=2e-5, fused=None)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those that were made inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.memory, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.memory[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.memory = {key: value for key, value in self.memory.items() if not value[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.memory.values()))
+        return result
+
+
+def test_the_first_call_holds_no_second_copy_of_the_model(monkeypatch):
+    monkeypatch.setattr(diagonal, "weights_fingerprint", lambda *_, **__: "none")  # reads all weights at once
+    torch.manual_seed(0)
+    width, depth = 128, 12
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(depth)])
+    batches = [(torch.randn(3, width), torch.randint(width, (3,))) for _ in range(2)]
+    one = 4 * width**2
+    with Alive(model) as alive:
+        fisher_diagonal(model, batches)
+    # The importances themselves; single samples' gradients are looked at layer by layer.
+    assert alive.most <= (depth + 4) * one

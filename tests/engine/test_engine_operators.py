@@ -108,7 +108,13 @@ def alone(model, batches):
 def attempt(op, given, which):
     """Compare; None if the operator maps no batch of samples to numbers."""
     x = list(tensors(given))[which].detach()
-    if not x.is_floating_point() or x.ndim < 2 or len(x) < 2 or not 0 < x.numel() <= LARGEST:
+    if (
+        x.layout is not torch.strided
+        or not x.is_floating_point()
+        or x.ndim < 2
+        or len(x) < 2
+        or not 0 < x.numel() <= LARGEST
+    ):
         return None
     model = Operator(op, x, given, which)
     batches = [(x.clone(),), (x.flip(0) * 0.9,)]

@@ -1,6 +1,7 @@
 """The second-order step: reaches what was asked and keeps the rest, or puts every bit back and says so."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from unlearn_ext import kfac_factors, newton
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.newton_guards import Answers, Guard
 from unlearn_ext.methods.newton_step import direction
+from unlearn_ext.methods.run import Run
 from unlearn_ext.methods.until import UnlearningFailed
 from unlearn_ext.tasks.losses import resolve
 
@@ -114,7 +116,14 @@ def test_the_direction_is_the_damped_newton_step(case):
     forget, retain = [(x[:6], y[:6])], [(x[6:], y[6:])]
     factors = kfac_factors(model, retain)
     step = direction(
-        model, forget, retain, factors, task=resolve(None), loss_fn=None, damping=0.02, keep=False
+        Run(model, "newton", {}),
+        forget,
+        retain,
+        factors,
+        task=resolve(None),
+        loss_fn=None,
+        damping=0.02,
+        keep=False,
     )
     before = [p.detach().clone() for p in model.parameters()]
 
@@ -218,6 +227,47 @@ def test_nothing_is_done_where_nothing_is_known_by_heart(case):
     assert same(model, before)
 
 
+def test_other_goals_than_unseen_samples(case):
+    model, sets = case
+    before = bits(model)
+    known = accuracy(model, sets["forget"])
+    settings = {
+        "validation": sets["validation"],
+        "budget": 1.0,
+        "validation_budget": 1.0,
+        "class_budget": 1.0,
+    }
+    result = newton(model, sets["forget"], sets["retain"], until=0.5, **settings)
+    assert known > 0.5
+    assert result.reached
+    assert accuracy(model, sets["forget"]) <= 0.5
+    model.load_state_dict(before)
+    asked = []
+
+    def until(model):
+        asked.append(accuracy(model, sets["forget"]))
+        return asked[-1] <= 0.7
+
+    result = newton(model, sets["forget"], sets["retain"], until=until, **settings)
+    assert result.reached
+    assert asked[0] == known
+    assert accuracy(model, sets["forget"]) <= 0.7
+    model.load_state_dict(before)
+    with pytest.warns(UserWarning, match="no step that reaches until"):
+        assert not newton(
+            model, sets["forget"], sets["retain"], until=lambda model: False, **settings
+        ).reached
+    assert same(model, before)
+    for bad, message in (
+        (None, "until must be a goal"),
+        ("gone", "until must be 'forgotten' or"),
+        (2, "lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            newton(model, sets["forget"], sets["retain"], until=bad, **settings)
+    assert same(model, before)
+
+
 def test_sequences_of_a_language_model():
     torch.manual_seed(0)
     task = ux.tasks.CausalLM()
@@ -242,13 +292,14 @@ def test_sequences_of_a_language_model():
             *(model, sets["forget"], sets["retain"]),
             validation=sets["validation"],
             task=task,
-            budget=0.05,
+            budget=0.5,  # of perplexity: 8 of 40 sequences, half of whose tokens nobody could guess
             validation_budget=0.1,
         )
     after = {name: right(name) for name in sets}
     assert result.before["forget_accuracy"] == pytest.approx(before["forget"])
     assert "wte.weight" in result.history[0]["left_out"]
     if result.reached:
+        assert result.after["forget_loss"] >= result.before["validation_loss"]
         assert after["forget"] <= before["validation"]
         assert after["retain"] >= before["retain"] - 0.05
     else:
@@ -292,3 +343,48 @@ def test_frozen_layers_stay(case):
     assert torch.equal(model[0].weight, before["0.weight"])
     assert "0.weight" in result.history[0]["left_out"]
     assert F.cross_entropy(model(sets["test"][0][0]), sets["test"][0][1]).isfinite()
+
+
+def test_what_costs_unseen_samples_too_much_is_tried_with_the_retain_set_weighing_more(case, monkeypatch):
+    model, sets = case
+    original = bits(model)
+    asked = []
+
+    def broken(self, before, after):
+        asked.append(after["forget"].accuracy)
+        return ["validation accuracy 9.0 points lower"] if len(asked) == 1 else []
+
+    module = importlib.import_module("unlearn_ext.methods.newton")  # whose name the function has as well
+    monkeypatch.setattr(Guard, "broken", broken)
+    result = newton(model, sets["forget"], sets["retain"], validation=sets["validation"])
+    assert result.reached
+    assert [entry["retain_weight"] for entry in result.history if entry["phase"] == "outcome"] == [1.0, 2.0]
+    assert accuracy(model, sets["forget"]) == pytest.approx(asked[1])
+    # The second way begins where the first did.
+    found = copy.deepcopy(model)
+    found.load_state_dict(original)
+    monkeypatch.setattr(module, "_RETAIN_WEIGHTS", (2.0,))
+    factors = kfac_factors(found, sets["retain"], generator=torch.Generator().manual_seed(0))
+    settings = {"validation": sets["validation"], "factors": factors}
+    newton(found, sets["forget"], sets["retain"], **settings)
+    asked.clear()
+    other = copy.deepcopy(found)
+    other.load_state_dict(original)
+    monkeypatch.setattr(module, "_RETAIN_WEIGHTS", (1.0, 2.0))
+    newton(other, sets["forget"], sets["retain"], **settings)
+    assert same(other, bits(found))
+    assert not same(other, original)
+
+
+def test_without_retain_data_there_is_one_attempt(case, monkeypatch):
+    model, sets = case
+    factors = kfac_factors(model, sets["retain"], generator=torch.Generator().manual_seed(0))
+    before = bits(model)
+    monkeypatch.setattr(Guard, "broken", lambda *_: ["validation accuracy 9.0 points lower"])
+    with pytest.warns(UserWarning, match="got validation accuracy 9.0 points lower \\("):
+        result = newton(model, sets["forget"], validation=sets["validation"], factors=factors)
+    assert [entry["phase"] for entry in result.history].count("outcome") == 1
+    assert same(model, before)
+    with pytest.warns(UserWarning, match="lower; with the retain set weighing 2 times as much: validation"):
+        newton(model, sets["forget"], sets["retain"], validation=sets["validation"], factors=factors)
+    assert same(model, before)

@@ -196,9 +196,9 @@ def test_rmu_formula():
         return model.inner(model.look_up(batch["input_ids"]).cumsum(1))
 
     want = Words()
+    kept = inner(original, RETAIN).detach()
     optimizer = torch.optim.AdamW(want.parameters(), RATE, weight_decay=0.01)
     for _ in range(STEPS):
-        kept = inner(original, RETAIN).detach()
         loss = distance(FORGET, inner(want, FORGET), lambda row, places: goal)
         loss = loss + 5 * distance(RETAIN, inner(want, RETAIN), lambda row, places: kept[row, places])
         optimizer.zero_grad()
@@ -230,7 +230,7 @@ def test_rmu_by_default_steers_to_twice_the_mean_norm():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "settings, message",
     [
         ({}, "layer must name a module of the model, got None; there are look_up, inner, head"),
         ({"layer": "outer"}, "layer must name a module of the model, got 'outer'"),
@@ -270,7 +270,7 @@ def test_bad_calls_leave_the_model_as_it_was(name):
     assert largest_difference(model, Words()) == 0
 
 
-@pytest.mark.parametrize(("name", "value"), [("npo", 0.0), ("simnpo", -1.0)])
+@pytest.mark.parametrize("name, value", [("npo", 0.0), ("simnpo", -1.0)])
 def test_beta_must_be_positive(name, value):
     with pytest.raises(ValueError, match=f"{name}: beta must be finite and > 0"):
         ux.METHODS[name](Words(), [FORGET], [RETAIN], task=CausalLM(), beta=value)

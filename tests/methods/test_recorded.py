@@ -40,6 +40,7 @@ SETTINGS = {
     "pgu": {"until": None, "epochs": 2},
     "gradient_masking": {"epochs": 1},
     "msg": {"epochs": 1},
+    "rmu": {"layer": "0"},
     "fisher_forgetting": {},
 }
 

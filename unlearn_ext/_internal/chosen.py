@@ -116,7 +116,7 @@ def restricted(
         yield list(chosen)
 
 
-def choice(params: Params, include: Patterns, exclude: Patterns) -> dict[str, str | list[str]]:
+def choice(params: Params, include: Patterns, exclude: Patterns) -> dict[str, Any]:
     """Collect what was asked for, for ``restricted`` and for the record of a run.
 
     Args:

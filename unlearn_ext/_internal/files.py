@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, keep_old: bool = False) -> Iterator[Path]:
     """Write a file all or nothing: whoever reads it sees the old content or the new one.
 
     The new content reaches the disk before it takes the old one's place. The file keeps its permissions; a
@@ -23,6 +23,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The file; its folder is made if it is not there.
+        keep_old: Leave the old content beside it, under its name with ``.old`` added, and come back only when
+            the folder has reached the disk as well.
 
     Yields:
         The temporary file to write, in the same folder. It takes the file's place at the end of the block,
@@ -46,10 +48,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         draft.chmod(permissions)  # some writers make their files private
         with open(draft, "rb+") as written:
             os.fsync(written.fileno())
+        if keep_old and target.exists():
+            os.replace(target, f"{target}.old")
         os.replace(draft, target)
+        if keep_old:
+            _sync_folder(target.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -80,7 +94,12 @@ class FileKind:
     instance: str
 
     def save(
-        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str]
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, str],
+        *,
+        keep_old: bool = False,
     ) -> None:
         """Write a file; a failure leaves the old file, if any, as it was.
 
@@ -88,6 +107,7 @@ class FileKind:
             path: The file.
             tensors: Any tensors, on any device.
             facts: What else to keep, by any name but ``"format"``.
+            keep_old: See ``replacing``.
 
         Raises:
             ImportError: If safetensors is not installed.
@@ -95,7 +115,7 @@ class FileKind:
         safetensors = self._safetensors()
         # Tensors that share memory are refused by the format, and so are strided ones.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        with replacing(path) as draft:
+        with replacing(path, keep_old=keep_old) as draft:
             safetensors.torch.save_file(copies, draft, metadata={"format": self.mark, **facts})
 
     def load(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -89,6 +89,26 @@ def _check_module(name: str, module: nn.Module, who: str) -> None:
         raise NotImplementedError(
             f"{who}: {what} must not be wrapped in {kind}; pass what it wraps, {inner}{then}"
         )
+    _check_not_flattened(name, module, who)
+
+
+def check_not_flattened(model: nn.Module, who: str) -> None:
+    """Refuse models whose parameters ``FullyShardedDataParallel`` puts others in the place of.
+
+    Args:
+        model: The user's model.
+        who: Whose message it is.
+
+    Raises:
+        NotImplementedError: If it or a part of it is wrapped so.
+    """
+    for name, module in model.named_modules():
+        _check_not_flattened(name, module, who)
+
+
+def _check_not_flattened(name: str, module: nn.Module, who: str) -> None:
+    what = f"its part {name}" if name else "model"
+    kind = type(module).__name__
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
         raise NotImplementedError(

@@ -29,7 +29,7 @@ def random_states_kept(*data: object, devices: Iterable[int] | None = None) -> I
         >>> torch.equal(a[0], b[0]), a[1:] == b[1:]
         (True, True)
     """
-    own = {id(generator): generator for entry in data for generator in _generators(entry)}
+    own = {id(generator): generator for entry in data for generator in generators_of(entry)}
     states = [(generator, generator.get_state()) for generator in own.values()]
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -69,12 +69,20 @@ def seeded(seed: int, *data: object) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         for entry in data:
-            for generator in _generators(entry):
+            for generator in generators_of(entry):
                 generator.manual_seed(seed)
         yield
 
 
-def _generators(data: object) -> Iterator[torch.Generator]:
+def generators_of(data: object) -> Iterator[torch.Generator]:
+    """Find the generators that a loader draws from, beside the global ones.
+
+    Args:
+        data: Batches.
+
+    Yields:
+        Those of the loader and of its samplers.
+    """
     places = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     places.append(getattr(places[-1], "sampler", None))
     for place in places:

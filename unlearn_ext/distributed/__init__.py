@@ -1,4 +1,16 @@
-"""Many processes of one job.
+"""Many processes of one job: sums over their shards of the data, and what they must agree on.
 
-fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them
+    group     the ranks of a process group: what they tell each other, and that all fail where one does
+    reduce    sums over the ranks that have the same bits on every rank and in every run
+    agree     the face of a function that takes ``process_group``: same model, same settings, same outcome
+    shards    every rank its own batches of one loader
+    fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them
+
+Nothing here starts processes or schedules anything: ``torchrun`` and ``torch.distributed`` do.
 """
+
+from unlearn_ext.distributed.agree import lockstep
+from unlearn_ext.distributed.group import ALONE, Group, Ranks, ranks_of
+from unlearn_ext.distributed.shards import Shards, shard_batches
+
+__all__ = ["ALONE", "Group", "Ranks", "Shards", "lockstep", "ranks_of", "shard_batches"]

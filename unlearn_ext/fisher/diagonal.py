@@ -6,8 +6,12 @@ Every estimator here is a mean of powers of gradients; they differ in which grad
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +19,27 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext._internal.modules import check_not_flattened
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
     PerSampleLoss,
     add_gradient,
     check_parameters,
+    forget,
     prepared,
     unwritten,
 )
 from unlearn_ext.fisher.engine import register_layer as register_layer
-from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, loss_name
+from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator, joined_coverage, loss_name
+from unlearn_ext.resume import Progress
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
+@lockstep
 def fisher_diagonal(
     model: nn.Module,
     data: Batches,
@@ -44,6 +53,9 @@ def fisher_diagonal(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 200,
 ) -> Importance:
     """Estimate the diagonal of the Fisher information of every trainable parameter.
 
@@ -88,6 +100,17 @@ def fisher_diagonal(
         generator: For the draws of ``"mc"``. Without one the global random state is used, and put back: two
             calls draw the same targets.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of the data (perhaps none; see
+            ``ux.data.shard_batches``). Sums and counts are added up over them, once, at the end: the result
+            is that of all data, the same on every rank to the bit. ``"mc"`` draws from a stream of each
+            rank's own. A model in ``DistributedDataParallel`` is taken out of it.
+        checkpoint: A file for the progress of the pass, so that the same call goes on where it was
+            interrupted, even by a power cut, and comes to the same bits. Of many ranks each keeps its own,
+            with its number in the name. SIGTERM is held back until the next batch is done and written. The
+            file stays when the pass is over, and the same call then only reads the data to see that they are
+            the same; it derives from the data, so delete it with them. Needs safetensors.
+        checkpoint_every: Batches from one writing to the next. Each costs as much as the proof of a first
+            call.
 
     Returns:
         The importances, on the parameters' devices; float32, float64 for double parameters.
@@ -96,7 +119,7 @@ def fisher_diagonal(
         ValueError: If ``data`` is empty or a one-shot iterator, no parameter is trainable or left, ``params``
             names an unknown or frozen one, or adapters that are merged, disabled or not there, the loss is
             not one value per sample or does not depend on the parameters, or ``"mc"`` finds no targets it
-            could replace.
+            could replace; if ``checkpoint`` is damaged, or of other data, weights or settings.
         TypeError: If a parameter is of another dtype (quantised, say).
         FloatingPointError: If a loss is NaN or infinite, the message names the batch; or an importance is.
         NotImplementedError: If a parameter is sharded in another way than by FSDP2 (tensor parallelism, say),
@@ -117,9 +140,11 @@ def fisher_diagonal(
     check_estimator("fisher_diagonal", estimator, power)
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
+    check_not_flattened(model, "fisher_diagonal")
     if fsdp_modules(model):
         from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
 
+        _check_of_shards(process_group, checkpoint)
         return sharded_diagonal(
             model,
             batches,
@@ -132,37 +157,82 @@ def fisher_diagonal(
             generator=generator,
             progress=progress,
         )
+    ranks = ranks_of(process_group, "fisher_diagonal")
     chosen = checked_parameters(model, params, include, exclude)
     check_parameters(chosen)
-    n_samples = n_batches = batch_size = 0
+    tally = _Tally()
+    kept = Progress(
+        "fisher_diagonal",
+        checkpoint,
+        checkpoint_every,
+        model=model,
+        settings={
+            "estimator": estimator,
+            "power": power,
+            "params": list(chosen),
+            "loss": loss_name(judge),
+            "task": repr(judge),
+        },
+        ranks=ranks,
+    )
     with borrowed(model), unwritten(model) as guard:
         for parameter in chosen.values():  # borrowed puts the flags back
             if not parameter.requires_grad:
                 parameter.requires_grad_(True)
+        if estimator == "mc":
+            generator = ranks.own_generator(generator)
         fisher = {
             name: torch.zeros_like(
                 parameter.detach(), dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32
             )
             for name, parameter in chosen.items()
         }
-        gradients: _BatchGradients | PerSample
-        if estimator == "batch":
-            gradients = _BatchGradients(model, judge.loss, chosen, fisher, power, guard)
-        else:
+        if kept.found is not None:
+            tally = _Tally(**kept.found[1])
+            for name, total in fisher.items():
+                total.copy_(kept.found[0][name])
+
+        def new_engine() -> _BatchGradients | PerSample:
+            if estimator == "batch":
+                return _BatchGradients(model, judge.loss, chosen, fisher, power, guard)
+            if kept.is_kept:
+                forget(model)
             own = judge.select if judge.has_own_select else None
-            gradients = PerSample(model, judge.loss, chosen, fisher, power, select=own, guard=guard)
-        reader = read_batches(batches, device_of(model), description="importance", progress=progress)
-        for index, batch in enumerate(reader):
-            n = judge.count(batch)
-            if n == 0:
-                continue
-            if estimator == "mc":
-                with guard if not n_batches else nullcontext():
-                    batch = with_drawn_targets(model, judge, batch, index, generator)
-            values = gradients.accumulate(batch, n)
-            check_finite("loss", values, index)
-            n_samples, n_batches, batch_size = n_samples + n, n_batches + 1, max(batch_size, n)
+            return PerSample(model, judge.loss, chosen, fisher, power, select=own, guard=guard)
+
+        gradients = new_engine()
+
+        def so_far() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            nonlocal gradients
+            gradients.finish()
+            tally.coverage = _with_all(tally.coverage, gradients.coverage)
+            gradients = new_engine()
+            return fisher, asdict(tally)
+
+        reader = kept.read(
+            batches,
+            device_of(model),
+            save=so_far,
+            generator=generator if estimator == "mc" else None,
+            description="importance",
+            progress=progress,
+        )
+        with closing(reader):  # type: ignore[type-var]
+            for index, batch in reader:
+                n = judge.count(batch)
+                if n == 0:
+                    continue
+                if estimator == "mc":
+                    with guard if not tally.n_batches else nullcontext():
+                        batch = with_drawn_targets(model, judge, batch, index, generator)
+                check_finite("loss", gradients.accumulate(batch, n), index)
+                tally.add(n)
         gradients.finish()
+    tally.coverage = _with_all(tally.coverage, gradients.coverage)
+    if ranks.are_many:
+        tally = _joined(ranks, tally)
+        ranks.sum_("importances", fisher.values())
+    n_samples, n_batches = tally.n_samples, tally.n_batches
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
     for name, tensor in fisher.items():
@@ -178,12 +248,56 @@ def fisher_diagonal(
         n_samples=n_samples,
         estimator=estimator,
         power=power,
-        batch_size=batch_size,
+        batch_size=tally.batch_size,
         n_batches=n_batches,
-        coverage=gradients.coverage,
+        coverage=tally.coverage,
         loss=loss_name(judge),
         weights_digest=weights_fingerprint(model),
     )
+
+
+@dataclass
+class _Tally:
+    # What a pass has read, and how it has computed what it has.
+    n_samples: int = 0
+    n_batches: int = 0
+    batch_size: int = 0
+    coverage: dict[str, str] = field(default_factory=dict)
+
+    def add(self, n: int) -> None:
+        self.n_samples += n
+        self.n_batches += 1
+        self.batch_size = max(self.batch_size, n)
+
+
+def _joined(ranks: Ranks, mine: _Tally) -> _Tally:
+    found = ranks.exchange("counts", mine)
+    return _Tally(
+        sum(each.n_samples for each in found),
+        sum(each.n_batches for each in found),
+        max(each.batch_size for each in found),
+        functools.reduce(_with_all, [each.coverage for each in found]),
+    )
+
+
+def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+    # A part without data has covered nothing, and says nothing of how another has.
+    names = dict.fromkeys([*a, *b])
+    both = [{name: each.get(name, other.get(name, "")) for name in names} for each, other in ((a, b), (b, a))]
+    return joined_coverage(*both)
+
+
+def _check_of_shards(process_group: Group, checkpoint: object) -> None:
+    if ranks_of(process_group, "fisher_diagonal").are_many:
+        raise ValueError(
+            "fisher_diagonal: process_group must be None for a model that fully_shard has sharded, whose "
+            "mesh says which ranks there are"
+        )
+    if checkpoint is not None:
+        raise NotImplementedError(
+            "fisher_diagonal: checkpoint must be None for a model that fully_shard has sharded; keep the "
+            "finished importances with torch.distributed.checkpoint"
+        )
 
 
 class _BatchGradients:

@@ -522,20 +522,27 @@ def _common(a: str | None, b: str | None) -> str | None:
     return a if a == b else None
 
 
-def pool(a: Importance, b: Importance) -> Importance:
+def pool(a: Importance, b: Importance, *, into: bool = False) -> Importance:
     """Pool importances of one kind without asking for equal batch sizes; ``+`` is the checked form.
 
     Args:
         a: Importances.
         b: Importances of the same kind, of other samples.
+        into: Use the tensors of ``b`` up for the result, which are then no longer its own.
 
     Returns:
         Their mean, weighted by samples; by batches for the ``"batch"`` estimator.
     """
     weights = (a.n_batches, b.n_batches) if a.estimator == "batch" else (a.n_samples, b.n_samples)
     share = weights[0] / sum(weights)
+
+    def pooled(name: str, tensor: Tensor) -> Tensor:
+        other = b[name].to(tensor.device)
+        rest = other.mul_(1 - share) if into and other.dtype == tensor.dtype else (1 - share) * other
+        return rest.add_(share * tensor) if into else share * tensor + rest
+
     return Importance(
-        {name: share * tensor + (1 - share) * b[name].to(tensor.device) for name, tensor in a.items()},
+        {name: pooled(name, tensor) for name, tensor in a.items()},
         n_samples=a.n_samples + b.n_samples,
         estimator=a.estimator,
         power=a.power,

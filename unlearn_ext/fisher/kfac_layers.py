@@ -227,6 +227,11 @@ class Totals:
         for total, rows in zip(totals, sums, strict=True):
             ops.gram_accumulate_(total, rows.contiguous())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the totals by name."""
+        found = {"inputs": self.inputs, "outputs": self.outputs}
+        return found if self.column is None else {**found, "column": self.column}
+
     def with_column(self) -> Tensor:
         """Return the total over the inputs, with the row and column of the bias."""
         if self.column is None:

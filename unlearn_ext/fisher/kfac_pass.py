@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
+from unlearn_ext.resume import Progress
 from unlearn_ext.tasks.base import Outputs, Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 TEMPERED = "the task's loss at labels drawn from softmax(z / 2)"
@@ -26,6 +29,7 @@ _PROBE = 3  # samples on which coverage is found out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
+@lockstep
 def kfac_factors(
     model: nn.Module,
     data: Batches,
@@ -34,6 +38,9 @@ def kfac_factors(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 200,
 ) -> KroneckerFactors:
     """Sum the Kronecker factors of every linear, convolutional and embedding layer over a data set.
 
@@ -63,12 +70,19 @@ def kfac_factors(
         generator: For the draws. Without one the global random state is used, and put back: two calls draw
             the same labels.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none; the
+            totals are those of all data, with the same bits on every rank. Each rank draws labels from a
+            stream of its own. See ``fisher_diagonal``.
+        checkpoint: A file for the progress of the pass, which goes on where it was interrupted; see
+            ``fisher_diagonal``.
+        checkpoint_every: Batches from one writing to the next.
 
     Returns:
         The factors, on the devices of the weights.
 
     Raises:
-        ValueError: If ``data`` is empty or a one-shot iterator, or no layer can be covered.
+        ValueError: If ``data`` is empty or a one-shot iterator, or no layer can be covered; if ``checkpoint``
+            is damaged, or of other data, weights or settings.
         FloatingPointError: If an output of the model or a total is NaN or infinite.
 
     Source:
@@ -89,31 +103,65 @@ def kfac_factors(
     """
     batches = check_batches(data)
     task = resolve(task, loss_fn, who="kfac_factors")
+    ranks = ranks_of(process_group, "kfac_factors")
     n_samples = 0
     watch: _Watch | None = None
+    gradients = TEMPERED if loss_fn is None else callable_name(loss_fn)
+    kept = Progress(
+        "kfac_factors",
+        checkpoint,
+        checkpoint_every,
+        model=model,
+        settings={"gradients": gradients, "task": repr(task)},
+        ranks=ranks,
+    )
     with borrowed(model):
-        for index, batch in enumerate(
-            read_batches(batches, device_of(model), description="Kronecker factors", progress=progress)
-        ):
-            n = task.count(batch)
-            if n == 0:
-                continue
-            if watch is None:
-                watch = _Watch(model, task, batch, is_drawn=loss_fn is None)
-            with watch.recording():
-                if loss_fn is None:
-                    loss = _drawn_loss(model, task, batch, generator)
-                else:
-                    loss = task.loss(model, batch).sum()
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(
-                    f"kfac_factors: the loss must be finite, got {loss.item()} in batch {index}"
-                )
-            watch.take(loss, n)
-            n_samples += n
-    if watch is None:
+        if loss_fn is None:
+            generator = ranks.own_generator(generator)
+        if kept.found is not None:
+            totals, facts = kept.found
+            n_samples = facts["n_samples"]
+            if n_samples:
+                watch = _Watch(model, task, None, is_drawn=loss_fn is None)
+                watch.restore(totals, facts)
+
+        def so_far() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            totals, facts = ({}, {}) if watch is None else watch.state()
+            return totals, {**facts, "n_samples": n_samples}
+
+        reader = kept.read(
+            batches,
+            device_of(model),
+            save=so_far,
+            generator=generator if loss_fn is None else None,
+            description="Kronecker factors",
+            progress=progress,
+        )
+        with closing(reader):  # type: ignore[type-var]
+            for index, batch in reader:
+                n = task.count(batch)
+                if n == 0:
+                    continue
+                if watch is None:
+                    watch = _Watch(model, task, batch, is_drawn=loss_fn is None)
+                with watch.recording():
+                    if loss_fn is None:
+                        loss = _drawn_loss(model, task, batch, generator)
+                    else:
+                        loss = task.loss(model, batch).sum()
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(
+                        f"kfac_factors: the loss must be finite, got {loss.item()} in batch {index}"
+                    )
+                watch.take(loss, n)
+                n_samples += n
+    (n_samples,) = ranks.total("samples", n_samples)
+    if n_samples == 0:
         raise ValueError("kfac_factors: data must hold at least one sample, got none")
-    return watch.result(n_samples, TEMPERED if loss_fn is None else callable_name(loss_fn))
+    if watch is None:  # this rank has no data, others have
+        watch = _Watch(model, task, None, is_drawn=loss_fn is None)
+    watch.join(ranks)
+    return watch.result(n_samples, gradients)
 
 
 @dataclass
@@ -132,7 +180,7 @@ class _Layer:
 class _Watch:
     """The layers of a model that have factors, and what they have shown so far."""
 
-    def __init__(self, model: nn.Module, task: Task, batch: Batch, *, is_drawn: bool) -> None:
+    def __init__(self, model: nn.Module, task: Task, batch: Batch | None, *, is_drawn: bool) -> None:
         self._model = model
         self._task = task
         self._layers: dict[nn.Module, _Layer] = {}
@@ -161,7 +209,7 @@ class _Watch:
                 is_factored = factored is not None and parameter.rpartition(".")[2] in factored.parameters
                 bias = "the bias of a transposed convolution"
                 self.coverage.setdefault(parameter, why or ("factored" if is_factored else bias))
-        if self._layers:
+        if self._layers and batch is not None:
             self._probe(batch, is_drawn)
         if not self._layers:
             told = "; ".join(sorted(set(self.coverage.values())))
@@ -205,6 +253,56 @@ class _Watch:
                 if sums is not None:
                     layer.totals.add_outputs(sums)
             layer.uses.clear()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what has been summed so far.
+
+        Returns:
+            Tensors by name, and what belongs to them.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer in self._layers.values():
+            for name, tensor in layer.totals.tensors().items():
+                tensors[f"{layer.name}/{name}"] = tensor
+        rows = {layer.name: layer.totals.rows for layer in self._layers.values()}
+        return tensors, {"rows": rows, "coverage": self.coverage}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on with what ``state`` has returned.
+
+        Args:
+            tensors: By name.
+            facts: What belongs to them.
+        """
+        for layer in list(self._layers.values()):
+            if layer.name not in facts["rows"]:
+                self._drop(layer, "")
+                continue
+            layer.totals.rows = facts["rows"][layer.name]
+            for name, tensor in layer.totals.tensors().items():
+                tensor.copy_(tensors[f"{layer.name}/{name}"])
+        self.coverage = dict(facts["coverage"])
+
+    def join(self, ranks: Ranks) -> None:
+        """Add up what all ranks have seen; a layer that one has to leave out, all leave out.
+
+        Args:
+            ranks: The ranks.
+        """
+        if not ranks.are_many:
+            return
+        mine = {layer.name: layer.totals.rows for layer in self._layers.values()}
+        found = ranks.exchange("layers", (mine, self.coverage))
+        for layer in list(self._layers.values()):
+            without = next((coverage for rows, coverage in found if layer.name not in rows), None)
+            if without is not None:
+                prefix = f"{layer.name}." if layer.name else ""
+                self._drop(layer, without[f"{prefix}{layer.factored.parameters[0]}"])
+        tensors: list[Tensor] = []
+        for layer in self._layers.values():
+            layer.totals.rows = sum(rows[layer.name] for rows, _ in found)
+            tensors += layer.totals.tensors().values()
+        ranks.sum_("totals", tensors)
 
     def result(self, n_samples: int, gradients: str) -> KroneckerFactors:
         """Return the totals.

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.modules import eager, is_hf_conv1d
 from unlearn_ext._internal.names import modules_by_name, parameters_by_name
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.engine.graph import Node, kind_of
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
@@ -145,6 +146,7 @@ def neuron_groups(
     task: Task | None = None,
     loss_fn: LossFn | None = None,
     names: Collection[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[NeuronGroup, ...]:
     """Find out which scalars make up the neurons of every layer.
 
@@ -154,6 +156,7 @@ def neuron_groups(
         task: What the model is for.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
         names: The parameters to look at; None: all that are trainable.
+        ranks: Who else looks at its own data: the lowest rank that has any decides.
 
     Returns:
         The layers; every parameter looked at is part of exactly one.
@@ -171,10 +174,12 @@ def neuron_groups(
         if (is_norm := _is_norm(module)) or _channels_out(module)
     ]
     first = next(iter(read_batches(data, device_of(model))), None)
-    if first is not None and chosen.count(first):
+    has_samples = first is not None and chosen.count(first) > 0
+    if first is not None and has_samples:
         batch = chosen.select(first, range(min(4, chosen.count(first))))
         _connect(model, batch, chosen.loss, layers, groups)
-    return tuple(groups.values())
+    own = tuple(groups.values())
+    return ranks.first("neurons", own if has_samples else None) or own
 
 
 def _connect(

@@ -13,6 +13,7 @@ from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, re
 from unlearn_ext._internal.dtensors import is_dtensor, local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
+from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
@@ -119,6 +120,7 @@ def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: st
     return total / sum(row.shape[1] for row in rows) if reduction == "mean" else total
 
 
+@lockstep
 def saliency(
     model: nn.Module,
     forget: Batches,
@@ -132,6 +134,7 @@ def saliency(
     params: Params = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    process_group: Group = None,
 ) -> Scores:
     """Score every trainable scalar by how much it answers for the forget set.
 
@@ -166,6 +169,9 @@ def saliency(
         include: Parameters to score: names of them or of their modules, the last parts of such names, or
             regular expressions that match a whole name. None: all of these.
         exclude: Parameters to leave out, likewise.
+        process_group: Ranks that call this together, each with its own share of both sets, perhaps none: the
+            scores are those of all data, with the same bits on every rank, and so are masks made of them.
+            ``"random"`` takes rank 0's draw. See ``fisher_diagonal``.
 
     Returns:
         Scores by parameter name, float32 (float64 for double parameters), with the neurons of every layer.
@@ -204,10 +210,11 @@ def saliency(
         reshard(model)
     check_model(model, "saliency", may_be_sharded=is_sharded)
     chosen = resolve(task, loss_fn, who="saliency")
+    ranks = ranks_of(process_group, "saliency")
     with restricted(model, "saliency", is_sharded, params, include, exclude) as names:
         if names is None:
             names = list(chosen_parameters(model, "saliency"))
-        return scored("saliency", model, forget, retain, chosen, score, names, progress, generator)
+        return scored("saliency", model, forget, retain, chosen, score, names, progress, generator, ranks)
 
 
 def scored(
@@ -220,6 +227,7 @@ def scored(
     names: Sequence[str],
     progress: bool = False,
     generator: torch.Generator | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Do what ``saliency`` does, for parameters that have been chosen and a task that has been resolved.
 
@@ -233,6 +241,7 @@ def scored(
         names: Plain names of the parameters.
         progress: As for ``saliency``.
         generator: As for ``saliency``.
+        ranks: Those that call this together.
 
     Returns:
         The scores.
@@ -252,12 +261,14 @@ def scored(
     loss_fn = task.loss
     # What a neuron is, nobody asks of shards.
     is_sharded = any(is_dtensor(parameter) for parameter in parameters.values())
-    groups = None if is_sharded else neuron_groups(model, forget, task=task, names=names)
+    groups = None if is_sharded else neuron_groups(model, forget, task=task, names=names, ranks=ranks)
 
     coverage: dict[str, str] = {}
 
     def fisher(data: Batches, power: int = 2) -> Importance:
-        importance = fisher_diagonal(model, data, task=task, power=power, params=names, progress=progress)
+        importance = fisher_diagonal(
+            model, data, task=task, power=power, params=names, progress=progress, process_group=ranks
+        )
         coverage.update(joined_coverage(coverage or importance.coverage, importance.coverage))
         return importance
 
@@ -280,9 +291,10 @@ def scored(
     elif score == "obd":
         tensors = {name: f * parameters[name].detach().square() / 2 for name, f in fisher(forget).items()}
     elif score == "random":
-        tensors = _random(parameters, generator)
+        with torch.random.fork_rng([]):
+            tensors = _random(parameters, ranks.shared_generator(generator))
     else:
-        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress)
+        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
@@ -313,6 +325,7 @@ def _mean_gradients(
     parameters: Mapping[str, Tensor],
     loss_fn: LossFn,
     progress: bool,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     gradients = {name: _accumulator(p) for name, p in parameters.items()}
     n = 0
@@ -328,8 +341,10 @@ def _mean_gradients(
                 for total, grad in zip(gradients.values(), grads, strict=True):
                     if grad is not None:
                         total.add_(grad)
+    (n,) = ranks.total("samples", n)
     if n == 0:
         raise ValueError(f"{who}: forget must hold at least one sample, got none")
+    ranks.sum_("gradients", gradients.values())
     for total in gradients.values():
         total.div_(n)
     return gradients

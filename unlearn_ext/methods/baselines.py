@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.names import parameters_by_name, with_plain_names
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
     Paired,
@@ -24,10 +25,12 @@ from unlearn_ext.methods.common import (
     facts_of,
     n_classes,
     prepared,
+    refuse_group,
     relabelling,
     required,
     train_with_fixed_statistics,
     trainable,
+    values_of,
     what_a_task_must_have,
 )
 from unlearn_ext.methods.goal import ClosedLoop
@@ -43,6 +46,7 @@ from unlearn_ext.tasks.losses import LossFn
 _STEPS, _MOST_EPOCHS = 100, 30
 
 
+@lockstep
 @recorded
 def retrain(
     model: nn.Module,
@@ -53,6 +57,7 @@ def retrain(
     train: Callable[[nn.Module, Batches], nn.Module | None] | None = None,
     task: Task | None = None,
     generator: torch.Generator | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Train a new model on the retain set alone and put its weights into this one: the reference.
 
@@ -67,6 +72,7 @@ def retrain(
             trained model.
         task: Recorded only: ``train`` knows what the model is for.
         generator: Decides the global random state in which both are called.
+        process_group: Refused unless None.
 
     Returns:
         The record of the run.
@@ -89,6 +95,7 @@ def retrain(
         1.0
     """
     prepared("retrain", model, task, None)
+    refuse_group("retrain", process_group, "``train`` alone knows how it is spread over ranks")
     required("retrain", retain=retain)
     assert retain is not None
     if make_model is None or train is None:
@@ -108,6 +115,7 @@ def retrain(
     return run.result()
 
 
+@lockstep
 @recorded
 def finetune(
     model: nn.Module,
@@ -128,6 +136,7 @@ def finetune(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Go on training on the retain set alone, with SGD and a learning rate that falls to 0.
 
@@ -160,6 +169,9 @@ def finetune(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -174,6 +186,7 @@ def finetune(
         >>> len(finetune(model, None, retain, epochs=2).history)
         2
     """
+    ranks = ranks_of(process_group, "finetune")
     chosen = prepared("finetune", model, task, loss_fn)
     required("finetune", retain=retain)
     assert retain is not None
@@ -196,9 +209,19 @@ def finetune(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
-    with unlearning(model, "finetune", settings, generator=generator, data=(retain,), goal=goal) as run:
+    with unlearning(
+        model,
+        "finetune",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(retain,),
+    ) as run:
         model.train()
         optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         loop.train(
@@ -215,6 +238,7 @@ def finetune(
     return goal.result(run)
 
 
+@lockstep
 @recorded
 def gradient_ascent(
     model: nn.Module,
@@ -234,6 +258,7 @@ def gradient_ascent(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Climb the loss of the forget set with SGD, up to a cap.
 
@@ -267,6 +292,9 @@ def gradient_ascent(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -281,14 +309,15 @@ def gradient_ascent(
         >>> gradient_ascent(model, forget).method
         'gradient_ascent'
     """
+    ranks = ranks_of(process_group, "gradient_ascent")
     chosen = prepared("gradient_ascent", model, task, loss_fn)
     required("gradient_ascent", forget=forget)
     if epochs is None:
-        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
+        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget, ranks))
     check_count("gradient_ascent", "epochs", epochs)
     parameters = trainable(model, "gradient_ascent", include, exclude)
     if cap is None:
-        cap = max(1.0, _log_classes("gradient_ascent", model, forget, chosen) / 2)
+        cap = max(1.0, _log_classes("gradient_ascent", model, forget, chosen, ranks) / 2)
     limit = cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, **facts_of(task, loss_fn)}
     goal = ClosedLoop(
@@ -301,10 +330,18 @@ def gradient_ascent(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
     with unlearning(
-        model, "gradient_ascent", settings, generator=generator, data=(forget,), goal=goal
+        model,
+        "gradient_ascent",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(forget,),
     ) as run:
         train_with_fixed_statistics(model)
         # No momentum: it would carry on after the cap has been reached.
@@ -323,6 +360,7 @@ def gradient_ascent(
     return goal.result(run)
 
 
+@lockstep
 @recorded
 def neg_grad_plus(
     model: nn.Module,
@@ -344,6 +382,7 @@ def neg_grad_plus(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Descend on the retain set while climbing on the forget set, batch beside batch, with SGD.
 
@@ -374,6 +413,9 @@ def neg_grad_plus(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -392,6 +434,7 @@ def neg_grad_plus(
         >>> neg_grad_plus(model, forget, retain).method
         'neg_grad_plus'
     """
+    ranks = ranks_of(process_group, "neg_grad_plus")
     chosen = prepared("neg_grad_plus", model, task, loss_fn)
     required("neg_grad_plus", forget=forget, retain=retain)
     assert retain is not None
@@ -399,12 +442,12 @@ def neg_grad_plus(
         raise ValueError(f"neg_grad_plus: retain_weight must lie in [0, 1], got {retain_weight}")
     check_count("neg_grad_plus", "epochs", epochs)
     parameters = trainable(model, "neg_grad_plus", include, exclude)
-    limit = _log_classes("neg_grad_plus", model, forget, chosen) if cap is None else cap
+    limit = _log_classes("neg_grad_plus", model, forget, chosen, ranks) if cap is None else cap
 
-    def objective(model: nn.Module, pair: Batch) -> Tensor:
+    def objective(model: nn.Module, pair: Batch) -> loop.Terms:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        climbed = chosen.loss(model, forgotten).clamp(max=limit).mean()
-        return retain_weight * chosen.loss(model, kept).mean() - (1 - retain_weight) * climbed
+        climbed = values_of(forgotten, lambda batch: chosen.loss(model, batch).clamp(max=limit))
+        return [(retain_weight, chosen.loss(model, kept)), (retain_weight - 1, climbed)]
 
     settings = {
         "retain_weight": retain_weight,
@@ -424,17 +467,25 @@ def neg_grad_plus(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
     with unlearning(
-        model, "neg_grad_plus", settings, generator=generator, data=(forget, retain), goal=goal
+        model,
+        "neg_grad_plus",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(forget, retain),
     ) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum)
         loop.train(
             run,
             "both",
-            Paired("neg_grad_plus", retain, forget=forget),
+            Paired("neg_grad_plus", retain, ranks=ranks, forget=forget),
             objective,
             optimizer,
             parameters=parameters.values(),
@@ -444,6 +495,7 @@ def neg_grad_plus(
     return goal.result(run)
 
 
+@lockstep
 @recorded
 def random_label(
     model: nn.Module,
@@ -462,6 +514,7 @@ def random_label(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Learn wrong labels for the forget set beside the right ones for the retain set, with Adam.
 
@@ -487,6 +540,9 @@ def random_label(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -507,16 +563,18 @@ def random_label(
         >>> random_label(model, forget, retain).method
         'random_label'
     """
+    ranks = ranks_of(process_group, "random_label")
     chosen = prepared("random_label", model, task, loss_fn)
     required("random_label", forget=forget, retain=retain)
     assert retain is not None
     check_count("random_label", "epochs", epochs)
     parameters = trainable(model, "random_label", include, exclude)
-    relabel = relabelling("random_label", model, forget, chosen, "finetune works for such tasks")
+    relabel = relabelling("random_label", model, forget, chosen, "finetune works for such tasks", ranks)
 
-    def objective(model: nn.Module, pair: Batch) -> Tensor:
+    def objective(model: nn.Module, pair: Batch) -> loop.Terms:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        return chosen.loss(model, kept).mean() + chosen.loss(model, relabel(forgotten)).mean()
+        wrong = values_of(forgotten, lambda batch: chosen.loss(model, relabel(batch)))
+        return [(1.0, chosen.loss(model, kept)), (1.0, wrong)]
 
     settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
     goal = ClosedLoop(
@@ -529,17 +587,25 @@ def random_label(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
     with unlearning(
-        model, "random_label", settings, generator=generator, data=(forget, retain), goal=goal
+        model,
+        "random_label",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(forget, retain),
     ) as run:
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(parameters.values(), lr=lr)
         loop.train(
             run,
             "relabel",
-            Paired("random_label", retain, forget=forget),
+            Paired("random_label", retain, ranks=ranks, forget=forget),
             objective,
             optimizer,
             parameters=parameters.values(),
@@ -549,9 +615,9 @@ def random_label(
     return goal.result(run)
 
 
-def _log_classes(who: str, model: nn.Module, data: Batches, task: Task) -> float:
+def _log_classes(who: str, model: nn.Module, data: Batches, task: Task, ranks: Ranks) -> float:
     with what_a_task_must_have(who, "cap must be given for a task without classes"):
-        return math.log(n_classes(who, model, data, task))
+        return math.log(n_classes(who, model, data, task, ranks))
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -570,7 +636,7 @@ def _check_new(model: nn.Module, new: nn.Module) -> None:
         if same and p.numel() > 1 and bool((p != p.flatten()[0]).any()):
             warnings.warn(
                 f"retrain: make_model must initialise all weights afresh, got {name} as it is in the model",
-                stacklevel=3,
+                stacklevel=5,
             )
             return
 

@@ -15,6 +15,7 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import chosen_names, parameters_by_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.distributed import ALONE, Group, Ranks
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, cross_entropy, resolve
@@ -34,6 +35,24 @@ def prepared(who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | No
     """
     check_model(model, who)
     return resolve(task, loss_fn, who=who)
+
+
+def refuse_group(who: str, process_group: Group, why: str) -> None:
+    """Refuse a process group where a method cannot be run on many ranks.
+
+    Args:
+        who: The method.
+        process_group: What the user passed.
+        why: What stands in the way.
+
+    Raises:
+        NotImplementedError: If a group is given.
+    """
+    if process_group is not None:
+        raise NotImplementedError(
+            f"{who}: process_group must be None, {why}; call it on one rank with all data, and send the "
+            "weights to the others with torch.distributed.broadcast"
+        )
 
 
 def required(who: str, **sets: Batches | None) -> None:
@@ -134,7 +153,7 @@ def train_with_fixed_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def n_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
+def n_classes(who: str, model: nn.Module, data: Batches, task: Task, ranks: Ranks = ALONE) -> int:
     """Ask the model for the number of its classes.
 
     Args:
@@ -142,20 +161,26 @@ def n_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
         model: The model; left as it was.
         data: Its first non-empty batch is read.
         task: The task.
+        ranks: Those that ask together: the lowest that has a sample tells the others.
 
     Returns:
         The size of the class dimension of the task's scores.
     """
+    own: int | None = None
     with borrowed(model), random_states_kept(data), torch.no_grad():
-        batch = _first_batch(who, model, data, task)
-        outputs = task.forward(model, batch)
-        scores = task.log_scores(outputs, batch)
-        task.counted(outputs, batch)  # refuses labels that are no classes
-        return scores.shape[-1]
+        batch = _first_batch(who, model, data, task, ranks)
+        if batch is not None:
+            outputs = task.forward(model, batch)
+            scores = task.log_scores(outputs, batch)
+            task.counted(outputs, batch)  # refuses labels that are no classes
+            own = scores.shape[-1]
+    found = ranks.first("classes", own)
+    assert found is not None
+    return found
 
 
 def relabelling(
-    who: str, model: nn.Module, data: Batches, task: Task, instead: str = ""
+    who: str, model: nn.Module, data: Batches, task: Task, instead: str = "", ranks: Ranks = ALONE
 ) -> Callable[[Batch], Batch]:
     """Return the function that gives a batch labels other than its own, drawn anew on every call.
 
@@ -165,6 +190,7 @@ def relabelling(
         data: Its first non-empty batch is tried.
         task: The task; what it ignores stays ignored.
         instead: What works for tasks that have no other labels, for the message.
+        ranks: Those that ask together; each needs it for its own batches alone.
 
     Returns:
         A function of a batch. It draws from the global random state of the CPU, so that a seed means the same
@@ -174,7 +200,9 @@ def relabelling(
         ValueError: If the labels are no classes; the message names the task to pass.
     """
     with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
-        batch = _first_batch(who, model, data, task)
+        batch = _first_batch(who, model, data, task, ranks)
+        if batch is None:
+            return task.relabel  # there is nothing to relabel here
         known = task.settled(model, batch)
         try:
             known.relabel(batch)
@@ -185,39 +213,43 @@ def relabelling(
     return known.relabel
 
 
-def _first_batch(who: str, model: nn.Module, data: Batches, task: Task) -> Batch:
-    for batch in read_batches(data, device_of(model)):
-        if task.count(batch):
-            return batch
-    raise ValueError(f"{who}: the data must hold at least one sample, got none")
+def _first_batch(who: str, model: nn.Module, data: Batches, task: Task, ranks: Ranks) -> Batch | None:
+    # None where another rank has one.
+    found = next((batch for batch in read_batches(data, device_of(model)) if task.count(batch)), None)
+    if not any(ranks.exchange("first batch", found is not None)):
+        raise ValueError(f"{who}: the data must hold at least one sample, got none")
+    return found
 
 
-def count_batches(data: Batches) -> int:
+def count_batches(data: Batches, ranks: Ranks = ALONE) -> int:
     """Count batches: by ``len`` where that is known, else in a pass that leaves the random state as it was.
 
     Args:
         data: Re-iterable batches.
+        ranks: Those that count together.
 
     Returns:
-        Their number.
+        Their number; of the rank that has most.
 
     Example:
         >>> count_batches([(torch.zeros(4, 3),), (torch.zeros(1, 3),)])
         2
     """
     try:
-        return len(data)  # type: ignore[arg-type]
+        own = len(data)  # type: ignore[arg-type]
     except TypeError:  # a DataLoader of a stream has the method, and no answer
         with random_states_kept(data):
-            return sum(1 for _ in data)
+            own = sum(1 for _ in data)
+    return max(ranks.exchange("batches", own))
 
 
-def epochs_of(steps: int, data: Batches) -> int:
+def epochs_of(steps: int, data: Batches, ranks: Ranks = ALONE) -> int:
     """Return how many passes over the data make at least so many steps.
 
     Args:
         steps: One per batch.
         data: Re-iterable batches; an empty set counts as one.
+        ranks: Those that make the steps together.
 
     Returns:
         The number of passes.
@@ -226,7 +258,7 @@ def epochs_of(steps: int, data: Batches) -> int:
         >>> epochs_of(5, [(torch.zeros(4, 3),), (torch.zeros(1, 3),)])
         3
     """
-    return math.ceil(steps / max(1, count_batches(data)))
+    return math.ceil(steps / max(1, count_batches(data, ranks)))
 
 
 def check_count(who: str, name: str, value: object, least: int = 0) -> None:
@@ -304,17 +336,43 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+class _Nothing(tuple[()]):
+    """The type of ``NOTHING``, which moving a batch between devices preserves."""
+
+    __slots__ = ()
+
+
+NOTHING: Batch = _Nothing()
+"""The batch of a rank that has none of a set, of which others have."""
+
+
+def values_of(batch: Batch, loss: Callable[[Batch], Tensor]) -> Tensor:
+    """Compute the values of a batch, if there is one.
+
+    Args:
+        batch: A batch, or ``NOTHING``.
+        loss: Computes them.
+
+    Returns:
+        One per sample.
+    """
+    return torch.zeros(0) if isinstance(batch, _Nothing) else loss(batch)
+
+
 class Endless:
     """The batches of a set one after the other, from the first again after the last.
+
+    Of many ranks one whose own set is empty gets ``NOTHING``.
 
     Args:
         who: Whose message it is.
         name: Name of the set, for messages.
         data: Re-iterable batches.
+        ranks: Those that read together.
     """
 
-    def __init__(self, who: str, name: str, data: Batches) -> None:
-        self._who, self._name, self._data = who, name, data
+    def __init__(self, who: str, name: str, data: Batches, ranks: Ranks = ALONE) -> None:
+        self._who, self._name, self._data, self._ranks = who, name, data, ranks
         self._batches: Iterator[Batch] = iter(())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -325,6 +383,8 @@ class Endless:
         if batch is None:
             self._batches = iter(self._data)
             batch = next(self._batches, None)
+        if batch is None and self._ranks.are_many:
+            return NOTHING
         if batch is None:
             raise ValueError(f"{self._who}: {self._name} must hold a batch, got none")
         return batch
@@ -339,6 +399,7 @@ class Paired:
     Args:
         who: Whose message it is.
         first: Read once per pass.
+        ranks: Those that read together.
         **second: The other set, under its name for messages.
 
     Example:
@@ -347,18 +408,18 @@ class Paired:
         ([((1,), ('a',)), ((2,), ('b',))], [((1,), ('c',)), ((2,), ('a',))])
     """
 
-    def __init__(self, who: str, first: Batches, **second: Batches) -> None:
+    def __init__(self, who: str, first: Batches, *, ranks: Ranks = ALONE, **second: Batches) -> None:
         ((name, data),) = second.items()
         self._who, self._name = who, "retain" if name == "forget" else "forget"
-        self._first = first
-        self._second = Endless(who, name, data)
+        self._first, self._ranks = first, ranks
+        self._second = Endless(who, name, data, ranks)
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
         is_empty = True
         for batch in self._first:
             is_empty = False
             yield batch, next(self._second)
-        if is_empty:
+        if is_empty and not self._ranks.are_many:
             raise ValueError(f"{self._who}: {self._name} must hold a batch, got none")
 
 
@@ -370,6 +431,7 @@ class Portion:
         name: Name of the set, for messages.
         data: Re-iterable batches.
         share: In (0, 1].
+        ranks: Those that read together.
 
     Example:
         >>> part = Portion("example", "retain", [("a",), ("b",), ("c",)], 0.5)
@@ -377,11 +439,14 @@ class Portion:
         ([('a',), ('b',)], [('c',), ('a',)])
     """
 
-    def __init__(self, who: str, name: str, data: Batches, share: float) -> None:
-        self._data, self._share = data, share
-        self._batches = Endless(who, name, data)
+    def __init__(self, who: str, name: str, data: Batches, share: float, ranks: Ranks = ALONE) -> None:
+        self._data, self._share, self._ranks = data, share, ranks
+        self._batches = Endless(who, name, data, ranks)
 
     def __iter__(self) -> Iterator[Batch]:
-        n = max(1, math.ceil(self._share * count_batches(self._data) - 1e-9))
+        whole = count_batches(self._data)
+        if not whole and self._ranks.are_many:
+            return
+        n = max(1, math.ceil(self._share * whole - 1e-9))
         for _ in range(n):
             yield next(self._batches)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.methods.common import n_classes, prepared, required, trainable, what_a_task_must_have
 from unlearn_ext.methods.goal import ClosedLoop
@@ -28,6 +29,7 @@ _MORE = 10.0
 _ROW_VARIANCE = 1e-4
 
 
+@lockstep
 @recorded
 def fisher_forgetting(
     model: nn.Module,
@@ -46,6 +48,7 @@ def fisher_forgetting(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Add noise to every weight, the more the less it matters to the retain set.
 
@@ -83,6 +86,9 @@ def fisher_forgetting(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -109,6 +115,7 @@ def fisher_forgetting(
         raise ValueError(
             f"fisher_forgetting: estimator must be one of mc, expected, per_sample, got {estimator!r}"
         )
+    ranks = ranks_of(process_group, "fisher_forgetting")
     chosen = prepared("fisher_forgetting", model, task, None)
     required("fisher_forgetting", retain=retain)
     assert retain is not None
@@ -126,20 +133,30 @@ def fisher_forgetting(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
     with unlearning(
-        model, "fisher_forgetting", settings, generator=generator, data=(forget, retain), goal=goal
+        model,
+        "fisher_forgetting",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=names,
+        ranks=ranks,
+        data=(forget, retain),
     ) as run:
         rows = (
-            _classes_gone(forget, retain, chosen) if forget_classes is None else sorted(set(forget_classes))
+            _classes_gone(forget, retain, chosen, ranks)
+            if forget_classes is None
+            else sorted(set(forget_classes))
         )
         run.hyperparameters["forget_classes"] = rows
-        classes = _n_classes(model, retain, chosen, is_needed=estimator != "per_sample" or bool(rows))
+        classes = _n_classes(model, retain, chosen, ranks, is_needed=estimator != "per_sample" or bool(rows))
         with run.phase("importance"):
             fisher = _fisher(run, retain, chosen, classes, estimator, names, progress)
         output = _output_layer(fisher, classes)
-        with run.phase("noise"), torch.no_grad():
+        with run.phase("noise"), torch.no_grad(), run.shared_draws():
             for name, p in parameters_by_name(model).items():
                 if name not in fisher:
                     continue
@@ -159,25 +176,32 @@ def fisher_forgetting(
     return goal.result(run)
 
 
-def _classes_gone(forget: Batches | None, retain: Batches, task: Task) -> list[int]:
+def _classes_gone(forget: Batches | None, retain: Batches, task: Task, ranks: Ranks) -> list[int]:
     if forget is None:
         raise ValueError("fisher_forgetting: forget or forget_classes must be given")
     found: list[set[int]] = [set(), set()]
+    labelled = True
     for known, data in zip(found, (forget, retain), strict=True):
         for batch in check_batches(data):
             classes = task.classes_of(batch)
             if classes is None:
-                return []  # labels of positions, of words say, are no classes of samples
+                labelled = False  # labels of positions, of words say, are no classes of samples
+                continue
             known.update(classes.tolist())
-    return sorted(label for label in found[0] - found[1] if label >= 0)
+    if not all(ranks.exchange("labels", labelled)):
+        return []
+    told = ranks.exchange("classes", found)
+    gone = {label for forgotten, _ in told for label in forgotten}
+    kept = {label for _, retained in told for label in retained}
+    return sorted(label for label in gone - kept if label >= 0)
 
 
-def _n_classes(model: nn.Module, data: Batches, task: Task, *, is_needed: bool) -> int:
+def _n_classes(model: nn.Module, data: Batches, task: Task, ranks: Ranks, *, is_needed: bool) -> int:
     # 0 for a task without classes.
     instead = "estimator='per_sample' without forget_classes works for tasks without classes"
     try:
         with what_a_task_must_have("fisher_forgetting", instead):
-            return n_classes("fisher_forgetting", model, data, task)
+            return n_classes("fisher_forgetting", model, data, task, ranks)
     except NotImplementedError:
         if is_needed:
             raise
@@ -190,7 +214,13 @@ def _fisher(
     if estimator != "expected":
         kind: Literal["mc", "per_sample"] = "mc" if estimator == "mc" else "per_sample"
         importance = fisher_diagonal(
-            run.model, data, task=task, estimator=kind, params=names, progress=progress
+            run.model,
+            data,
+            task=task,
+            estimator=kind,
+            params=names,
+            progress=progress,
+            process_group=run.ranks,
         )
         run.coverage = dict(importance.coverage)
         return dict(importance)
@@ -205,7 +235,15 @@ def _fisher(
             logs = scores[:, label]
             return -(logs.detach() / 2).exp() * logs
 
-        part = fisher_diagonal(run.model, data, task=task, loss_fn=weighted, params=names, progress=progress)
+        part = fisher_diagonal(
+            run.model,
+            data,
+            task=task,
+            loss_fn=weighted,
+            params=names,
+            progress=progress,
+            process_group=run.ranks,
+        )
         run.coverage = dict(part.coverage)
         total = {name: tensor + total.get(name, 0.0) for name, tensor in part.items()}
     return total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.methods.common import required
 from unlearn_ext.methods.until import Measured, UnlearningFailed, Until, Watch, check_goal, figures
 from unlearn_ext.tasks.base import Task
@@ -40,6 +41,7 @@ class ClosedLoop:
         validation: Data that the model never saw, for ``"unseen"``.
         strict: Raise where the goal is not reached, not warn.
         task: What the model is for.
+        ranks: Those that run together.
 
     Raises:
         TypeError: If the goal is of no known kind.
@@ -59,6 +61,7 @@ class ClosedLoop:
         validation: Batches | None,
         strict: bool,
         task: Task,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._who, self._strict = who, strict
         self._rule: GoalRule | None = None
@@ -72,7 +75,15 @@ class ClosedLoop:
         required(who, forget=forget)
         assert forget is not None
         self._watch = Watch(
-            who, model, forget, retain, until=until, budget=budget, validation=validation, task=task
+            who,
+            model,
+            forget,
+            retain,
+            until=until,
+            budget=budget,
+            validation=validation,
+            task=task,
+            ranks=ranks,
         )
         if math.isnan(self._watch.before("forget").accuracy) and not callable(until):
             raise NotImplementedError(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from unlearn_ext import ops
 from unlearn_ext._internal.names import parameters_by_name, with_plain_names
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.masks.saliency import Score, scored
 from unlearn_ext.masks.selection import Granularity, select_mask
 from unlearn_ext.methods.common import (
@@ -24,10 +25,11 @@ from unlearn_ext.methods.common import (
     required,
     train_with_fixed_statistics,
     trainable,
+    values_of,
     what_a_task_must_have,
 )
 from unlearn_ext.methods.goal import ClosedLoop
-from unlearn_ext.methods.loop import Objective, train
+from unlearn_ext.methods.loop import SEGMENT, Objective, Terms, train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.rows_only import RowsOnly
 from unlearn_ext.methods.run import unlearning
@@ -61,6 +63,7 @@ _USUAL = {"ascend": _Usual(lr=0.03), "relabel": _Usual(density=0.2, lr=0.02, ste
 _ASCEND_OFFSET = 0.05
 
 
+@lockstep
 @recorded
 def gradient_masking(
     model: nn.Module,
@@ -90,6 +93,7 @@ def gradient_masking(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Find the small part of the model that answers for the forget set, and train that part alone.
 
@@ -165,6 +169,9 @@ def gradient_masking(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record. Its history begins with what was selected, layer by layer.
@@ -191,13 +198,14 @@ def gradient_masking(
         >>> sorted(result.seconds)
         ['mask', 'training']
     """
+    ranks = ranks_of(process_group, "gradient_masking")
     chosen = prepared("gradient_masking", model, task, loss_fn)
     required("gradient_masking", forget=forget)
     usual = _USUAL.get(objective, _Usual())
     density = usual.density if density is None else density
     lr = usual.lr if lr is None else lr
     if epochs is None:
-        epochs = max(10, epochs_of(usual.steps, forget))
+        epochs = max(10, epochs_of(usual.steps, forget, ranks))
     _check("gradient_masking", objective, optimizer, epochs, density)
     if retain is not None:
         check_batches(retain, "retain")
@@ -241,6 +249,7 @@ def gradient_masking(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     return _run(
         "gradient_masking",
@@ -254,9 +263,11 @@ def gradient_masking(
         progress,
         goal,
         trainable(model, "gradient_masking", include, exclude),
+        ranks,
     )
 
 
+@lockstep
 @recorded
 def salun(
     model: nn.Module,
@@ -279,6 +290,7 @@ def salun(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Saliency unlearning: random labels for the forget set, trained into the salient half of the weights.
 
@@ -321,6 +333,9 @@ def salun(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record.
@@ -340,6 +355,7 @@ def salun(
         >>> round(salun(model, forget, retain, epochs=2).changed, 1)
         0.5
     """
+    ranks = ranks_of(process_group, "salun")
     chosen = prepared("salun", model, task, loss_fn)
     _check("salun", "alternate", "sgd", epochs, density)
     required("salun", forget=forget, retain=retain)
@@ -369,6 +385,7 @@ def salun(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     return _run(
         "salun",
@@ -382,6 +399,7 @@ def salun(
         progress,
         goal,
         trainable(model, "salun", include, exclude),
+        ranks,
     )
 
 
@@ -407,13 +425,25 @@ def _run(
     progress: bool,
     goal: ClosedLoop,
     parameters: Mapping[str, nn.Parameter],
+    ranks: Ranks,
 ) -> UnlearnResult:
     settings = {**settings, **goal.facts}
-    with unlearning(model, method, settings, generator=generator, data=(forget, retain), goal=goal) as run:
+    with unlearning(
+        model,
+        method,
+        settings,
+        generator=generator,
+        data=(forget, retain),
+        changes=(),
+        ranks=ranks,
+        goal=goal,
+    ) as run:
         with run.phase("mask"):
             if masks is None:
                 names = list(parameters)
-                scores = scored(method, model, forget, retain, task, settings["score"], names, progress)
+                scores = scored(
+                    method, model, forget, retain, task, settings["score"], names, progress, ranks=ranks
+                )
                 masks = select_mask(
                     scores,
                     settings["density"],
@@ -423,16 +453,19 @@ def _run(
                 run.coverage = dict(scores.coverage)
                 del scores
             chosen = _selected(parameters, method, masks)
+            run.keep(chosen)
             # The optimizer leaves the others alone in any case; marked as frozen they cost no memory for what
-            # their gradients would need. The run puts the marks back, whatever happens.
+            # their gradients would need. The run puts the marks back, whatever happens. Of many ranks the
+            # model may be in a wrapper that has hooks on its parameters, and the marks stay.
             for name, parameter in parameters_by_name(model).items():
-                if name not in chosen and parameter.requires_grad:
+                if name not in chosen and parameter.requires_grad and not ranks.are_many:
                     parameter.requires_grad_(False)
         kind = settings["objective"]
-        objective = _objective(method, model, kind, forget, task, settings["retain_weight"])
+        objective = _objective(method, model, kind, forget, task, settings["retain_weight"], ranks)
         optimizer = _optimizer(model, chosen, settings)
         with _training_mode(model, settings["freeze_norm_stats"]):
-            data = _Tagged(method, kind, forget, retain, paired=settings["retain_weight"] != 0)
+            paired = settings["retain_weight"] != 0
+            data = _Tagged(method, kind, forget, retain, ranks, paired=paired)
             saving = RowsOnly(run, chosen, objective)
             run.record("mask", **_facts(model, chosen))
             train(
@@ -521,10 +554,19 @@ class _Tagged:
     """Batches with what they are for: ``("forget", batch)``, ``("retain", batch)``, ``("both", f, r)``."""
 
     def __init__(
-        self, method: str, goal: Goal, forget: Batches, retain: Batches | None, *, paired: bool
+        self,
+        method: str,
+        goal: Goal,
+        forget: Batches,
+        retain: Batches | None,
+        ranks: Ranks,
+        *,
+        paired: bool,
     ) -> None:
         self._goal, self._forget, self._retain = goal, forget, retain
-        self._pairs = Paired(method, forget, retain=retain) if paired and retain is not None else None
+        self._pairs = (
+            Paired(method, forget, ranks=ranks, retain=retain) if paired and retain is not None else None
+        )
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self._goal == "finetune":
@@ -536,16 +578,23 @@ class _Tagged:
             for batch in self._forget:
                 yield "forget", batch
         if self._retain is not None and self._goal in _RETAIN_PASSES:
+            yield SEGMENT  # type: ignore[misc]
             for batch in self._retain:
                 yield "retain", batch
 
 
 def _objective(
-    method: str, model: nn.Module, goal: Goal, forget: Batches, task: Task, retain_weight: float
+    method: str,
+    model: nn.Module,
+    goal: Goal,
+    forget: Batches,
+    task: Task,
+    retain_weight: float,
+    ranks: Ranks,
 ) -> Objective:
     instead = "objective='relabel' (labels of your own) and objective='finetune' work for any task"
     redraws = goal in ("random_relabel", "joint", "alternate")
-    relabel = relabelling(method, model, forget, task, instead) if redraws else lambda batch: batch
+    relabel = relabelling(method, model, forget, task, instead, ranks) if redraws else lambda batch: batch
 
     def on_forget(model: nn.Module, batch: Batch) -> Tensor:
         if goal == "ascend":
@@ -555,10 +604,11 @@ def _objective(
             return -_ASCEND_OFFSET * (torch.sigmoid(-log_odds) + _ASCEND_OFFSET).log()
         return task.loss(model, relabel(batch))
 
-    def objective(model: nn.Module, tagged: Batch) -> Tensor:
+    def objective(model: nn.Module, tagged: Batch) -> Tensor | Terms:
         kind, batch, *others = tagged
         if kind == "both":
-            return on_forget(model, batch).mean() + retain_weight * task.loss(model, others[0]).mean()
+            kept = values_of(others[0], lambda batch: task.loss(model, batch))
+            return [(1.0, on_forget(model, batch)), (retain_weight, kept)]
         return on_forget(model, batch) if kind == "forget" else task.loss(model, batch)
 
     return objective

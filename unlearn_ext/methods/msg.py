@@ -22,8 +22,9 @@ from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods import loop
-from unlearn_ext.methods.common import count_batches, trainable
+from unlearn_ext.methods.common import count_batches, refuse_group, trainable
 from unlearn_ext.methods.goal import ClosedLoop
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
@@ -34,7 +35,7 @@ from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_ba
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
-@recorded
+@lockstep
 @recorded
 def msg(
     model: nn.Module,
@@ -58,6 +59,7 @@ def msg(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Draw anew what tells forget from retain samples least, and train on the retain set.
 
@@ -90,6 +92,7 @@ def msg(
         exclude: Parameters that may not change, likewise.
         generator: Decides every random choice.
         progress: Show a progress bar on a terminal, where tqdm is installed.
+        process_group: Refused unless None.
 
     Returns:
         The record of the run.
@@ -97,6 +100,7 @@ def msg(
     Raises:
         ValueError: If a setting is out of range, a set is empty, or no convolution or linear layer is
             trainable.
+        NotImplementedError: If a process group is given.
         FloatingPointError: If a loss or gradient is NaN or infinite.
 
     Example:
@@ -106,6 +110,7 @@ def msg(
         >>> msg(model, forget, retain, epochs=1).history[0]["drawn"]  # 9 of 32 and 4 of 16
         13
     """
+    refuse_group("msg", process_group, "its first retain samples are those of one order")
     check_batches(forget, "msg: forget")
     check_batches(retain, "msg: retain")
     if not 0 <= share <= 1:

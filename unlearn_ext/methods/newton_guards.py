@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.methods.until import perplexity_rise
 from unlearn_ext.tasks.base import Task, Yardstick
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
@@ -69,7 +70,7 @@ class Answers:
         return 0.0 if self.classes is None else float((self.classes == label).double().mean())
 
 
-def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
+def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks = ALONE) -> Answers:
     """See how a model answers.
 
     Args:
@@ -77,6 +78,7 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
         task: What it is for.
         data: Re-iterable batches.
         name: Of the set, for the message.
+        ranks: Those that look together, each at its own share of the set.
 
     Returns:
         What is right.
@@ -98,15 +100,13 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str) -> Answers:
             losses.append(task.losses(outputs, batch).double().cpu())
             own = task.classes_of(batch)
             classes += [] if own is None else [own.cpu()]
-    if not counted or not bool(torch.cat(counted).any()):
+    known = all(ranks.exchange("classes", len(classes) == len(counted)))
+    none = torch.zeros(0, dtype=torch.long)
+    columns = [[none, *part] for part in (right, counted, *([classes] if known else []))]
+    joined = ranks.concatenated("answers", [torch.cat(part) for part in (*columns, [none.double(), *losses])])
+    if not bool(joined[1].any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
-    known = len(classes) == len(counted)
-    return Answers(
-        torch.cat(right),
-        torch.cat(counted),
-        torch.cat(classes) if known else None,
-        float(torch.cat(losses).mean()),
-    )
+    return Answers(joined[0], joined[1], joined[2] if known else None, float(joined[-1].mean()))
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.goal import GoalRule
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule
 from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
-from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.methods.until import UnlearningFailed, Until, Watch, check_goal, figures
 from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.results import UnlearnResult
@@ -59,6 +60,7 @@ _SMALLER, _DEEP = 8.0, 5
 _STEPS, _MOST_EPOCHS = 500, 100
 
 
+@lockstep
 def pgu(
     model: nn.Module,
     forget: Batches,
@@ -87,6 +89,7 @@ def pgu(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Minimise a bounded forgetting loss where the retain set's activations are not.
 
@@ -162,6 +165,9 @@ def pgu(
         exclude: Parameters that may not change, likewise.
         generator: Decides the order of shuffled data and dropout.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record. Its history tells for every layer how many directions were protected and left free and
@@ -191,9 +197,10 @@ def pgu(
         ([False, True, True], 2)
     """
     check_model(model, "pgu")
+    ranks = ranks_of(process_group, "pgu")
     forget = check_batches(forget, "forget")
     if epochs is None:
-        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget))
+        epochs = min(_MOST_EPOCHS, epochs_of(_STEPS, forget, ranks))
     if validation is not None:
         validation = check_batches(validation, "validation")
     if retain is not None:
@@ -206,11 +213,11 @@ def pgu(
         if retain is None:
             raise ValueError("pgu: retain or gram must be given")
         if gram_forget is None:
-            gram_forget = activation_gram(model, forget, progress=progress)
-        gram = gram_forget + activation_gram(model, retain, progress=progress)
+            gram_forget = activation_gram(model, forget, progress=progress, process_group=ranks)
+        gram = gram_forget + activation_gram(model, retain, progress=progress, process_group=ranks)
     layers = layers_of(model, gram)
-    watch, goal = _watch(model, forget, retain, until, budget, rule, validation, judge)
-    record = Record(model, forget, retain, judge) if watch is None else None
+    watch, goal = _watch(model, forget, retain, until, budget, rule, validation, judge, ranks)
+    record = Record(model, forget, retain, judge, ranks) if watch is None else None
     choices = choice(params, include, exclude)
     hyperparameters = {
         "energy": energy,
@@ -234,18 +241,29 @@ def pgu(
 
     with (
         restricted(model, "pgu", **choices),
-        unlearning(model, "pgu", hyperparameters, generator=generator, data=(forget, retain)) as run,
+        unlearning(
+            model,
+            "pgu",
+            hyperparameters,
+            generator=generator,
+            data=(forget, retain),
+            changes=(),
+            ranks=ranks,
+        ) as run,
     ):
         with run.phase("subspace"):
             if gram_forget is None:
-                gram_forget = activation_gram(model, forget, modules=gram, progress=progress)
+                gram_forget = activation_gram(
+                    model, forget, modules=gram, progress=progress, process_group=ranks
+                )
             free, apart = free_weights(run, layers, gram - gram_forget, gram_forget, energy, criterion)
+            run.keep(part.name for part in free)
         if apart < _APART and rule is None and watch is None:
             warnings.warn(
                 "pgu: no layer sets the forget set apart from the retain set (its free directions hold at "
                 f"most {apart:.2g} times as much of it): what forgets it reaches the others. Give validation "
                 "data, which tell how far to forget",
-                stacklevel=2,
+                stacklevel=3,
             )
         gap = None
         if rule == "gap" and validation is not None:
@@ -262,9 +280,9 @@ def pgu(
 
         if not (gap is not None and gap.holds) and not (reach is not None and reach.reached):
             train_with_fixed_statistics(model)
-            for parts, smaller in [(free, 1.0)] if reach is None else _attempts(model, forget, free, judge):
+            for parts, smaller in [(free, 1.0)] if reach is None else _attempts(run, forget, free, judge):
                 changing = {part.weight for part in parts}
-                for parameter in model.parameters():
+                for parameter in () if ranks.are_many else model.parameters():
                     parameter.requires_grad_(parameter in changing)
                 first, last = lr / smaller, lr_end / smaller
                 train(
@@ -273,6 +291,8 @@ def pgu(
                     forget,
                     loss,
                     optimizer_of(parts, first, momentum),
+                    # A wrapper of the model may have hooks on its parameters: their marks stay then.
+                    parameters=[part.weight for part in parts] if ranks.are_many else None,
                     epochs=epochs,
                     schedule=lambda epoch, first=first, last=last: (  # type: ignore[misc]
                         first * (last / first) ** (epoch / max(1, epochs - 1))
@@ -304,7 +324,7 @@ def pgu(
         message = f"pgu: the model is as it was: {reach.reason}"
         if strict:
             raise UnlearningFailed(message, result)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return result
 
 
@@ -386,17 +406,20 @@ def forgetting_loss(
 
 
 def _attempts(
-    model: nn.Module, forget: Batches, free: list[FreeWeight], task: Task
+    run: Run, forget: Batches, free: list[FreeWeight], task: Task
 ) -> list[tuple[list[FreeWeight], float]]:
     # Which weights to change, and how many times smaller the steps are. Those that are used in the second
     # half tell classes apart; what changes before them is carried on by every layer behind, so that in a deep
     # network they come first, and all of them only where these are not enough.
-    device = device_of(model)
+    device = device_of(run.model)
     first = next((batch for batch in read_batches(forget, device) if task.count(batch)), None)
-    if first is None or len(free) < 2:
+    shown = None
+    if first is not None and len(free) > 1:
+        with torch.enable_grad():
+            shown = order_of_use(run.model, {part.name: part.weight for part in free}, first, task.loss)
+    order = run.ranks.first("order of use", shown)
+    if order is None:
         return [(free, 1.0), (free, _SMALLER)]
-    with torch.enable_grad():
-        order = order_of_use(model, {part.name: part.weight for part in free}, first, task.loss)
     late = [part for part in free if part.name in order[len(order) // 2 :]]
     attempts = [(free, 1.0), (late, 1.0), (late, _SMALLER)]
     return attempts if len(free) <= _DEEP else [attempts[1], attempts[0], attempts[2]]
@@ -417,6 +440,7 @@ def _watch(
     rule: str | None,
     validation: Batches | None,
     task: Task,
+    ranks: Ranks,
 ) -> tuple[Watch | None, Until]:
     # What is to be reached, and who measures it; None and None for all epochs.
     automatic = isinstance(until, str) and until == "auto"
@@ -428,7 +452,17 @@ def _watch(
         goal = "forgotten"
     if goal is None:
         return None, None
-    watch = Watch("pgu", model, forget, retain, until=goal, budget=budget, validation=validation, task=task)
+    watch = Watch(
+        "pgu",
+        model,
+        forget,
+        retain,
+        until=goal,
+        budget=budget,
+        validation=validation,
+        task=task,
+        ranks=ranks,
+    )
     if math.isnan(watch.before("forget").accuracy) or (automatic and watch.shared_classes):
         if automatic:
             return None, None

@@ -108,12 +108,13 @@ class GapRule:
         if not self._reason:
             self._reason = "the rule never held; the last model was kept"
         if not self.holds:
-            warnings.warn(f"pgu: {self._reason}", stacklevel=3)
+            warnings.warn(f"pgu: {self._reason}", stacklevel=4)
         self._run.record("stop", reason=self._reason)
 
     def _measure(self, epoch: int) -> float:
         values = {
-            name: measure(self._run.model, data, self._task).accuracy for name, data in self._sets.items()
+            name: measure(self._run.model, data, self._task, ranks=self._run.ranks).accuracy
+            for name, data in self._sets.items()
         }
         self._run.record("gap", epoch=epoch, **{f"accuracy_{name}": value for name, value in values.items()})
         return values["validation"] - values["forget"]

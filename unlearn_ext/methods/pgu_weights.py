@@ -177,7 +177,7 @@ def free_weights(
             warnings.warn(
                 f"pgu: {worst:.1%} of the second moment at {name} would be negative after the subtraction: "
                 "gram was not measured on the same inputs and weights as the forget set's part",
-                stacklevel=3,
+                stacklevel=4,
             )
         if all(space.k < space.d for space in spaces.values()):
             free_weight = _free_weight(name, weight, spaces, totals)

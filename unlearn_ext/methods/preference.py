@@ -80,7 +80,8 @@ def gradient_difference(
             guess; ``math.inf`` is the published form, which has no bottom. Must be given for tasks without
             classes.
         epochs: Passes over the forget set. None: as many as 60 steps take, at least 10.
-        lr: Learning rate. 1e-5 is published, for models of billions of parameters.
+        lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
+            parameters.
         weight_decay: Weight decay, decoupled.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         loss_fn: ``loss_fn(model, batch) -> Tensor[N]``, instead of the task's.
@@ -164,7 +165,8 @@ def npo(
         forget_weight: Weight of ``L``.
         retain_weight: Weight of the retain set; 0 is NPO alone.
         epochs: Passes over the forget set. None: as many as 60 steps take, at least 10.
-        lr: Learning rate. 1e-5 is published, for models of billions of parameters.
+        lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
+            parameters.
         weight_decay: Weight decay, decoupled.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
@@ -195,7 +197,7 @@ def npo(
     assert retain is not None
     _check_positive("npo", beta=beta)
     known = isinstance(forget, (list, tuple))
-    judged = _with_original(model, forget, chosen) if known else forget
+    judged: Batches = _with_original(model, forget, chosen) if known else forget
     original = None if known else copy.deepcopy(model).eval().requires_grad_(False)
 
     def objective(model: nn.Module, item: Batch) -> Tensor:
@@ -256,7 +258,8 @@ def simnpo(
         forget_weight: Weight of ``L``.
         retain_weight: Weight of the retain set.
         epochs: Passes over the forget set. None: as many as 60 steps take, at least 10.
-        lr: Learning rate. 1e-5 is published, for models of billions of parameters.
+        lr: Learning rate of the first epoch; it falls to 0. 1e-5 is published, for models of billions of
+            parameters.
         weight_decay: Weight decay, decoupled.
         task: What the model is for; None tells it from the model and the batches, or refuses.
         generator: Decides every random choice.
@@ -317,11 +320,8 @@ def sequence_log_probability(model: nn.Module, batch: Batch, task: Task) -> Tens
     outputs = task.forward(model, batch)
     with what_a_task_must_have("npo"):
         counted = task.counted(outputs, batch)
-    return (
-        -task.losses(outputs, batch) * counted.flatten(1).sum(1)
-        if counted.ndim > 1
-        else -task.losses(outputs, batch)
-    )
+    losses = task.losses(outputs, batch)
+    return -losses if counted.ndim == 1 else -losses * counted.flatten(1).sum(1)
 
 
 def _with_original(model: nn.Module, forget: Batches, task: Task) -> list[tuple[Batch, Tensor]]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.until import Measured, figures, measure
 from unlearn_ext.results import UnlearnResult
@@ -50,7 +51,8 @@ def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, 
         forget = None if given.get("forget_classes") is not None else given.get("forget")
         if given.get("until") is not None:  # measured as it goes
             return method(*args, **settings)
-        record = Record(given.get("model"), forget, given.get("retain"), given.get("task"))
+        ranks = ranks_of(cast("Group", given.get("process_group")), method.__name__)
+        record = Record(given.get("model"), forget, given.get("retain"), given.get("task"), ranks)
         return record.added_to(method(*args, **settings))
 
     return measured
@@ -64,10 +66,13 @@ class Record:
         forget: The forget set; only what is data is measured.
         retain: The retain set, likewise.
         task: What the model is for; None infers it.
+        ranks: Those that call the method together.
     """
 
-    def __init__(self, model: object, forget: object, retain: object, task: object) -> None:
-        self._model = model
+    def __init__(
+        self, model: object, forget: object, retain: object, task: object, ranks: Ranks = ALONE
+    ) -> None:
+        self._model, self._ranks = model, ranks
         self._task = task if isinstance(task, Task) else None
         self._sets: dict[str, Batches] = {
             name: data  # type: ignore[misc]
@@ -106,10 +111,10 @@ class Record:
         found = {}
         for name, data in self._sets.items():
             try:
-                with random_states_kept(*self._sets.values()):
+                with self._ranks.failing_together(), random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
                         check_model(self._model, "measure")  # what the method refuses is not to be run
-                        found[name] = measure(self._model, data, self._task)
+                        found[name] = measure(self._model, data, self._task, ranks=self._ranks)
             except Exception as error:  # what is wrong with the data is the method's to say
                 _LOG.debug("the %s set is not measured: %s", name, error)
         return found
@@ -122,4 +127,4 @@ def _warn_if_known(method: str, before: Measured, after: Measured) -> None:
         known = 0 < before.accuracy <= after.accuracy
         text = f"accuracy {before.accuracy:.2%} before, {after.accuracy:.2%} after"
     if known:
-        warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=4)
+        warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=5)

@@ -1,4 +1,4 @@
-"""RMU: forget samples are steered towards a random direction inside the model, what is kept stays in place."""
+"""RMU: forget samples are steered towards a random direction inside the model, the others stay in place."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.names import parameters_by_name
-from unlearn_ext.methods.loop import Objective
+from unlearn_ext.methods.loop import Objective, Terms, mean_of
 from unlearn_ext.methods.run import Run
 from unlearn_ext.optim.row_gradients import RowGradients
 from unlearn_ext.tasks.batches import Batch
@@ -50,7 +50,7 @@ class RowsOnly:
         if not rows:
             self.facts["because"] = "most rows of every weight are selected"
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor | Terms:
         """Compute the objective; the first call checks the gradients of rows.
 
         Args:
@@ -98,10 +98,10 @@ class RowsOnly:
         devices = {p.device.index for p in self.parameters.values() if p.is_cuda}
         with torch.random.fork_rng(devices):  # the same dropout and the same labels every time
             if mode is None:
-                loss = self._objective(model, batch).mean()
+                loss = mean_of(self._objective(model, batch))
             else:
                 with mode:
-                    loss = self._objective(model, batch).mean()
+                    loss = mean_of(self._objective(model, batch))
         grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         with torch.no_grad():
             for buffer, value in buffers:

@@ -14,6 +14,8 @@ from unlearn_ext._internal.borrow import Buffers, restored
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext._internal.seeding import random_states_kept, seeded
+from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed.agree import check_same_weights
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import device_of
 
@@ -22,19 +24,58 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One unlearning run in progress: the model as it was, and the record so far. Made by ``unlearning``."""
+    """One unlearning run in progress: the model as it was, and the record so far. Made by ``unlearning``.
 
-    def __init__(self, model: nn.Module, method: str, hyperparameters: Mapping[str, object]) -> None:
-        self.model = model
+    Attributes:
+        ranks: Those that run together.
+        seed: Of many ranks, what their random streams come from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        hyperparameters: Mapping[str, object],
+        *,
+        changes: Iterable[str] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.ranks, self.seed = model, ranks, 0
         self.method = method
         self.hyperparameters = dict(hyperparameters)
         self.history: list[dict[str, object]] = []
         self.seconds: dict[str, float] = {}
         self.coverage: dict[str, str] = {}
         self.goal: ClosedLoop | None = None
-        self._parameters = parameters_by_name(model)
-        self._before = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._before: dict[str, Tensor] = {}
         self._buffers = Buffers(model)
+        self._n_shared_draws = 0
+        self.keep(parameters_by_name(model) if changes is None else changes)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Announce parameters that are to change, and keep their values; no other may.
+
+        Args:
+            names: Plain names; those that are kept already are left at that.
+        """
+        parameters = parameters_by_name(self.model)
+        for name in names:
+            if name not in self._before:
+                self._before[name] = parameters[name].detach().clone()
+
+    @contextmanager
+    def shared_draws(self) -> Iterator[None]:
+        """Draw the same random numbers on all ranks; of one process alone, those that come next.
+
+        Yields:
+            Nothing.
+        """
+        if not self.ranks.are_many:
+            yield
+            return
+        self._n_shared_draws += 1
+        with seeded(self.seed - self._n_shared_draws):
+            yield
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -72,13 +113,17 @@ class Run:
         Returns:
             The value; not to be written.
         """
-        return self._before[name if name in self._before else plain_name(name)]
+        name = name if name in self._before else plain_name(name)
+        if name in self._before:
+            return self._before[name]
+        return parameters_by_name(self.model)[name].detach()  # which is not to change
 
     def put_back(self) -> None:
         """Give every parameter and buffer the value it had before the run."""
+        parameters = parameters_by_name(self.model)
         with torch.no_grad():
-            for name, p in self._parameters.items():
-                p.copy_(self._before[name])
+            for name, value in self._before.items():
+                parameters[name].copy_(value)
         self._buffers.put_back()
 
     def has_other_buffers(self) -> bool:
@@ -96,7 +141,7 @@ class Run:
             The record; a scalar counts as changed if its value differs.
         """
         counts = {
-            name: (int((p.detach() != self._before[name]).sum()), p.numel())
+            name: (int((p.detach() != self._before[name]).sum()) if name in self._before else 0, p.numel())
             for name, p in parameters_by_name(self.model).items()
         }
         total = sum(size for _, size in counts.values())
@@ -119,6 +164,8 @@ def unlearning(
     *,
     generator: torch.Generator | None = None,
     data: Iterable[object] = (),
+    changes: Iterable[str] | None = None,
+    ranks: Ranks = ALONE,
     goal: ClosedLoop | None = None,
 ) -> Iterator[Run]:
     """Change a model all or nothing.
@@ -135,6 +182,10 @@ def unlearning(
             their own, of augmentation that draws from NumPy or Python, and of dropout. Without one the random
             states as they are do.
         data: The sets that are read inside.
+        changes: Plain names of the parameters that may change, whose values are kept; None: all. What is
+            found out only inside, ``keep`` of the run announces.
+        ranks: Those that run together. Each has a random stream of its own; in the end their weights are
+            compared, and where they differ, or a rank has failed, every rank puts its model back.
         goal: What is to be reached, where that is asked; judged at the end of the body.
 
     Yields:
@@ -148,13 +199,16 @@ def unlearning(
         {'weight': 1.0, 'bias': 0.0}
     """
     check_model(model, method)
-    run = Run(model, method, hyperparameters)
+    run = Run(model, method, hyperparameters, changes=changes, ranks=ranks)
     if goal is not None:
         goal.begin(run)
         run.goal = goal
     try:
         with restored(model), ExitStack() as stack:
-            if generator is None:
+            if ranks.are_many:
+                run.seed = ranks.shared_seed(generator)
+                stack.enter_context(seeded(run.seed + ranks.rank, *data))
+            elif generator is None:
                 stack.enter_context(random_states_kept(*data))
             else:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -162,6 +216,7 @@ def unlearning(
             yield run
             if goal is not None:
                 goal.conclude()
+        check_same_weights(ranks, model, "after the run")
     except BaseException:
         run.put_back()
         raise

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,6 +26,8 @@ from torch import nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed.agree import check_same_weights
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
 from unlearn_ext.methods.recorded import Record
@@ -41,6 +44,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
 
+@lockstep
 def plan_ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -65,6 +69,7 @@ def plan_ssd(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> SsdPlan:
     """Work out a selective synaptic dampening and leave the model as it is.
 
@@ -125,6 +130,9 @@ def plan_ssd(
         exclude: Parameters to leave out, likewise.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
+            ``fisher_diagonal``. All of them come to the same plan, that of all data; what is done with it
+            afterwards (``apply``, ``revert``) each does for itself.
 
     Returns:
         The plan: ``summary()``, ``sweep()``, ``apply()``, ``revert()``, ``purge()``.
@@ -161,6 +169,7 @@ def plan_ssd(
     check_estimator("plan_ssd", estimator, power)
     is_text = alpha == "auto" and judge.yardstick(model) == "loss"
     goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
+    ranks = ranks_of(process_group, "plan_ssd")
     choices = choice(params, include, exclude)
     with restricted(model, "plan_ssd", is_sharded, **choices) as names:
         sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
@@ -178,7 +187,7 @@ def plan_ssd(
             **choices,
         }
         seconds: dict[str, float] = {}
-        measure = Measure(model, task, loss, estimator, power, measured or names, generator, progress)
+        measure = Measure(model, task, loss, estimator, power, measured or names, generator, progress, ranks)
 
         started = time.perf_counter()
         watch = None
@@ -193,6 +202,7 @@ def plan_ssd(
                 budget=budget,
                 validation=validation,
                 task=task,
+                ranks=ranks,
             )
             outcome = settled(watch, goal)
             seconds["search"] = time.perf_counter() - started
@@ -226,7 +236,7 @@ def plan_ssd(
                 warnings.warn(
                     f"plan_ssd: alpha = {threshold:.6g} selects nothing: no importance on the forget set "
                     f"exceeds n / n_forget = {bound:.6g} times that on the full set",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         return SsdPlan(
             model,
@@ -240,6 +250,7 @@ def plan_ssd(
         )
 
 
+@lockstep
 def ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -264,6 +275,7 @@ def ssd(
     exclude: Patterns = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Dampen what matters far more to the forget set than to the full set: ``plan_ssd(...).apply()``.
 
@@ -302,6 +314,8 @@ def ssd(
         exclude: Patterns of parameters to leave out.
         generator: For the draws of ``estimator="mc"``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of every set; see ``plan_ssd``.
+            Every rank ends with the same model, which is verified.
 
     Returns:
         The record of the run.
@@ -319,8 +333,9 @@ def ssd(
         >>> ssd(model, forget, retain, alpha="adaptive").method
         'ssd'
     """
+    ranks = ranks_of(process_group, "ssd")
     # The closed loop measures as it goes; one shot is measured around it.
-    record = None if alpha == "auto" else Record(model, forget, retain, task)
+    record = None if alpha == "auto" else Record(model, forget, retain, task, ranks)
     plan = plan_ssd(
         model,
         forget,
@@ -344,9 +359,21 @@ def ssd(
         exclude=exclude,
         generator=generator,
         progress=progress,
+        process_group=ranks,
     )
-    result = plan.apply()
+    result = _applied(plan, model, ranks)
     return result if record is None else record.added_to(result)
+
+
+def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks) -> UnlearnResult:
+    # On all ranks or on none.
+    with ExitStack() as undo:
+        with ranks.failing_together():
+            result = plan.apply()
+            undo.callback(plan.revert)
+            check_same_weights(ranks, model, "after the dampening")
+        undo.pop_all()
+    return result
 
 
 def _checked_goal(

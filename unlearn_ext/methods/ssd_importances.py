@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.dtensors import agreed_by_all, is_dtensor, local_of, sharded_like
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Estimator, Importance, check_covers, check_same_kind, pool
 from unlearn_ext.methods.ssd_plan import parameters_of
@@ -42,6 +43,7 @@ class Measure:
         params: Names of the parameters; None for all trainable ones.
         generator: For ``"mc"``.
         progress: Show progress bars.
+        ranks: Those that measure together, each on its own share of the data.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Measure:
     params: list[str] | None
     generator: torch.Generator | None
     progress: bool
+    ranks: Ranks = ALONE
 
     @property
     def judge(self) -> Task:
@@ -77,6 +80,7 @@ class Measure:
             params=self.params,
             generator=self.generator,
             progress=self.progress,
+            process_group=self.ranks,
         )
 
     def both(self, sources: Sources) -> tuple[Importance, Importance]:
@@ -99,7 +103,9 @@ class Measure:
         part, other = _laid_out(part, self.model), _laid_out(other, self.model)
         _check_weights(part, other)
         _check_batch_sizes(part, other)
-        full = other if "importance" in sources else pool(part, other)
+        # What was measured here is nobody's: it need not stay beside the full set's.
+        is_ours = not isinstance(list(sources.values())[1], Importance)
+        full = other if "importance" in sources else pool(part, other, into=is_ours)
         if "importance" in sources and part.weights_digest == full.weights_digest is not None:
             check_covers("plan_ssd", full, part)
         if full.n_samples < part.n_samples:
@@ -263,7 +269,7 @@ def _check_weights(forget: Importance, other: Importance) -> None:
         warnings.warn(
             "plan_ssd: the importances of the two sets were measured with different weights; that is meant "
             "where an earlier request has changed the model since, and wrong for any other model",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -276,7 +282,7 @@ def _check_batch_sizes(forget: Importance, other: Importance) -> None:
         raise ValueError(f"plan_ssd: batch sizes must agree for the 'batch' estimator, got {sizes}")
     warnings.warn(
         f"plan_ssd: a set smaller than one batch has inflated 'batch' importances, got batch sizes {sizes}",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

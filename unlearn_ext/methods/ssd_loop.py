@@ -81,12 +81,17 @@ def closed_loop(
     named = parameters_by_name(model)
     parameters = {name: named[name] for name in importances[0]}
     task = measure.judge
+    ranks = measure.ranks
     is_sharded = bool(fsdp_modules(model))
     if is_sharded:
         order, read = first_uses(model, parameters, forget, task)
     else:
-        first = next(batch for batch in read_batches(forget, device_of(model)) if task.count(batch))
-        order, read = order_of_use(model, parameters, first, task.loss), task.count(first)
+        # One pass for the order of use, on whichever rank has a sample.
+        first = next((batch for batch in read_batches(forget, device_of(model)) if task.count(batch)), None)
+        shown = None
+        if first is not None:
+            shown = task.count(first), order_of_use(model, parameters, first, task.loss)
+        read, order = ranks.first("order of use", shown) or (0, list(parameters))
     watch.count(read)
     scopes = scopes_of(parameters, order)
 
@@ -97,7 +102,7 @@ def closed_loop(
             left = _still_known(model, forget, task)
             is_any_left = bool(left)
         watch.count(watch.before("forget").samples)
-        if not is_any_left or retain is None:
+        if not any(ranks.exchange("still known", is_any_left)) or retain is None:
             return None
         return measure.both({"forget": left, "retain": retain})
 

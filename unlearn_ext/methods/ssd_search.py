@@ -62,10 +62,10 @@ class Candidate:
     reached: bool
 
     def __str__(self) -> str:
-        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f}"
+        lost = "not looked at" if self.lost is None else f"{100 * self.lost:.2f} %"
         return (
             f"round {self.round}, {self.scope}: alpha {self.alpha:.6g} selects {self.selected:,}; forget "
-            f"accuracy {self.forget.accuracy:.2%}, points lost on retain: {lost}"
+            f"accuracy {self.forget.accuracy:.2%}, loss {self.forget.loss:.4g}, lost on retain: {lost}"
             f"{'; goal reached' if self.reached else ''}"
         )
 
@@ -310,8 +310,8 @@ def _reason(outcome: Outcome, watch: Watch) -> str:
         )
     least = min((found.forget for found in outcome.candidates), key=watch.knows)
     return (
-        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the best of them came "
-        f"to {_how_known(watch, least)}"
+        f"none of {tried} candidates brought the forget set to the goal ({watch.goal}); the best of them "
+        f"came to {_how_known(watch, least)}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.evaluation.metrics.divergences import kl_divergence
 from unlearn_ext.methods.common import (
     Paired,
@@ -21,10 +22,11 @@ from unlearn_ext.methods.common import (
     required,
     train_with_fixed_statistics,
     trainable,
+    values_of,
     what_a_task_must_have,
 )
 from unlearn_ext.methods.goal import ClosedLoop
-from unlearn_ext.methods.loop import train
+from unlearn_ext.methods.loop import Terms, train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.run import unlearning
 from unlearn_ext.methods.until import Until
@@ -35,6 +37,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 from unlearn_ext.tasks.positions import mean_over_positions
 
 
+@lockstep
 @recorded
 def bad_teacher(
     model: nn.Module,
@@ -55,6 +58,7 @@ def bad_teacher(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Follow an untrained teacher on the forget set and the original on the retain set, with Adam.
 
@@ -88,6 +92,9 @@ def bad_teacher(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -108,6 +115,7 @@ def bad_teacher(
         >>> bad_teacher(model, forget, retain).method
         'bad_teacher'
     """
+    ranks = ranks_of(process_group, "bad_teacher")
     chosen = prepared("bad_teacher", model, task, None)
     required("bad_teacher", forget=forget, retain=retain)
     assert retain is not None
@@ -124,7 +132,7 @@ def bad_teacher(
         "temperature": temperature,
         **({} if task is None else {"task": repr(task)}),
     }
-    _check_has_classes("bad_teacher", model, forget, chosen)
+    _check_has_classes("bad_teacher", model, forget, chosen, ranks)
     goal = ClosedLoop(
         "bad_teacher",
         model,
@@ -135,27 +143,41 @@ def bad_teacher(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
     with unlearning(
-        model, "bad_teacher", settings, generator=generator, data=(forget, retain), goal=goal
+        model,
+        "bad_teacher",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(forget, retain),
     ) as run:
         competent = _teacher(model)
-        ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
+        with run.shared_draws():
+            ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
 
-        def objective(model: nn.Module, pair: Batch) -> Tensor:
+        def objective(model: nn.Module, pair: Batch) -> Terms:
             kept, forgotten = cast("tuple[Batch, Batch]", pair)
-            return (
-                divergence(ignorant, model, forgotten, temperature, task=chosen).mean()
-                + divergence(competent, model, kept, temperature, task=chosen).mean()
+            wrong = values_of(
+                forgotten, lambda batch: divergence(ignorant, model, batch, temperature, task=chosen)
             )
+            return [(1.0, wrong), (1.0, divergence(competent, model, kept, temperature, task=chosen))]
 
         train_with_fixed_statistics(model)
         optimizer = torch.optim.Adam(parameters.values(), lr=lr)
         train(
             run,
             "distil",
-            Paired("bad_teacher", Portion("bad_teacher", "retain", retain, retain_share), forget=forget),
+            Paired(
+                "bad_teacher",
+                Portion("bad_teacher", "retain", retain, retain_share, ranks),
+                ranks=ranks,
+                forget=forget,
+            ),
             objective,
             optimizer,
             parameters=parameters.values(),
@@ -165,6 +187,7 @@ def bad_teacher(
     return goal.result(run)
 
 
+@lockstep
 @recorded
 def scrub(
     model: nn.Module,
@@ -189,6 +212,7 @@ def scrub(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Disobey the original on the forget set and follow it on the retain set, epoch by epoch, with AdamW.
 
@@ -221,6 +245,9 @@ def scrub(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
+            step is that of the batches of all ranks together; every rank ends with the same weights, which is
+            verified. Random choices are each rank's own. See ``docs/processes.md``.
 
     Returns:
         The record of the run.
@@ -241,6 +268,7 @@ def scrub(
         >>> sorted(scrub(model, forget, retain).seconds)
         ['max', 'min']
     """
+    ranks = ranks_of(process_group, "scrub")
     chosen = prepared("scrub", model, task, loss_fn)
     required("scrub", forget=forget, retain=retain)
     assert retain is not None
@@ -248,7 +276,7 @@ def scrub(
     check_count("scrub", "forget_epochs", forget_epochs)
     parameters = trainable(model, "scrub", include, exclude)
     _check_temperature("scrub", temperature)
-    n = _check_has_classes("scrub", model, forget, chosen)
+    n = _check_has_classes("scrub", model, forget, chosen, ranks)
     limit = temperature**2 * math.log(n) if cap is None else cap
     settings: dict[str, object] = {
         "epochs": epochs,
@@ -271,9 +299,19 @@ def scrub(
         validation=validation,
         strict=strict,
         task=chosen,
+        ranks=ranks,
     )
     settings |= goal.facts
-    with unlearning(model, "scrub", settings, generator=generator, data=(forget, retain), goal=goal) as run:
+    with unlearning(
+        model,
+        "scrub",
+        settings,
+        generator=generator,
+        goal=goal,
+        changes=parameters,
+        ranks=ranks,
+        data=(forget, retain),
+    ) as run:
         original = _teacher(model)
 
         def disobey(model: nn.Module, batch: Batch) -> Tensor:
@@ -333,11 +371,11 @@ def divergence(
     return mean_over_positions(values, chosen.counted(outputs, batch))
 
 
-def _check_has_classes(who: str, model: nn.Module, data: Batches, task: Task) -> int:
+def _check_has_classes(who: str, model: nn.Module, data: Batches, task: Task, ranks: Ranks) -> int:
     with what_a_task_must_have(
         who, "it compares class probabilities; finetune works for tasks without classes"
     ):
-        return n_classes(who, model, data, task)
+        return n_classes(who, model, data, task, ranks)
 
 
 def _check_temperature(who: str, temperature: float) -> None:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods.common import (
     check_count,
     count_batches,
     facts_of,
     n_classes,
     prepared,
+    refuse_group,
     required,
     single_values_normalised,
     trainable,
@@ -39,6 +41,7 @@ from unlearn_ext.tasks.losses import LossFn
 _OFFICIAL_COPIES = 20
 
 
+@lockstep
 @recorded
 def unsir(
     model: nn.Module,
@@ -70,6 +73,7 @@ def unsir(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
 ) -> UnlearnResult:
     """Forget classes without their data: learn noise, impair the model with it, repair it on the rest.
 
@@ -137,6 +141,7 @@ def unsir(
         include: Parameters that may change: names of them or of their modules, the last parts of such names,
             or regular expressions that match a whole name. None: all that are trainable.
         exclude: Parameters that may not change, likewise.
+        process_group: Refused unless None.
 
     Returns:
         The record: the noise loss of every class, step by step, and the epochs of impair and repair.
@@ -159,6 +164,7 @@ def unsir(
         >>> sorted(result.seconds)
         ['impair', 'noise', 'repair']
     """
+    refuse_group("unsir", process_group, "noise is learned on one model and mixed into one order")
     chosen = prepared("unsir", model, task, loss_fn)
     if forget_classes is None and _are_classes(forget):
         forget, forget_classes = None, cast("int | Iterable[int]", forget)
@@ -213,7 +219,9 @@ def unsir(
         task=chosen,
     )
     hyperparameters |= goal.facts
-    with unlearning(model, "unsir", hyperparameters, generator=generator, data=(retain,), goal=goal) as run:
+    with unlearning(
+        model, "unsir", hyperparameters, generator=generator, goal=goal, data=(retain,), changes=trained
+    ) as run:
         model.train(not freeze_bn_during_noise)
         reader = _Reader(chosen)
         samples = _noise_samples(run, classes, retain, noise_batch, reader)

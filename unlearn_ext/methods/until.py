@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.distributed.fsdp import fsdp_modules
+from unlearn_ext.distributed.group import on_all
 from unlearn_ext.methods.sharded import figures_of
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
@@ -31,7 +33,7 @@ Until: TypeAlias = Literal["forgotten", "unseen"] | float | Callable[[nn.Module]
 """When to stop: a name, the highest accuracy on the forget set, a test of the model, or None: one shot."""
 
 # Accuracy on the forget set at which a class counts as forgotten.
-_FORGOTTEN = 0.01
+FORGOTTEN = 0.01
 
 
 class UnlearningFailed(RuntimeError):  # noqa: N818 - what the public contract calls it
@@ -62,7 +64,11 @@ class Measured:
 
 
 def measure(
-    model: nn.Module, data: Batches, task: Task | None = None, classes_seen: set[int] | None = None
+    model: nn.Module,
+    data: Batches,
+    task: Task | None = None,
+    classes_seen: set[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Measured:
     """Measure accuracy and mean loss in one forward pass over the data.
 
@@ -71,6 +77,7 @@ def measure(
         data: Re-iterable batches.
         task: What the model is for; None infers it.
         classes_seen: Takes up the classes of the samples that count, where they have one each.
+        ranks: Those that measure together, each on its own share of the data.
 
     Returns:
         The figures.
@@ -104,6 +111,9 @@ def measure(
             classes = None if classes_seen is None else judge.classes_of(batch)
             if classes_seen is not None and classes is not None:
                 classes_seen.update(torch.unique(classes[valid > 0]).tolist())
+    right, counted, samples, loss = ranks.total("measured", right, counted, samples, loss)
+    if classes_seen is not None:
+        classes_seen.update(*ranks.exchange("classes", classes_seen))
     _at_least_one(samples)
     return Measured(right / counted if counted else math.nan, loss / samples, samples)
 
@@ -126,6 +136,7 @@ class Watch:
         budget: Share of the retain set's accuracy that may be lost, in [0, 1].
         validation: Data that the model never saw, for ``"unseen"``.
         task: What the model is for; None infers it.
+        ranks: Those that measure together, each on its own share of the data.
 
     Attributes:
         budget: As given.
@@ -147,16 +158,17 @@ class Watch:
         budget: float,
         validation: Batches | None = None,
         task: Task | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         check_goal(who, until, budget, validation)
         self.budget = budget
         self._model, self._until, self._validation = model, until, validation
         self._sets = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
-        self._task = task
+        self._task, self._ranks = task, ranks
         self.yardstick = resolve(task, who=who).yardstick(model)
         self._classes: dict[str, set[int]] = {name: set() for name in self._sets}
         self._before = {
-            name: measure(model, data, task, self._classes[name]) for name, data in self._sets.items()
+            name: measure(model, data, task, self._classes[name], ranks) for name, data in self._sets.items()
         }
         self._read = self._total = sum(part.samples for part in self._before.values())
 
@@ -180,7 +192,7 @@ class Watch:
     def limit(self) -> float:
         """The highest accuracy on the forget set where the goal is such a number; else NaN."""
         if self._until == "forgotten":
-            return _FORGOTTEN
+            return FORGOTTEN
         return float(self._until) if isinstance(self._until, (int, float)) else math.nan
 
     @property
@@ -213,7 +225,7 @@ class Watch:
         Returns:
             The figures.
         """
-        found = measure(self._model, self._sets[name], self._task)
+        found = measure(self._model, self._sets[name], self._task, ranks=self._ranks)
         self._read += found.samples
         return found
 
@@ -235,9 +247,10 @@ class Watch:
             True if it has; False also where the accuracy cannot be told.
         """
         if callable(self._until):
-            return bool(self._until(self._model))
+            test = self._until
+            return on_all(self._ranks, "until", lambda: bool(test(self._model)))
         if self._until == "unseen" and self._validation is not None:
-            unseen = measure(self._model, self._validation, self._task)
+            unseen = measure(self._model, self._validation, self._task, ranks=self._ranks)
             self._read += unseen.samples
             if self.yardstick == "loss":
                 return forget.loss >= unseen.loss

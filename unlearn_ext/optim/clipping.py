@@ -110,7 +110,8 @@ def free_norm(rows: Sequence[tuple[Tensor, Tensor]], norm_type: float = 2.0) -> 
         return torch.zeros(())
     wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     gathered = torch.stack([norm.to(norms[0].device, wide) for norm in norms])
-    return torch.linalg.vector_norm(gathered, norm_type)
+    total: Tensor = torch.linalg.vector_norm(gathered, norm_type)
+    return total
 
 
 def clip_by(grads: Sequence[Tensor], total: Tensor, max_norm: float) -> None:

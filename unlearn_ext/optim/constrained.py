@@ -129,12 +129,14 @@ class ConstrainedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], given: Mapping[str, Tensor] | None) -> None:
         self._given = given
         self._constraints: dict[Tensor, Constraint] = {}
+        self._by_name: dict[str, tuple[torch.Size, Constraint]] = {}
         super().__init__(params, defaults)
         # A group that is added later brings its own; None, "nothing is constrained", goes on to hold.
         self._given = None if given is None else {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_given": self._given, "_constraints": self._constraints}
+        own = ("_given", "_constraints", "_by_name")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = set(self.defaults) if hasattr(self, "defaults") else set(state["defaults"])
@@ -170,6 +172,9 @@ class ConstrainedOptimizer(Optimizer):
             raise
         group.pop(self._keyword, None)
         self._constraints.update(constraints)
+        for name, param in zip(group.get("param_names", ()), group["params"], strict=False):
+            if param in constraints:
+                self._by_name[name] = param.shape, constraints[param]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its ``torch.optim`` counterpart.
@@ -295,18 +300,41 @@ class ConstrainedOptimizer(Optimizer):
             if grad.layout != torch.strided:
                 what = f"the gradient of params[{self._label(group, index)}]"
                 raise ValueError(self._error(what, "be dense (an embedding's: sparse=False)", grad.layout))
-            constraint = self._constraints.get(param)
-            if constraint is not None and not (
-                constraint.tensor.device == param.device and view_of(param, constraint.order).is_contiguous()
-            ):
-                # A channels_last parameter's first step, or the model was moved or converted since the last.
-                order = self._memory_order(param)
-                constraint = constraint._replace(tensor=constraint.tensor.to(param.device))
-                if order != constraint.order:
-                    tensor = self._rearrange(constraint, param, order)
-                    constraint = constraint._replace(tensor=tensor, order=order)
-                self._constraints[param] = constraint
-            yield index, param, grad, constraint
+            if param not in self._constraints:
+                self._rebind(group, index)
+            yield index, param, grad, self._arranged(param)
+
+    def _arranged(self, param: Tensor) -> Constraint | None:
+        # What binds a parameter, arranged for how it lies in memory now.
+        constraint = self._constraints.get(param)
+        if constraint is not None and not (
+            constraint.tensor.device == param.device and view_of(param, constraint.order).is_contiguous()
+        ):
+            # A channels_last parameter's first step, or the model was moved or converted since the last.
+            order = self._memory_order(param)
+            constraint = constraint._replace(tensor=constraint.tensor.to(param.device))
+            if order != constraint.order:
+                tensor = self._rearrange(constraint, param, order)
+                constraint = constraint._replace(tensor=tensor, order=order)
+            self._constraints[param] = constraint
+        return constraint
+
+    def _rebind(self, group: dict[str, Any], index: int) -> None:
+        # Libraries that wrap a model after its optimizer was made put other tensors in the parameters' place;
+        # what a name was constrained to holds for whichever tensor has the name.
+        names, param = group.get("param_names"), group["params"][index]
+        known = self._by_name.get(names[index]) if names else None
+        tensors = sys.modules.get(
+            "torch.distributed.tensor"
+        )  # where nobody has imported it, nothing is sharded
+        if known is not None and tensors is not None and isinstance(param, tensors.DTensor):
+            what = f"params[{self._label(group, index)}]"
+            condition = f"be whole where {self._keyword} were given for whole parameters"
+            raise NotImplementedError(
+                self._error(what, condition, "a DTensor (sharded after the optimizer was made)")
+            )
+        if known is not None and known[0] == param.shape:
+            self._constraints[param] = known[1]
 
     def _memory_order(self, param: Tensor) -> Order:
         if param.is_contiguous():

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -33,11 +33,13 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
+from unlearn_ext.resume import Progress
 from unlearn_ext.subspace.layers import Layer, layer_of
 from unlearn_ext.subspace.sharded_gram import sharded_totals
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of, read_batches
+from unlearn_ext.tasks.batches import Batch, Batches, check_batches, count_samples, device_of
 from unlearn_ext.tasks.losses import resolve
 
 _FILE = FileKind(
@@ -190,6 +192,7 @@ class ActivationGram(Mapping[str, Tensor]):
         )
 
 
+@lockstep
 def activation_gram(
     model: nn.Module,
     data: Batches,
@@ -199,6 +202,9 @@ def activation_gram(
     progress: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    process_group: Group = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 200,
 ) -> ActivationGram:
     """Sum X^T X over the inputs of every linear, convolutional and embedding layer.
 
@@ -223,13 +229,19 @@ def activation_gram(
         include: Weights whose inputs to look at: names of them or of their modules, the last parts of such
             names, or regular expressions that match a whole name. None: all.
         exclude: Weights to leave out, likewise.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none; the
+            totals are those of all data, with the same bits on every rank. See ``fisher_diagonal``.
+        checkpoint: A file for the progress of the pass, which goes on where it was interrupted; see
+            ``fisher_diagonal``.
+        checkpoint_every: Batches from one writing to the next.
 
     Returns:
         The totals, on the devices of the weights.
 
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, or ``modules`` names a module that is not
-            there or not covered, or no covered layer ran.
+            there or not covered, or no covered layer ran; if ``checkpoint`` is damaged, or of other data,
+            weights or settings.
         NotImplementedError: If the model is wrapped for parallel training, sharded in another way than by
             FSDP2 (of which all ranks call it together, and get the totals of all), or not in memory.
         FloatingPointError: If a total is NaN or infinite; the message names the module.
@@ -249,11 +261,25 @@ def activation_gram(
     batches = check_batches(data)
     is_sharded = bool(fsdp_modules(model))
     if is_sharded:
+        if ranks_of(process_group, "activation_gram").are_many or checkpoint is not None:
+            raise ValueError(
+                "activation_gram: process_group and checkpoint must be None for a model that fully_shard has "
+                "sharded, whose mesh says which ranks there are"
+            )
         reshard(model)
     check_model(model, "activation_gram", may_be_sharded=is_sharded)
+    ranks = ranks_of(process_group, "activation_gram")
     chosen = _chosen_modules(model, modules, include, exclude)
     forward = _forward_of(task)
     totals: dict[str, Tensor] = {}
+    kept = Progress(
+        "activation_gram",
+        checkpoint,
+        checkpoint_every,
+        model=model,
+        settings={"modules": [name for name, _ in chosen.values()], "task": repr(task)},
+        ranks=ranks,
+    )
 
     def record(module: nn.Module, *inputs: Tensor) -> None:
         name, layer = chosen[module]
@@ -267,27 +293,52 @@ def activation_gram(
         judge = Task() if task is None else resolve(task, who="activation_gram")
         totals, n_samples = sharded_totals(model, batches, judge, chosen, _watched, progress)
     else:
+        if kept.found is not None:
+            n_samples = kept.found[1]["n_samples"]
+            devices = {name: getattr(module, layer.weight).device for module, (name, layer) in chosen.items()}
+            totals = {name: total.to(devices[name]) for name, total in kept.found[0].items()}
         with borrowed(model), torch.no_grad(), eager(), _watched(model, chosen, record):
-            for batch in read_batches(
-                batches, device_of(model), description="activation Gram matrices", progress=progress
-            ):
-                n = _count(task, batch)
-                if n:
-                    forward(model, batch)
-                    n_samples += n
+            reader = kept.read(
+                batches,
+                device_of(model),
+                save=lambda: (totals, {"n_samples": n_samples}),
+                description="activation Gram matrices",
+                progress=progress,
+            )
+            with closing(reader):  # type: ignore[type-var]
+                for _, batch in reader:
+                    n = _count(task, batch)
+                    if n:
+                        forward(model, batch)
+                        n_samples += n
+        (n_samples,) = ranks.total("samples", n_samples)
     if n_samples == 0:
         raise ValueError("activation_gram: data must hold at least one sample, got none")
-    if not totals:
+    if not any(ranks.exchange("layers", bool(totals))):
         raise ValueError(
             "activation_gram: the model must run a layer that is covered, got none; see which are in "
             "activation_gram's documentation"
         )
+    if ranks.are_many:
+        totals = _summed(ranks, chosen, totals)
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise FloatingPointError(
                 f"activation_gram: the inputs of {name} must be finite, got NaN or infinity"
             )
     return ActivationGram({name: totals[name] for name, _ in chosen.values() if name in totals}, n_samples)
+
+
+def _summed(ranks: Ranks, chosen: _Chosen, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Layers may run for some samples only, and for no sample of a rank.
+    ran = {name for names in ranks.exchange("modules", list(totals)) for name in names}
+    summed = {
+        name: totals.get(name, torch.zeros(layer.gram, dtype=torch.float64, device=weight.device))
+        for module, (name, layer) in chosen.items()
+        if name in ran and (weight := getattr(module, layer.weight)) is not None
+    }
+    ranks.sum_("totals", summed.values())
+    return summed
 
 
 _Chosen: TypeAlias = dict[nn.Module, tuple[str, Layer]]

@@ -38,7 +38,7 @@ def forget_and_retain(loader: Iterable[Mapping[str, Batch]]) -> tuple[Iterable[B
         loader: Re-iterable; other keys are left aside.
 
     Returns:
-        ``(forget, retain)``, both re-iterable, as in ``ux.npo(model, *forget_and_retain(loader))``.
+        ``(forget, retain)``, both re-iterable, as in ``ux.methods.npo(model, *forget_and_retain(loader))``.
 
     Raises:
         TypeError: If it is no iterable of batches.

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed import Group, lockstep, ranks_of
 from unlearn_ext.evaluation.metrics.answers import answers, task_for
 from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batches
 
 
+@lockstep
 def accuracy(
     model: nn.Module,
     data: Batches,
@@ -18,6 +20,7 @@ def accuracy(
     task: Task | None = None,
     shift: bool | None = None,
     progress: bool = False,
+    process_group: Group = None,
 ) -> float:
     """Return the share of the model's answers that are right, as its task counts them.
 
@@ -32,6 +35,8 @@ def accuracy(
         shift: The older way to say it: True for ``ux.tasks.CausalLM()``, False for
             ``ux.tasks.Classification()``.
         progress: Show a progress bar, where tqdm is installed.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none: the
+            figure is that of all data, and the same on every rank.
 
     Returns:
         A number in [0, 1].
@@ -52,6 +57,7 @@ def accuracy(
             hits, total = judge.correct(outputs, batch)
             right += int(hits.sum())
             counted += int(total.sum())
+    right, counted = ranks_of(process_group, "accuracy").total("answers", right, counted)
     if counted == 0:
         raise ValueError("accuracy: data must hold at least one label, got none")
-    return right / counted
+    return float(right / counted)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import seeded
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.evaluation.metrics.answers import answers, log_probabilities, task_for
 from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batch, Batches, map_tensors
@@ -82,6 +83,7 @@ class Attack:
         return "still recognised" if self.auc > self.reference_auc else "over-unlearned"
 
 
+@lockstep
 def mia(
     model: nn.Module,
     *older: Any,  # noqa: ANN401 - three sets and a word
@@ -95,6 +97,7 @@ def mia(
     shift: bool | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    process_group: Group = None,
 ) -> Attack:
     """Attack a model by membership inference: can forget samples be told as members of the training set?
 
@@ -130,6 +133,8 @@ def mia(
             ``ux.tasks.Classification()``.
         bootstrap: Resamples behind the intervals; 0 for none (NaN).
         seed: Of the resamples, the choice of retain samples and the folds.
+        process_group: Ranks that call this together, each with its own share of every set, perhaps none: the
+            attack is on all data, and the same on every rank.
 
     Returns:
         The outcome.
@@ -176,15 +181,20 @@ def mia(
         if name not in sets:
             raise ValueError(f"mia: {name} must be given, got none")
 
+    together = ranks_of(process_group, "mia")
     judge = task_for("mia", task, shift)
     usual: dict[str, _Numbers] = {}
     if calibration:
         for name in ("forget", "test"):
-            per_model = [_features(known, sets[name], name, judge, "loss").loss for known in calibration]
+            per_model = [
+                _features(known, sets[name], name, judge, "loss", together).loss for known in calibration
+            ]
             usual[name] = np.mean(per_model, axis=0)
 
     def measured(subject: nn.Module) -> tuple[float, _Ranked]:
-        features = {name: _features(subject, data, name, judge, convention) for name, data in sets.items()}
+        features = {
+            name: _features(subject, data, name, judge, convention, together) for name, data in sets.items()
+        }
         members, others = (usual.get(name, 0.0) - features[name].loss for name in ("forget", "test"))
         ranks = _Ranked(members, others)
         fitted = _SCORES.get(convention)  # none for the attack by loss, whose score is the AUC
@@ -222,7 +232,9 @@ class _Features(NamedTuple):
     confidence: _Numbers | None = None  # probability of the truth, from the mean of its log-odds
 
 
-def _features(model: nn.Module, data: Batches, name: str, task: Task, convention: Convention) -> _Features:
+def _features(
+    model: nn.Module, data: Batches, name: str, task: Task, convention: Convention, ranks: Ranks
+) -> _Features:
     found: dict[str, list[Tensor]] = {"loss": []}
     for needed in _NEEDS[convention]:
         found[needed] = []
@@ -241,9 +253,11 @@ def _features(model: nn.Module, data: Batches, name: str, task: Task, convention
                 found["entropy"].append(mean_over_positions(entropy, counted)[kept].cpu())
             if "confidence" in found:
                 found["confidence"].append(task.log_odds(outputs, batch).sigmoid()[kept].double().cpu())
-    if not sum(part.numel() for part in found["loss"]):
+    none = torch.zeros(0, dtype=torch.float64)
+    columns = ranks.concatenated(f"the {name} set", [torch.cat([none, *parts]) for parts in found.values()])
+    if not columns[0].numel():
         raise ValueError(f"mia: the {name} set must hold at least one labelled sample, got none")
-    features = _Features(**{key: torch.cat(parts).numpy() for key, parts in found.items()})
+    features = _Features(**{key: whole.numpy() for key, whole in zip(found, columns, strict=True)})
     if np.isnan(features.loss).any():
         raise FloatingPointError(f"mia: the losses of the {name} set must be numbers, got NaN")
     return features

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.evaluation.metrics.answers import answers, checked, log_probabilities, task_for
 from unlearn_ext.tasks import Task
 from unlearn_ext.tasks.batches import Batches
 
 
+@lockstep
 def zrf(
     model: nn.Module,
     incompetent: nn.Module,
@@ -22,6 +24,7 @@ def zrf(
     convention: Literal["paper", "release"] = "paper",
     *,
     task: Task | None = None,
+    process_group: Group = None,
 ) -> float:
     """Return the zero retrain forgetting score: how close predictions are to those of an untrained model.
 
@@ -36,6 +39,8 @@ def zrf(
         data: The forget set, with labels or without.
         convention: Which of the two.
         task: What the models are for; None infers it. See ``ux.tasks``.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none: the
+            figure is that of all data, and the same on every rank.
 
     Returns:
         The score, in [0, 1] for ``"paper"``.
@@ -48,20 +53,27 @@ def zrf(
     Source:
         Chundawat et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023.
     """
+    ranks = ranks_of(process_group, "zrf")
     if convention not in ("paper", "release"):
         raise ValueError(f"zrf: convention must be paper or release, got {convention!r}")
     if convention == "paper":
-        return 1 - _mean_over_positions("zrf", model, incompetent, data, task, _bits)
+        return 1 - _mean_over_positions(ranks, model, incompetent, data, task, _bits)
 
     def reversed_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         mixed = _mixed(log_p, log_q)
         return (kl_divergence(mixed, log_p) + kl_divergence(mixed, log_q)) / (2 * log_p.shape[-1])
 
-    return 1 - _mean_over_positions("zrf", model, incompetent, data, task, reversed_divergence)
+    return 1 - _mean_over_positions(ranks, model, incompetent, data, task, reversed_divergence)
 
 
+@lockstep
 def js_divergence(
-    model: nn.Module, reference: nn.Module, data: Batches, *, task: Task | None = None
+    model: nn.Module,
+    reference: nn.Module,
+    data: Batches,
+    *,
+    task: Task | None = None,
+    process_group: Group = None,
 ) -> float:
     """Return the mean Jensen-Shannon divergence of two models' predictions, in bits.
 
@@ -70,6 +82,8 @@ def js_divergence(
         reference: Another of the same outputs, usually the retrained one.
         data: Where to compare them, with labels or without. Positions that the task ignores do not count.
         task: What the models are for; None infers it. See ``ux.tasks``.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none: the
+            figure is that of all data, and the same on every rank.
 
     Returns:
         A number in [0, 1]; 0 for equal predictions.
@@ -86,11 +100,18 @@ def js_divergence(
         >>> round(js_divergence(nn.Identity(), other, certain), 3)
         1.0
     """
-    return _mean_over_positions("js_divergence", model, reference, data, task, _bits)
+    ranks = ranks_of(process_group, "js_divergence")
+    return _mean_over_positions(ranks, model, reference, data, task, _bits)
 
 
+@lockstep
 def activation_distance(
-    model: nn.Module, reference: nn.Module, data: Batches, *, task: Task | None = None
+    model: nn.Module,
+    reference: nn.Module,
+    data: Batches,
+    *,
+    task: Task | None = None,
+    process_group: Group = None,
 ) -> float:
     """Return the mean Euclidean distance of two models' predicted probabilities.
 
@@ -99,6 +120,8 @@ def activation_distance(
         reference: Another of the same outputs, usually the retrained one.
         data: Where to compare them, with labels or without. Positions that the task ignores do not count.
         task: What the models are for; None infers it. See ``ux.tasks``.
+        process_group: Ranks that call this together, each with its own share of the data, perhaps none: the
+            figure is that of all data, and the same on every rank.
 
     Returns:
         A number in [0, sqrt(2)].
@@ -111,11 +134,12 @@ def activation_distance(
     Source:
         Golatkar, Achille & Soatto, "Forgetting Outside the Box", ECCV 2020.
     """
+    ranks = ranks_of(process_group, "activation_distance")
 
     def distance(log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()).square().sum(-1).sqrt()
 
-    return _mean_over_positions("activation_distance", model, reference, data, task, distance)
+    return _mean_over_positions(ranks, model, reference, data, task, distance)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -151,13 +175,14 @@ def _bits(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _mean_over_positions(
-    who: str,
+    ranks: Ranks,
     model: nn.Module,
     reference: nn.Module,
     data: Batches,
     task: Task | None,
     distance: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
+    who = ranks.who
     judge = task_for(who, task)
     total, count = 0.0, 0
     with borrowed(model), borrowed(reference), torch.no_grad():
@@ -173,6 +198,7 @@ def _mean_over_positions(
             counted = judge.counted(outputs, batch)
             values = distance(log_p, log_q)[counted]
             total, count = total + float(values.sum()), count + values.numel()
+    total, count = ranks.total("distances", total, count)
     if count == 0:
         raise ValueError(f"{who}: data must hold at least one sample, got none")
-    return total / count
+    return float(total / count)

@@ -32,6 +32,7 @@ from unlearn_ext.fisher.engine.gradients import (
 from unlearn_ext.fisher.engine.layers import register_layer
 from unlearn_ext.fisher.engine.per_sample import PerSample, check_parameters
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, add_gradient
+from unlearn_ext.fisher.engine.trust import forget
 
 # The name under which rules for layers of one's own know it.
 Use = PerSampleGradients
@@ -48,6 +49,7 @@ __all__ = [
     "Use",
     "add_gradient",
     "check_parameters",
+    "forget",
     "prepared",
     "register_layer",
     "unwritten",

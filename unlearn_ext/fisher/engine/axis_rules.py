@@ -142,38 +142,37 @@ def _embedding(call: Operation) -> Found:
     return at
 
 
+_FACTORS = {
+    "addmm": ("mat1", "mat2"),
+    "addmv": ("mat", "vec"),
+    "baddbmm": ("batch1", "batch2"),
+    "bmm": ("self", "mat2"),
+    "mm": ("self", "mat2"),
+    "mv": ("self", "vec"),
+}
+
+
 def _mm(call: Operation) -> Found:
-    left, right = (
-        (call.named["mat1"], call.named["mat2"])
-        if "mat1" in call.named
-        else (
-            call.named["self"],
-            call.named.get("mat2", call.named.get("vec")),
-        )
-    )
-    a, b = call.of(left), call.of(right)
-    last = left.ndim - 1
-    together = left.ndim == 3 and [at.axis == 0 for at in (a, b) if at is not None]
-    if together and all(together):
-        found = aligned(call, [left[..., :1], right[..., :1, :]], 3) if a is None or b is None else a
-        if a is not None and b is not None and a != b:
-            raise MixedError(call.name)
-        shared = right if b is None else left if a is None else None
-        if shared is not None and not call.is_constant(shared, found):
+    left, right = (call.named[key] for key in _FACTORS[call.name])
+    a, b, last = call.of(left), call.of(right), left.ndim - 1
+    found: SampleAxis | None = None
+    if last == 2 and all(at.axis == 0 for at in (a, b) if at is not None):
+        found = b if a is None else a
+        shared = right if b is None else left
+        if found and a != b and (None not in (a, b) or not call.is_constant(shared, found)):
             raise MixedError(call.name)
     elif a is not None and b is None and a.axis == last - 1:
         found = a
     elif b is not None and a is None and right.ndim == left.ndim and b.axis == last:
         found = b
-    else:
+    if found is None:
         raise MixedError(call.name)
     if call.name in ("addmm", "baddbmm", "addmv"):
         bias = call.named["self"]
-        axis = found.axis - (call.result.ndim - bias.ndim)
-        at = call.of(bias)
-        if at is not None and at != found.moved(axis):
-            raise MixedError(call.name)
-        if at is None and axis >= 0 and not call.is_constant(bias, found.moved(axis)):
+        there, own = found.moved(found.axis - (call.result.ndim - bias.ndim)), call.of(bias)
+        if own not in (None, there) or (
+            own is None and there.axis >= 0 and not call.is_constant(bias, there)
+        ):
             raise MixedError(call.name)
     return found
 
@@ -181,7 +180,7 @@ def _mm(call: Operation) -> Found:
 def _leading(call: Operation) -> Found:
     # Layers whose first axis is that of independent entries.
     tensor, at = call.only_first()
-    if at.axis:
+    if at.axis or (call.name in ("im2col", "col2im") and tensor.ndim == 3):
         raise MixedError(call.name)
     return (
         [

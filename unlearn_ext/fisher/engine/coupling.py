@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from unlearn_ext.fisher.engine.axis_rules import FACTORIES, rule_for
 from unlearn_ext.fisher.engine.sample_axis import MixedError, Operation, SampleAxis
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
-from unlearn_ext.tasks.batches import is_per_sample, tensors_in
+from unlearn_ext.tasks.batches import Batch, is_per_sample, tensors_in
 
 Function: TypeAlias = Any  # an operator, or a function of torch's
 
@@ -53,26 +55,27 @@ class _Axes:
     def __init__(self, n: int) -> None:
         self.n, self.is_mixed = n, False
         self._known: Any = WeakTensorKeyDictionary()
-        self._written: dict[int, Any] = {}  # kept, so that no other memory gets the same name
+        # A weak reference keeps the memory's name from being given to other memory.
+        self._memory: dict[int, StorageWeakRef] = {}
 
     def set(self, tensor: Tensor, at: SampleAxis) -> None:
+        """Note where the samples are; other tensors on the same memory depend on them as well."""
         self._known[tensor] = at
-
-    def write(self, tensor: Tensor, at: SampleAxis) -> None:
-        """Note that a tensor which did not depend on the samples does from now on, and so do its views."""
-        storage = tensor.untyped_storage()
-        self._written[storage._cdata] = storage
-        self._known[tensor] = at
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._memory:
+                self._memory[storage._cdata] = StorageWeakRef(storage)
 
     def get(self, tensor: Tensor) -> SampleAxis | None:
         at: SampleAxis | None = self._known.get(tensor)
-        if at is not None or not self._written:
+        if at is not None or tensor.layout is not torch.strided:
             return at
-        if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in self._written:
+        if tensor.untyped_storage()._cdata not in self._memory or not tensor.numel():
             return None
+        # Seen through another tensor, or written to in parts.
         sizes = [axis for axis, size in enumerate(tensor.shape) if size == self.n]
         if len(sizes) != 1:
-            raise MixedError("a buffer that was written in parts")
+            raise MixedError("memory that is used in several ways")
         return SampleAxis(sizes[0])
 
 
@@ -139,8 +142,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, at in zip(results, found if isinstance(found, list) else [found], strict=True):
             if at is None or not isinstance(tensor, Tensor):
                 continue
-            if name != packet and tensor is not args[0]:
-                self._axes.write(tensor, at)
             self._axes.set(tensor, at)
 
 
@@ -202,6 +203,38 @@ class _Functions(TorchFunctionMode):
         return result
 
 
+class Watch:
+    """Watches a forward pass, for what may let samples influence each other.
+
+    Args:
+        batch: The batch that the pass is over.
+        n: Its number of samples.
+        is_leading: They lie along a leading dimension. If not, nobody knows which tensors hold samples.
+
+    Attributes:
+        is_mixed: They might influence each other; also set where a pass cannot be watched.
+    """
+
+    def __init__(self, batch: Batch, n: int, *, is_leading: bool = True) -> None:
+        self.is_mixed = not is_leading
+        self._axes = _Axes(n)
+        self._stack = ExitStack()
+        for tensor in tensors_in(batch):
+            if is_per_sample(tensor, n):
+                self._axes.set(tensor, SampleAxis(0))
+
+    def __enter__(self) -> Watch:
+        if not self.is_mixed and self._axes.n > 1:
+            operators = _Operators(self._axes)
+            self._stack.enter_context(_Functions(self._axes, operators))
+            self._stack.enter_context(operators)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self.is_mixed |= self._axes.is_mixed
+
+
 def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     """Say whether samples might influence each other in a way that only some batches show.
 
@@ -214,16 +247,10 @@ def may_couple(loss: PerSampleLoss, samples: Samples) -> bool:
     """
     if loss.lockstep.most(samples.n) == 1:
         return False
-    if not samples.is_leading:  # nobody knows which of its tensors hold samples, and where
-        return True
-    axes = _Axes(samples.n)
-    operators = _Operators(axes)
-    for tensor in tensors_in(samples.batch):
-        if is_per_sample(tensor, samples.n):
-            axes.set(tensor, SampleAxis(0))
+    watch = Watch(samples.batch, samples.n, is_leading=samples.is_leading)
     try:
-        with _Functions(axes, operators), operators:
+        with watch:
             loss.losses(samples.batch, samples.n)
-    except Exception:  # a model that cannot run while it is watched
+    except Exception:
         return True
-    return samples.n > 1 and axes.is_mixed
+    return samples.n > 1 and watch.is_mixed

@@ -159,14 +159,15 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = None
         with torch.no_grad():
             for name, parameter, memory, version in self._memory:
-                if parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype:
-                    parameter.data = memory
-                    written = written or name
                 kept = self._before.get(id(parameter))
+                is_written = kept is not None or parameter._version != version
+                if parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype:
+                    # A router that is converted to float32 in every pass, say, keeps its values.
+                    is_written |= not torch.equal(memory.to(parameter.dtype), parameter)
+                    parameter.data = memory
                 if kept is not None:
                     parameter.copy_(kept[1])
-                if kept is not None or parameter._version != version:
-                    written = written or name
+                written = written or (name if is_written else None)
         return written
 
 

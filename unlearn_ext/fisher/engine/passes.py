@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
+from unlearn_ext.fisher.engine.coupling import Watch
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Graph, Node, NodeInput, UntraceableError, kind_of
 from unlearn_ext.fisher.engine.layers import RecordedCall, Recording, recorded
@@ -192,7 +193,9 @@ def _signature(taken: NodeInput) -> Signature:
 
 
 @contextmanager
-def traced(loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False) -> Iterator[Trace]:
+def traced(
+    loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False, watch: Watch | None = None
+) -> Iterator[Trace]:
     """Run a forward pass.
 
     Args:
@@ -200,13 +203,22 @@ def traced(loss: PerSampleLoss, batch: Batch, n: int, *, is_whole: bool = False)
         batch: A batch on the model's device.
         n: Its number of samples.
         is_whole: It is a batch as the user gave it.
+        watch: Looks on; a model that cannot run while it is watched runs once more.
 
     Yields:
         The pass, whose graph lives as long as the context.
     """
     with recorded(loss.model) as recording:
+        values: Tensor | None = None
         with loss.lockstep.marking(loss.model) as marks:
-            values = loss.losses(batch, n, is_whole=is_whole)
+            if watch is not None:
+                with watch, suppress(Exception):
+                    values = loss.losses(batch, n, is_whole=is_whole)
+            if values is None:
+                if watch is not None:
+                    watch.is_mixed = True
+                    recording.edges.clear()
+                values = loss.losses(batch, n, is_whole=is_whole)
         recording.is_open = False
         yield Trace(values, n, recording, loss.lockstep, marks)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext.fisher.engine.combine import needs_graph
-from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.coupling import Watch, may_couple
 from unlearn_ext.fisher.engine.environment import prepared
 from unlearn_ext.fisher.engine.fallback import Fallback
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
@@ -162,7 +162,10 @@ class PerSample:
         lockstep = self._lockstep
         if trust.channels_last is None:
             trust.channels_last = self._may_be_formatted(samples) and self._is_alike_formatted(samples, trust)
-        with traced(self._loss, self._formatted(samples, trust), n, is_whole=True) as trace:
+        batch, watch = self._formatted(samples, trust), None
+        if not trust.edges and lockstep.is_alone:  # a watched pass that fails is run again
+            watch = Watch(batch, n, is_leading=samples.is_leading)
+        with traced(self._loss, batch, n, is_whole=True, watch=watch) as trace:
             losses = trace.losses.detach()
             if not lockstep.all(bool(torch.isfinite(losses).all())):
                 return losses
@@ -173,8 +176,9 @@ class PerSample:
             if is_new:
                 trust.tolerance = tolerance_of(self._loss, losses, trace.graph)
             if lockstep.any(is_new or n not in trust.sizes):
-                known = lockstep.any(bool(trust.may_couple))
-                trust.may_couple = known or lockstep.any(may_couple(self._loss, samples))
+                trust.may_couple = lockstep.any(bool(trust.may_couple)) or lockstep.any(
+                    watch.is_mixed if watch is not None else may_couple(self._loss, samples)
+                )
             trust.reasons.update(lockstep.reasons(trust.reasons))
             if self._chosen.keys() - trust.reasons.keys():
                 plan = self._plan(trace, trust)
@@ -263,7 +267,7 @@ class PerSample:
         elif is_new or lockstep.any(not trust.certificates):
             # The largest losses have gradients to show; two batches, since all samples of one may be alike.
             trust.certificates += not is_new
-            chosen = losses.abs().argsort(descending=True, stable=True)[:2].tolist()
+            chosen = losses.abs().argsort(descending=True, stable=True)[: 1 + is_new].tolist()
         elif is_due:
             chosen = [trust.certificates * 40503 % n]
             if n > max(trust.sizes, default=0):  # nothing was ever at the last place
@@ -475,7 +479,7 @@ class PerSample:
                 "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "
                 "each other, the model is random in eval mode, or a tensor that the samples share is as long "
                 "as the batch and was taken apart; the importances are those of samples on their own",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._has_warned = True
         return self._fall_back(samples, dict.fromkeys(self._chosen, _MIXED))

@@ -163,6 +163,15 @@ _caches: WeakKeyDictionary[nn.Module, list[tuple[object, Callable[[], object], T
 _caches = WeakKeyDictionary()
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what has been found out about a model: the next pass over it starts as the first one did.
+
+    Args:
+        model: The model.
+    """
+    _caches.pop(model, None)
+
+
 class TrustCache:
     """The trust on a model and a loss.
 

@@ -151,7 +151,11 @@ class Verification:
         if self._loss.lockstep.is_alone:
             self._differentiate(found, value)
         else:
-            self._loss.lockstep.gradients(value.sum(), functools.partial(self._project, found), (), None)
+
+            def take(name: str, grad: Tensor) -> None:
+                self._project(found, name, grad)
+
+            self._loss.lockstep.gradients(value.sum(), take, (), None)
         sizes = [float(torch.linalg.vector_norm(p.double())) for p in found.projections.values()]
         found.size = max(sizes, default=0.0)
         return found
@@ -160,7 +164,8 @@ class Verification:
         handles = []
         try:
             for name, parameter in self._chosen.items():
-                handles.append(parameter.register_hook(functools.partial(self._project, found, name)))
+                hook = functools.partial(self._project, found, name)
+                handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
             grads = torch.autograd.grad(value.sum(), list(self._chosen.values()), allow_unused=True)
             for name, grad in zip(self._chosen, grads, strict=True):
                 if grad is not None and grad.layout is not torch.strided:

@@ -1,0 +1,407 @@
+"""Masked training inside the Trainer of transformers: torch's steps for the free, no bit moved elsewhere."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from language_models import make, tokens
+from torch import nn
+
+import unlearn_ext as ux
+from unlearn_ext import ops
+from unlearn_ext.hf.naming import bare_name, masks_by_parameter
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+DATA = [{"input_ids": ids, "labels": ids.clone()} for ids in tokens(24, 8)]
+LR = 1e-2
+
+
+def train(folder, model, steps=4, trainer=None, resume=None, callbacks=(), **settings):
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "max_steps": steps,
+        "learning_rate": LR,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "no",
+        **settings,
+    }
+    run = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(str(folder), **arguments),
+        train_dataset=DATA,
+        callbacks=list(callbacks),
+        **(trainer or {}),
+    )
+    run.train(resume_from_checkpoint=resume)
+    return run
+
+
+def values_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def bits(tensor):
+    return tensor.detach().clone().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def random_masks(model, density=0.3):
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.rand(p.shape, generator=generator) < density for n, p in model.named_parameters()}
+
+
+def full_masks(model):
+    return {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+
+
+def packed(masks):
+    return {name: ops.pack_mask(mask) for name, mask in masks.items()}
+
+
+def assert_kept(model, before, masks):
+    moved = 0
+    for name, p in model.named_parameters():
+        same = bits(p) == bits(before[name])
+        assert bool(same[~masks[name]].all()), name
+        moved += int((~same)[masks[name]].sum())
+    assert moved > 0.5 * sum(int(mask.sum()) for mask in masks.values())
+
+
+def assert_alike(model, other, tolerance=1e-6):
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, msg=name)
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 3},
+    "bf16": {"bf16": True},
+    "unclipped": {"max_grad_norm": 0.0},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("masks", [None, "full"])
+def test_full_masks_are_torchs_adamw(tmp_path, masks, settings):
+    model = make("Llama")
+    other = copy.deepcopy(model)
+    clip = settings.get("max_grad_norm", 1.0) or None
+    given = None if masks is None else full_masks(model)
+    optimizer = ux.hf.masked_adamw(model, lr=LR, masks=given, clip_free=clip)
+    train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer}, **settings)
+    train(tmp_path, other, optim="adamw_torch", **settings)
+    # The bound is AdamW's: where a gradient is rounding, its sign decides over a step of the full size.
+    assert_alike(model, other, tolerance=2e-5 if "bf16" in settings else 5e-6)
+
+
+class Compacted(torch.optim.AdamW):
+    """Torch's AdamW as it would train the free scalars alone: others have no gradient and are put back."""
+
+    masks = None
+
+    def __init__(self, params, masks, names_from, **options):
+        super().__init__(params, **options)
+        names = {id(p): name for name, p in names_from.named_parameters()}
+        self.masks = {p: masks[names[id(p)]] for group in self.param_groups for p in group["params"]}
+
+    def step(self, closure=None):
+        for p, mask in self.masks.items():
+            p.grad.masked_fill_(~mask, 0)
+        vectors = [nn.Parameter(p[mask].clone()) for p, mask in self.masks.items()]
+        for vector, (p, mask) in zip(vectors, self.masks.items(), strict=True):
+            vector.grad = p.grad[mask]
+        torch.nn.utils.clip_grad_norm_(vectors, 1.0)
+        for vector, (p, mask) in zip(vectors, self.masks.items(), strict=True):
+            p.grad[mask] = vector.grad
+        before = {p: p.detach().clone() for p in self.masks}
+        super().step()
+        with torch.no_grad():
+            for p, mask in self.masks.items():
+                p.copy_(torch.where(mask, p, before[p]))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_masked_scalars_keep_their_bits_and_the_others_are_clipped_by_themselves(tmp_path, settings):
+    model = make("Llama")
+    other, before, masks = copy.deepcopy(model), values_of(model), random_masks(model)
+    optimizer = ux.hf.masked_adamw(model, lr=LR, masks=packed(masks))
+    run = train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer}, **settings)
+    assert_kept(model, before, masks)
+    state = run.optimizer.state
+    assert all(not bool(state[p]["exp_avg"][~masks[name]].any()) for name, p in model.named_parameters())
+    reference = Compacted, {"lr": LR, "masks": masks, "names_from": other}
+    train(
+        tmp_path, other, trainer={"optimizer_cls_and_kwargs": reference}, **{**settings, "max_grad_norm": 0.0}
+    )
+    assert_alike(model, other, tolerance=2e-5 if "bf16" in settings else 5e-6)
+
+
+def test_the_trainers_own_clipping_is_about_the_free_scalars(tmp_path):
+    model = make("Llama")
+    other, masks = copy.deepcopy(model), random_masks(model, 0.05)
+    for trained, clip, most in ((model, None, 0.01), (other, 0.01, 0.0)):
+        optimizer = ux.hf.masked_adamw(trained, lr=LR, masks=masks, clip_free=clip)
+        train(tmp_path, trained, trainer={"optimizer_cls_and_kwargs": optimizer}, max_grad_norm=most)
+    assert_alike(model, other)
+
+
+def test_masked_sgd(tmp_path):
+    model = make("Llama")
+    before, masks = values_of(model), random_masks(model)
+    optimizer = ux.hf.masked_sgd(model, lr=0.1, momentum=0.9, masks=masks)
+    train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer})
+    assert_kept(model, before, masks)
+    model, other = make("Llama"), make("Llama")
+    optimizer = ux.hf.masked_sgd(model, lr=0.1, momentum=0.9, clip_free=None)
+    train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer})
+    theirs = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}
+    train(tmp_path, other, trainer={"optimizer_cls_and_kwargs": theirs})
+    assert_alike(model, other)
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "callback"])
+def test_resuming(tmp_path, kind):
+    def run(folder, model, resume=None):
+        masks = random_masks(model)
+        given = (
+            {"trainer": {"optimizer_cls_and_kwargs": ux.hf.masked_adamw(model, lr=LR, masks=masks)}}
+            if kind == "optimizer"
+            else {"callbacks": [ux.hf.mask_callback(masks)]}
+        )
+        settings = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", **given}
+        return train(folder, model, steps=6, resume=resume, **settings)
+
+    whole = make("Llama")
+    before = values_of(whole)
+    run(tmp_path / "a", whole)
+    again = make("Llama", seed=7)  # other weights, which the checkpoint replaces
+    run(tmp_path / "b", again, resume=str(tmp_path / "a" / "checkpoint-3"))
+    for (name, mine), theirs in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert_kept(again, before, random_masks(again))
+
+
+OPTIMIZERS = {
+    "adamw": {"optim": "adamw_torch"},
+    "fused": {"optim": "adamw_torch_fused"},
+    "sgd": {"optim": "sgd"},
+    "adafactor": {"optim": "adafactor"},
+    "rmsprop": {"optim": "rmsprop"},
+}
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_callback_masks_any_optimizer(tmp_path, settings):
+    model = make("Llama")
+    before, masks = values_of(model), random_masks(model)
+    run = train(tmp_path, model, callbacks=[ux.hf.mask_callback(packed(masks))], **settings)
+    assert_kept(model, before, masks)
+    for name, p in model.named_parameters():
+        for value in run.optimizer.state[p].values():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and value.dim():
+                assert not bool(value[~masks[name]].any())
+    train(tmp_path, model, callbacks=[], **settings)  # the hooks are gone
+    assert all(
+        not torch.equal(p[~masks[name]], before[name][~masks[name]]) for name, p in model.named_parameters()
+    )
+
+
+def test_the_callback_is_the_masked_optimizer(tmp_path):
+    model = make("Llama")
+    other, masks = copy.deepcopy(model), random_masks(model)
+    optimizer = ux.hf.masked_adamw(model, lr=LR, masks=masks)
+    train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer})
+    train(tmp_path, other, callbacks=[ux.hf.mask_callback(masks)], optim="adamw_torch")
+    assert_alike(model, other, tolerance=5e-6)
+
+
+def test_the_callback_holds_momentum_from_before():
+    from unlearn_ext.hf.callback import _Guard
+
+    model = nn.Linear(4, 3)
+    masks, before = random_masks(model), values_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    before = values_of(model)
+    momentum = {p: optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()}
+    guard = _Guard(masks)
+    guard.enter(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        assert all(not bool(p.grad[~masks[name]].any()) for name, p in model.named_parameters())
+        guard.keep(optimizer)
+        optimizer.step()
+        guard.put_back(optimizer)
+    assert_kept(model, before, masks)
+    for name, p in model.named_parameters():
+        held = optimizer.state[p]["momentum_buffer"]
+        assert torch.equal(held[~masks[name]], momentum[p][~masks[name]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["optimizer", "callback"])
+def test_compiled(tmp_path, kind):
+    model = make("Llama")
+    before, masks = values_of(model), random_masks(model)
+    given = (
+        {"trainer": {"optimizer_cls_and_kwargs": ux.hf.masked_adamw(model, lr=LR, masks=masks)}}
+        if kind == "optimizer"
+        else {"callbacks": [ux.hf.mask_callback(masks)]}
+    )
+    train(tmp_path, model, torch_compile=True, torch_compile_backend="aot_eager", **given)
+    assert_kept(model, before, masks)
+
+
+def test_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = values_of(model)
+    scores = ux.saliency(model, [{k: torch.stack([d[k] for d in DATA]) for k in DATA[0]}], score="grad_abs")
+    masks = ux.select_mask(scores, 0.5)
+    optimizer = ux.hf.masked_adamw(model, lr=LR, masks=masks)
+    train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer})
+    frozen = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    assert_kept(model, before, frozen | {n: ops.unpack_mask(m, shapes[n]) for n, m in masks.items()})
+
+
+def test_other_tensors_in_the_parameters_place():
+    """As accelerate puts them there, when it shards a model after its optimizer was made."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    other, masks = copy.deepcopy(model), random_masks(model)
+    cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=masks, clip_free=0.1)
+    ours = cls([{"params": [p]} for p in model.parameters()], **kwargs)
+    swapped = {id(p): nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    for module in (model[0], model[1]):
+        module.weight, module.bias = swapped[id(module.weight)], swapped[id(module.bias)]
+    for group in ours.param_groups:
+        group["params"] = [swapped[id(p)] for p in group["params"]]
+    theirs = ux.optim.MaskedAdamW(other.named_parameters(), lr=LR, masks=masks)
+    for _ in range(3):
+        for trained, optimizer in ((model, ours), (other, theirs)):
+            optimizer.zero_grad()
+            trained(torch.ones(2, 4)).square().sum().backward()
+            if trained is other:
+                ux.optim.clip_grad_norm_(other.named_parameters(), 0.1, masks)
+            optimizer.step()
+    assert_alike(model, other)
+
+
+def test_parameters_that_are_sharded_later_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 3)
+        cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=random_masks(model))
+        optimizer = cls(model.parameters(), **kwargs)
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in model.parameters()]
+        optimizer.param_groups[0]["params"] = sharded
+        for p in sharded:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(NotImplementedError, match=r"params\['weight'\] must be whole .* got a DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    masks, before = random_masks(model), values_of(model)
+    cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=masks, clip_free=0.1)
+    optimizer = cls([{"params": list(model.parameters())}], **kwargs)
+    for view in (False, True):
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
+        for step in range(3):
+            optimizer.zero_grad()
+            parallel(torch.full((2, 4), float(rank + step + 1))).square().sum().backward()
+            # What the Trainer clips next.
+            assert not any(bool(p.grad[~masks[name]].any()) for name, p in model.named_parameters())
+            optimizer.step()
+    assert_kept(model, before, masks)
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    first = mine.clone()
+    torch.distributed.broadcast(first, 0)
+    assert torch.equal(mine, first)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    torch.multiprocessing.start_processes(_one_of_two, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+
+
+def test_hooks_do_not_keep_an_optimizer():
+    model = nn.Linear(4, 3)
+    cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=random_masks(model))
+    optimizer = cls(model.parameters(), **kwargs)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+    assert bool(model.weight.grad.all())
+
+
+def test_names_without_what_wraps_them():
+    assert bare_name("module.base_model.model.h.0.attn.base_layer.weight") == "h.0.attn.weight"
+    assert bare_name("_orig_mod.h.0.attn.weight") == "h.0.attn.weight"
+    inner = nn.Sequential(nn.Linear(2, 2))
+    masks = {"0.weight": torch.ones(2, 2, dtype=torch.bool), "0.bias": torch.ones(2, dtype=torch.bool)}
+    assert list(masks_by_parameter(torch.compile(inner), masks, "x")) == ["0.weight", "0.bias"]
+    wrapped = {f"base_model.model.{name}": mask for name, mask in masks.items()}
+    assert list(masks_by_parameter(inner, wrapped, "x")) == ["0.weight", "0.bias"]
+    both = wrapped | {"0.base_layer.weight": masks["0.weight"]}
+    with pytest.raises(ValueError, match=r"must name 0.weight as the model does, got .* cannot be told"):
+        masks_by_parameter(inner, both, "x")
+    with pytest.raises(ValueError, match=r"masks\['0.bias'\] must be given"):
+        masks_by_parameter(inner, {"0.weight": masks["0.weight"]}, "x")
+
+
+def test_bad_input(tmp_path):
+    model = make("Llama")
+    masks = random_masks(model)
+    with pytest.raises(ValueError, match="weight_decay must be that of TrainingArguments"):
+        ux.hf.masked_adamw(model, lr=LR, weight_decay=0.1)
+    with pytest.raises(ValueError, match="clip_free must be positive"):
+        ux.hf.masked_sgd(model, lr=LR, clip_free=0.0)
+    other = ux.hf.masked_adamw(make("Llama"), lr=LR, masks=masks)
+    with pytest.raises(ValueError, match="pass the model that is trained"):
+        train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": other})
+    first = next(iter(masks))
+    for wrong, error, message in (
+        ({}, ValueError, "masks.* must be given"),
+        ({first: torch.ones(3, dtype=torch.bool)}, ValueError, "must be bool"),
+        ({first: torch.ones(3)}, TypeError, "must be bool"),
+    ):
+        given = (masks | wrong) if wrong else {}
+        before = values_of(model)
+        with pytest.raises(error, match=message):
+            train(tmp_path, model, callbacks=[ux.hf.mask_callback(given)])
+        optimizer = ux.hf.masked_adamw(model, lr=LR, masks=given)
+        with pytest.raises(error, match=message):
+            train(tmp_path, model, trainer={"optimizer_cls_and_kwargs": optimizer})
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

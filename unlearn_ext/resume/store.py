@@ -1,0 +1,81 @@
+"""The file of an interrupted pass: written all or nothing, the one before kept, verified when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unlearn_ext._internal.digests import update_digest
+from unlearn_ext._internal.files import FileKind
+
+_FILE = FileKind(
+    "unlearn_ext.progress.1", owner="checkpoint", contents="checkpoints", instance="an interrupted pass"
+)
+
+
+class Store:
+    """Where the progress of a pass is kept.
+
+    Args:
+        path: The file.
+        who: The function that makes the pass, for messages.
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
+        self.path, self._who = path, who
+        self._is_whole = True
+
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the file; the one before stays beside it, as ``.old``, unless it is damaged.
+
+        Args:
+            tensors: Totals and states.
+            facts: What JSON can hold.
+        """
+        text = json.dumps(facts)
+        told = {"facts": text, "digest": _digest(tensors, text)}
+        if not self._is_whole:
+            self.path.unlink(missing_ok=True)
+            self._is_whole = True
+        _FILE.save(self.path, tensors, told, keep_old=True)
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the file, or the one before where it is damaged.
+
+        Returns:
+            Tensors and facts; None where there is no file.
+
+        Raises:
+            ValueError: If there are files, and none of them is whole.
+        """
+        problems: list[str] = []
+        for path in (self.path, self.path.with_name(f"{self.path.name}.old")):
+            if not path.exists():
+                continue
+            try:
+                tensors, told = _FILE.load(path)
+                if _digest(tensors, told["facts"]) != told["digest"]:
+                    raise ValueError("its digest is not that of what it holds")
+                return tensors, json.loads(told["facts"])
+            except (ValueError, KeyError, RuntimeError, OverflowError) as error:
+                problems.append(f"{path}: {type(error).__name__}: {error}")
+                self._is_whole = False
+        if problems:
+            raise ValueError(
+                f"{self._who}: checkpoint must be whole, got damaged files ({'; '.join(problems)}); delete "
+                "them to start anew"
+            )
+        return None
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        update_digest(digest, tensors[name])
+    return digest.hexdigest()
