@@ -83,21 +83,21 @@ def only_trainable(model: nn.Module, names: Iterable[str] | None) -> Iterator[No
 def restricted(
     model: nn.Module,
     who: str,
+    may_be_sharded: bool = False,
+    /,
     params: Params = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    *,
-    may_be_sharded: bool = False,
 ) -> Iterator[list[str] | None]:
     """Let the parameters that a call is about be the only trainable ones for its time.
 
     Args:
         model: The model.
         who: Whose message it is.
+        may_be_sharded: See ``check_model``.
         params: See ``chosen_parameters``.
         include: See ``chosen_parameters``.
         exclude: See ``chosen_parameters``.
-        may_be_sharded: See ``check_model``.
 
     Yields:
         Their names; None where nothing was asked for, and nothing is changed.

@@ -4,7 +4,8 @@
     reduce    sums over the ranks that have the same bits on every rank and in every run
     agree     the face of a function that takes ``process_group``: same model, same settings, same outcome
     shards    every rank its own batches of one loader
-    fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them
+    fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them;
+              ``fsdp_steps`` has the batches that their ranks read in step
 
 Nothing here starts processes or schedules anything: ``torchrun`` and ``torch.distributed`` do.
 """

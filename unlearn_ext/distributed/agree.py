@@ -16,6 +16,7 @@ from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import with_plain_names
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.distributed.group import Group, Ranks, ranks_of
 from unlearn_ext.distributed.shards import Shards, warn_if_alone, warn_if_padded
 
@@ -54,8 +55,10 @@ def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Res
             with ranks_of(group, who).failing_together():
                 return function(*args, **settings)
         if group is None:
-            for data in _data_in(given):
-                warn_if_alone(who, data, stacklevel=2)
+            model = given.get("model")
+            if not (isinstance(model, nn.Module) and fsdp_modules(model)):  # whose mesh is the group
+                for data in _data_in(given):
+                    warn_if_alone(who, data, stacklevel=2)
             return function(*args, **settings)
         ranks = ranks_of(group, who)
         with ranks.failing_together():

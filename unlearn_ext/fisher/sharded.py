@@ -112,13 +112,13 @@ class ShardedLockstep(Lockstep):
                     settle(coming, failures)
 
         handles = [
-            leaf.register_post_accumulate_grad_hook(arrived(name))
+            leaf.register_post_accumulate_grad_hook(arrived(name))  # type: ignore[no-untyped-call]
             for name, leaf in self._leaves.items()
             if leaf.requires_grad
         ]
         try:
             handles += [node.register_prehook(come_by) for node, _ in marks]
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()

@@ -211,7 +211,7 @@ def saliency(
     check_model(model, "saliency", may_be_sharded=is_sharded)
     chosen = resolve(task, loss_fn, who="saliency")
     ranks = ranks_of(process_group, "saliency")
-    with restricted(model, "saliency", params, include, exclude, may_be_sharded=is_sharded) as names:
+    with restricted(model, "saliency", is_sharded, params, include, exclude) as names:
         if names is None:
             names = list(chosen_parameters(model, "saliency"))
         return scored("saliency", model, forget, retain, chosen, score, names, progress, generator, ranks)

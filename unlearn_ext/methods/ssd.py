@@ -171,7 +171,7 @@ def plan_ssd(
     goal = _checked_goal(alpha, until, budget, validation, is_text=is_text)
     ranks = ranks_of(process_group, "plan_ssd")
     choices = choice(params, include, exclude)
-    with restricted(model, "plan_ssd", **choices, may_be_sharded=is_sharded) as names:
+    with restricted(model, "plan_ssd", is_sharded, **choices) as names:
         sources = of_names(sources_of(forget, retain, importance, closed_loop=alpha == "auto"), names)
         measured = check_sources(model, sources, estimator, power)
         watched = (

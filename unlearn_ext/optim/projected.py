@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from unlearn_ext import ops
-from unlearn_ext._internal.dtensors import is_dtensor, layout_of
+from unlearn_ext._internal.dtensors import layout_of
 from unlearn_ext._internal.names import plain_name
 from unlearn_ext.optim.constrained import (
     STATE_DTYPES,
@@ -137,15 +137,11 @@ class ProjectedSGD(ConstrainedOptimizer):
     def _constrain(self, param: Tensor, label: str, value: Tensor) -> Constraint:
         if not value.is_floating_point():
             raise TypeError(self._error(label, "be floating point", value.dtype))
-        if is_dtensor(param) and any(
-            place.is_partial() or (place.is_shard() and place.dim != 0) for place in layout_of(param)[1]
-        ):
-            raise NotImplementedError(
-                self._error(
-                    label, "belong to a parameter that is cut along its first dimension", layout_of(param)
-                )
-            )
-        if is_dtensor(param) and value.dim() == 3:
+        layout = layout_of(param)
+        if layout and any(p.is_partial() or (p.is_shard() and p.dim != 0) for p in layout[1]):
+            condition = "belong to a parameter that is cut along its first dimension"
+            raise NotImplementedError(self._error(label, condition, layout))
+        if layout and value.dim() == 3:
             raise NotImplementedError(self._error(label, "have no groups for a sharded parameter", "some"))
         if param.dim() < 2:
             raise ValueError(

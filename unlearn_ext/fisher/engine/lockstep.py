@@ -18,7 +18,7 @@ from unlearn_ext.fisher.engine.graph import Node
 from unlearn_ext.fisher.engine.totals import Totals
 
 Marks: TypeAlias = Sequence[tuple[Node, int]]
-Take: TypeAlias = Callable[[str, Tensor], None]
+Take: TypeAlias = Callable[[str, Tensor], object]
 Settle: TypeAlias = Callable[[Collection[str], dict[str, Exception]], None]
 
 
