@@ -36,7 +36,6 @@ ALLOWED = {
         "subspace",
         "masks",
         "optim",
-        "distributed",
         "evaluation.metrics",
         "results",
         "_internal",
