@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -302,7 +303,7 @@ def test_other_tensors_in_the_parameters_place():
     assert_alike(model, other)
 
 
-def test_parameters_that_are_sharded_later_are_refused(tmp_path):
+def test_bases_are_not_cut_for_parameters_that_are_sharded_later(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
@@ -310,17 +311,61 @@ def test_parameters_that_are_sharded_later_are_refused(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = nn.Linear(4, 3)
-        cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=random_masks(model))
-        optimizer = cls(model.parameters(), **kwargs)
+        bases = {"weight": torch.eye(4)[:, :1]}
+        optimizer = ux.optim.ProjectedSGD(model.named_parameters(), lr=LR, bases=bases)
         mesh = init_device_mesh("cpu", (1,))
-        sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in model.parameters()]
-        optimizer.param_groups[0]["params"] = sharded
-        for p in sharded:
+        optimizer.param_groups[0]["params"] = [
+            nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in model.parameters()
+        ]
+        for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.ones_like(p)
-        with pytest.raises(NotImplementedError, match=r"params\['weight'\] must be whole .* got a DTensor"):
+        with pytest.raises(NotImplementedError, match=r"bases\['weight'\] must be given after .* sharded"):
             optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _one_of_two_sharded(rank, folder):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 1))
+    other, masks, before = copy.deepcopy(model), random_masks(model), values_of(model)
+    cls, kwargs = ux.hf.masked_adamw(model, lr=LR, masks=packed(masks), clip_free=0.1)
+    ours = cls([{"params": [p]} for p in model.parameters()], **kwargs)
+    for layer in (model[0], model[2], model):
+        torch.distributed.fsdp.fully_shard(layer)
+    for group, p in zip(ours.param_groups, model.parameters(), strict=True):
+        group["params"] = [p]  # as accelerate does
+    theirs = ux.optim.MaskedAdamW(other.named_parameters(), lr=LR, masks=masks)
+    for step in range(3):
+        for trained, optimizer in ((model, ours), (other, theirs)):
+            optimizer.zero_grad()
+            trained(torch.full((2, 4), 1.0 + step)).square().sum().backward()
+            if trained is other:
+                expected = ux.optim.clip_grad_norm_(other.named_parameters(), 0.1, masks)
+            else:
+                for norm_type in (2.0, math.inf):
+                    total = ux.optim.clip_grad_norm_(model.named_parameters(), math.inf, masks, norm_type)
+                    free = [p.grad.full_tensor()[masks[name]] for name, p in model.named_parameters()]
+                    wanted = torch.cat(free).norm(norm_type)
+                    torch.testing.assert_close(total, wanted, rtol=1e-6, atol=0)
+                found = ux.optim.clip_grad_norm_(model.named_parameters(), math.inf, masks)
+            optimizer.step()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for (name, mine), wanted in zip(model.named_parameters(), other.parameters(), strict=True):
+        value = mine.full_tensor()
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(value[~masks[name]], before[name][~masks[name]])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_sharded_after_its_optimizer_was_made(tmp_path):
+    torch.multiprocessing.start_processes(
+        _one_of_two_sharded, args=(str(tmp_path),), nprocs=2, start_method="spawn"
+    )
 
 
 def _one_of_two(rank, folder):

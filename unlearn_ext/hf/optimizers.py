@@ -34,8 +34,8 @@ def masked_adamw(
     tensors in the place of the parameters.
 
     Gradients of scalars that may not change are set to zero as they arrive, so that the Trainer's
-    ``max_grad_norm`` and ``grad_norm`` are about the free ones, also under DDP. Parameters that are sharded
-    after the optimizer was made, as FSDP does, are refused by its first step.
+    ``max_grad_norm`` and ``grad_norm`` are about the free ones, also under DDP. Under FSDP2 they arrive
+    behind the optimizer's back: set ``max_grad_norm=0`` there, and let ``clip_free`` clip.
 
     Args:
         model: The model that the Trainer is given.

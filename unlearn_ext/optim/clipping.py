@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor, layout_of, local_of, part_of, refusal
 from unlearn_ext._internal.names import plain_name, with_plain_names
 from unlearn_ext.optim.constrained import packed_size
 
@@ -35,7 +36,8 @@ def clip_grad_norm_(
         params: ``model.named_parameters()``, or some of its pairs. Those without a gradient are left out.
         max_norm: The largest norm, >= 0.
         masks: What may change, by parameter name: bool tensors of the parameter's shape, or packed ones as
-            ``select_mask`` returns them. Further names are ignored.
+            ``select_mask`` returns them. Of a sharded parameter (DTensor): bool, whole on every rank. Further
+            names are ignored.
         norm_type: p of the p-norm, > 0; may be ``inf``.
         error_if_nonfinite: Refuse a norm that is NaN or infinite, instead of scaling by it.
 
@@ -46,6 +48,7 @@ def clip_grad_norm_(
         ValueError: If ``max_norm`` or ``norm_type`` is out of range, parameters come without names, a mask
             is missing or has another shape, or a gradient is sparse. No gradient is changed then.
         TypeError: If a mask is neither bool nor uint8.
+        NotImplementedError: If a parameter is a DTensor whose values are still to be added up.
         RuntimeError: If the norm is not finite and ``error_if_nonfinite`` is set.
 
     Example:
@@ -93,7 +96,8 @@ def free_norm(rows: Sequence[tuple[Tensor, Tensor]], norm_type: float = 2.0) -> 
     """Compute the norm of what masks leave free of some gradients.
 
     Args:
-        rows: Gradients and their masks: bool of the same shape, or packed, row-major.
+        rows: Gradients and their masks: bool of the same shape, or packed, row-major; of a sharded gradient,
+            of this rank's part.
         norm_type: p of the p-norm.
 
     Returns:
@@ -101,11 +105,16 @@ def free_norm(rows: Sequence[tuple[Tensor, Tensor]], norm_type: float = 2.0) -> 
     """
     norms: list[Tensor] = []
     for grad, mask in rows:
-        free = mask if mask.dtype == torch.bool else ops.unpack_mask(mask, list(grad.shape))
+        own = local_of(grad)
+        free = mask if mask.dtype == torch.bool else ops.unpack_mask(mask, list(own.shape))
         dtype = torch.float32 if grad.dtype in _HALVES else grad.dtype
         # Not a product: a gradient that does not count may be NaN.
-        values = torch.where(free, grad, 0)
-        norms.append(torch.linalg.vector_norm(values, norm_type, dtype=dtype))
+        values = torch.where(free, own, 0)
+        if values.numel():
+            norm = torch.linalg.vector_norm(values, norm_type, dtype=dtype)
+        else:  # the shard of a rank for which nothing is left
+            norm = own.new_zeros((), dtype=dtype)
+        norms.append(_over_ranks(norm, grad, norm_type))
     if not norms:
         return torch.zeros(())
     wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
@@ -126,10 +135,34 @@ def clip_by(grads: Sequence[Tensor], total: Tensor, max_norm: float) -> None:
         return
     factor = (max_norm / (total + _EPS)).clamp(max=1.0)  # no value is read: nothing waits for a GPU
     for grad in grads:
-        grad.mul_(factor.to(grad.device))
+        local_of(grad).mul_(factor.to(grad.device))
+
+
+def _over_ranks(norm: Tensor, grad: Tensor, norm_type: float) -> Tensor:
+    # The norm of a whole gradient, from those of its parts; every rank of the mesh gets it.
+    layout = layout_of(grad)
+    if layout is None:
+        return norm
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, places = layout
+    is_largest = math.isinf(norm_type)
+    part = norm if is_largest else norm**norm_type
+    reduced = [Partial("max" if is_largest else "sum") if p.is_shard() else Replicate() for p in places]
+    whole: Tensor = DTensor.from_local(part, mesh, reduced, run_check=False).full_tensor()
+    return whole if is_largest else whole ** (1 / norm_type)
 
 
 def _checked(mask: Tensor, param: Tensor, name: str) -> Tensor:
+    if is_dtensor(param):
+        if why := refusal(param):
+            raise NotImplementedError(f"clip_grad_norm_: {name} must be sharded or replicated, got {why}")
+        if mask.dtype != torch.bool or mask.shape != param.shape or is_dtensor(mask):
+            raise ValueError(
+                f"clip_grad_norm_: masks[{name!r}] must be bool {list(param.shape)}, whole on every rank, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        return mask[part_of(param)].to(local_of(param).device)
     got = f"{mask.dtype} {list(mask.shape)}"
     condition = f"be bool {list(param.shape)} or packed uint8 [{packed_size(param)}]"
     if mask.dtype not in (torch.bool, torch.uint8):

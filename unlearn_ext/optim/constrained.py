@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.names import plain_name, with_plain_names
 
 STATE_DTYPES = {
@@ -34,6 +35,13 @@ class Constraint(NamedTuple):
     tensor: Tensor  # packed mask [ceil(numel / 8)], or basis [d, k] or [q, d, k]
     order: Order = None  # the parameter's dimensions from the outermost inwards; None is row-major
     onto: bool = False  # bases: the tensor spans the free space, not the protected one
+
+
+class _Named(NamedTuple):
+    # What was given for a name, and for what kind of tensor.
+    shape: torch.Size
+    is_sharded: bool
+    constraint: Constraint
 
 
 # Note [Memory order]
@@ -129,7 +137,7 @@ class ConstrainedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], given: Mapping[str, Tensor] | None) -> None:
         self._given = given
         self._constraints: dict[Tensor, Constraint] = {}
-        self._by_name: dict[str, tuple[torch.Size, Constraint]] = {}
+        self._by_name: dict[str, _Named] = {}
         super().__init__(params, defaults)
         # A group that is added later brings its own; None, "nothing is constrained", goes on to hold.
         self._given = None if given is None else {}
@@ -174,7 +182,7 @@ class ConstrainedOptimizer(Optimizer):
         self._constraints.update(constraints)
         for name, param in zip(group.get("param_names", ()), group["params"], strict=False):
             if param in constraints:
-                self._by_name[name] = param.shape, constraints[param]
+                self._by_name[name] = _Named(param.shape, is_dtensor(param), constraints[param])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its ``torch.optim`` counterpart.
@@ -323,18 +331,21 @@ class ConstrainedOptimizer(Optimizer):
         # Libraries that wrap a model after its optimizer was made put other tensors in the parameters' place;
         # what a name was constrained to holds for whichever tensor has the name.
         names, param = group.get("param_names"), group["params"][index]
-        known = self._by_name.get(names[index]) if names else None
-        tensors = sys.modules.get(
-            "torch.distributed.tensor"
-        )  # where nobody has imported it, nothing is sharded
-        if known is not None and tensors is not None and isinstance(param, tensors.DTensor):
-            what = f"params[{self._label(group, index)}]"
-            condition = f"be whole where {self._keyword} were given for whole parameters"
-            raise NotImplementedError(
-                self._error(what, condition, "a DTensor (sharded after the optimizer was made)")
-            )
-        if known is not None and known[0] == param.shape:
-            self._constraints[param] = known[1]
+        if not names:
+            return
+        known = self._by_name.get(names[index])
+        if known is None or known.shape != param.shape:
+            return
+        constraint = known.constraint
+        if is_dtensor(param) and not known.is_sharded:
+            label = f"{self._keyword}[{names[index]!r}]"
+            constraint = self._sharded(param, label, constraint)
+        self._constraints[param] = constraint
+
+    def _sharded(self, param: Tensor, label: str, constraint: Constraint) -> Constraint:
+        """Take of what was given for a whole parameter what binds this rank's part of it."""
+        condition = "be given after the model was sharded"
+        raise NotImplementedError(self._error(label, condition, "a DTensor in the parameter's place"))
 
     def _memory_order(self, param: Tensor) -> Order:
         if param.is_contiguous():

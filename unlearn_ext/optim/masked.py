@@ -58,6 +58,10 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         own = local_of(value) if is_dtensor(value) else value[part_of(param)]
         return Constraint(ops.pack_mask(own.to(local_of(param).device)))
 
+    def _sharded(self, param: Tensor, label: str, constraint: Constraint) -> Constraint:
+        whole = ops.unpack_mask(constraint.tensor.to(param.device), list(param.shape))
+        return self._constrain(param, label, whole)
+
     def _missing(self, param: Tensor, label: str) -> None:
         if param.requires_grad:
             raise ValueError(self._error(label, "be given, as for every trainable parameter", "no mask"))
