@@ -167,8 +167,17 @@ def newton(
             )
         with run.phase("direction"):
             step = direction(
-                run, forget, retain, found, task=task, loss_fn=loss_fn, damping=damping, keep=given
+                model,
+                forget,
+                retain,
+                found,
+                task=task,
+                loss_fn=loss_fn,
+                damping=damping,
+                keep=given,
+                ranks=ranks,
             )
+            run.keep(step.names(model))
         with run.phase("search"):
             size = _search(
                 run, step, task, forget, *(before[name].accuracy for name in ("validation", "forget"))
