@@ -15,7 +15,6 @@ from unlearn_ext import kfac_factors, newton
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods.newton_guards import Answers, Guard
 from unlearn_ext.methods.newton_step import direction
-from unlearn_ext.methods.run import Run
 from unlearn_ext.methods.until import UnlearningFailed
 from unlearn_ext.tasks.losses import resolve
 
@@ -116,7 +115,7 @@ def test_the_direction_is_the_damped_newton_step(case):
     forget, retain = [(x[:6], y[:6])], [(x[6:], y[6:])]
     factors = kfac_factors(model, retain)
     step = direction(
-        Run(model, "newton", {}),
+        model,
         forget,
         retain,
         factors,

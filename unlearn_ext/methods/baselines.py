@@ -573,8 +573,8 @@ def random_label(
 
     def objective(model: nn.Module, pair: Batch) -> loop.Terms:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        wrong = values_of(forgotten, lambda batch: chosen.loss(model, relabel(batch)))
-        return [(1.0, chosen.loss(model, kept)), (1.0, wrong)]
+        right = chosen.loss(model, kept)
+        return [(1.0, right), (1.0, values_of(forgotten, lambda batch: chosen.loss(model, relabel(batch))))]
 
     settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
     goal = ClosedLoop(

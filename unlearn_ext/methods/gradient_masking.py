@@ -607,8 +607,11 @@ def _objective(
     def objective(model: nn.Module, tagged: Batch) -> Tensor | Terms:
         kind, batch, *others = tagged
         if kind == "both":
-            kept = values_of(others[0], lambda batch: task.loss(model, batch))
-            return [(1.0, on_forget(model, batch)), (retain_weight, kept)]
+            forgotten = on_forget(model, batch)
+            return [
+                (1.0, forgotten),
+                (retain_weight, values_of(others[0], lambda batch: task.loss(model, batch))),
+            ]
         return on_forget(model, batch) if kind == "forget" else task.loss(model, batch)
 
     return objective

@@ -228,8 +228,8 @@ def newton(
             )
 
         def next_step(retain_weight: float) -> Step:
-            return direction(
-                run,
+            step = direction(
+                model,
                 forget,
                 retain,
                 found,
@@ -239,7 +239,10 @@ def newton(
                 keep=given or rounds > 1 or retain is not None,
                 only_trainable=names is not None,
                 retain_weight=retain_weight,
+                ranks=ranks,
             )
+            run.keep(step.names(model))
+            return step
 
         tried: list[float] = []
         told: list[str] = []

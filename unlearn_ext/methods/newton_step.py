@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
-from unlearn_ext.methods.run import Run
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn
@@ -46,6 +46,18 @@ class Step:
         for part in self._parts:
             torch.add(part.original, part.change, alpha=size, out=part.parameter.detach())
 
+    def names(self, model: nn.Module) -> list[str]:
+        """Name what the step changes.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Plain names of its parameters.
+        """
+        changing = {id(part.parameter) for part in self._parts}
+        return [name for name, parameter in parameters_by_name(model).items() if id(parameter) in changing]
+
     @torch.no_grad()
     def take_back(self) -> None:
         """Put back every bit."""
@@ -54,7 +66,7 @@ class Step:
 
 
 def direction(
-    run: Run,
+    model: nn.Module,
     forget: Batches,
     retain: Batches | None,
     factors: KroneckerFactors,
@@ -65,11 +77,12 @@ def direction(
     keep: bool,
     only_trainable: bool = False,
     retain_weight: float = 1.0,
+    ranks: Ranks = ALONE,
 ) -> Step:
     """Work out the step.
 
     Args:
-        run: The run, whose model is left as it was; told what the step is to change.
+        model: The model; left as it was.
         forget: The forget set.
         retain: The retain set, where it is at hand.
         factors: Of the retain set.
@@ -79,6 +92,7 @@ def direction(
         keep: Whether the factors serve again.
         only_trainable: Leave out layers with factors that are not trainable, instead of refusing them.
         retain_weight: What the retain set's gradient is multiplied by before it is subtracted.
+        ranks: Those that work it out together.
 
     Returns:
         The step, scaled so that size 1 is a relative change of 1 of the layer that changes most.
@@ -87,13 +101,12 @@ def direction(
         ValueError: If the factors are not this model's, or the forget set is empty or tells no direction.
         FloatingPointError: If a gradient is NaN or infinite.
     """
-    model = run.model
     layers = _layers_of(model, factors, only_trainable=only_trainable)
     names = [(name, part) for name, layer in layers.items() for part in layer.parameters]
     tensors = [cast("nn.Parameter", getattr(layers[name].module, part)) for name, part in names]
-    totals = _mean_gradient("forget", run, forget, task, loss_fn, tensors)
+    totals = _mean_gradient("forget", model, forget, task, loss_fn, tensors, ranks)
     if retain is not None:
-        kept = _mean_gradient("retain", run, retain, task, loss_fn, tensors)
+        kept = _mean_gradient("retain", model, retain, task, loss_fn, tensors, ranks)
         totals = [a - retain_weight * b for a, b in zip(totals, kept, strict=True)]
     gradients: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, part), total in zip(names, totals, strict=True):
@@ -118,8 +131,6 @@ def direction(
         for part, change in layer.split(changes[name] / largest).items():
             parameter = cast("nn.Parameter", getattr(layer.module, part))
             parts.append(_Part(parameter, parameter.detach().clone(), change.to(parameter.dtype)))
-    changing = {id(part.parameter) for part in parts}
-    run.keep(name for name, parameter in parameters_by_name(model).items() if id(parameter) in changing)
     return Step(parts)
 
 
@@ -152,14 +163,14 @@ def _layers_of(model: nn.Module, factors: KroneckerFactors, *, only_trainable: b
 
 def _mean_gradient(
     name: str,
-    run: Run,
+    model: nn.Module,
     data: Batches,
     task: Task,
     loss_fn: LossFn | None,
     tensors: Sequence[Tensor],
+    ranks: Ranks,
 ) -> list[Tensor]:
     # Of what rises along the step on the forget set: a weighted mean over samples.
-    model = run.model
     totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
     weight = torch.zeros((), dtype=torch.float64, device=device_of(model))
     with borrowed(model):
@@ -175,7 +186,7 @@ def _mean_gradient(
                 if gradient is not None:
                     total += gradient.to_dense()
             weight += weights.sum()
-    run.ranks.sum_("gradients", [*totals, weight])
+    ranks.sum_("gradients", [*totals, weight])
     if bool(torch.isnan(weight)):
         raise FloatingPointError(f"newton: the log-odds of {name} must be numbers, got NaN")
     if not bool(weight > 0):
