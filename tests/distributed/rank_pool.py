@@ -9,7 +9,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from many import CONTEXT
 
 LIMIT = 120.0
 
@@ -47,13 +47,12 @@ class RankPool:
         self._start()
 
     def _start(self):
-        context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        self._outbox = context.Queue()
-        self._inboxes = [context.Queue() for _ in range(self.world)]
+        self._outbox = CONTEXT.Queue()
+        self._inboxes = [CONTEXT.Queue() for _ in range(self.world)]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.world, store, inbox, self._outbox), daemon=True)
+            CONTEXT.Process(target=_serve, args=(rank, self.world, store, inbox, self._outbox), daemon=True)
             for rank, inbox in enumerate(self._inboxes)
         ]
         for process in self._processes:
