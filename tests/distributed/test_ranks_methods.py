@@ -96,6 +96,8 @@ def _run(name, forget, retain, *, whole, **group):
     settings = dict(settings)
     if name == "newton":
         settings["validation"] = [(x + 0.3, y) for x, y in retain]
+        # At the labels there are: drawn ones are each rank's own.
+        settings["factors"] = ux.kfac_factors(model, retain, loss_fn=ux.losses.cross_entropy, **group)
         settings["budget"] = settings["class_budget"] = settings["validation_budget"] = 1.0
     if name == "pgu":
         settings["gram"] = ux.activation_gram(model, whole)
