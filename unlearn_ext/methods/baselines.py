@@ -199,18 +199,7 @@ def finetune(
         "weight_decay": weight_decay,
         **facts_of(task, loss_fn),
     }
-    goal = ClosedLoop(
-        "finetune",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
-    )
+    goal = ClosedLoop("finetune", model, forget, retain, until, budget, validation, strict, chosen, ranks)
     settings |= goal.facts
     with unlearning(
         model,
@@ -321,16 +310,7 @@ def gradient_ascent(
     limit = cap
     settings = {"epochs": epochs, "lr": lr, "cap": limit, **facts_of(task, loss_fn)}
     goal = ClosedLoop(
-        "gradient_ascent",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
+        "gradient_ascent", model, forget, retain, until, budget, validation, strict, chosen, ranks
     )
     settings |= goal.facts
     with unlearning(
@@ -458,16 +438,7 @@ def neg_grad_plus(
         **facts_of(task, loss_fn),
     }
     goal = ClosedLoop(
-        "neg_grad_plus",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
+        "neg_grad_plus", model, forget, retain, until, budget, validation, strict, chosen, ranks
     )
     settings |= goal.facts
     with unlearning(
@@ -577,18 +548,7 @@ def random_label(
         return [(1.0, right), (1.0, values_of(forgotten, lambda batch: chosen.loss(model, relabel(batch))))]
 
     settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
-    goal = ClosedLoop(
-        "random_label",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
-    )
+    goal = ClosedLoop("random_label", model, forget, retain, until, budget, validation, strict, chosen, ranks)
     settings |= goal.facts
     with unlearning(
         model,

@@ -124,16 +124,7 @@ def fisher_forgetting(
     if task is not None:
         settings["task"] = repr(task)
     goal = ClosedLoop(
-        "fisher_forgetting",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
+        "fisher_forgetting", model, forget, retain, until, budget, validation, strict, chosen, ranks
     )
     settings |= goal.facts
     with unlearning(

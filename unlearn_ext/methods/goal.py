@@ -55,7 +55,6 @@ class ClosedLoop:
         model: nn.Module,
         forget: Batches | None,
         retain: Batches | None,
-        *,
         until: Until,
         budget: float,
         validation: Batches | None,

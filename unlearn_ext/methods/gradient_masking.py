@@ -240,16 +240,7 @@ def gradient_masking(
             f"forget set holds the labels to be learnt, got {until!r}"
         )
     goal = ClosedLoop(
-        "gradient_masking",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
+        "gradient_masking", model, forget, retain, until, budget, validation, strict, chosen, ranks
     )
     return _run(
         "gradient_masking",
@@ -375,18 +366,7 @@ def salun(
         "freeze_norm_stats": False,
         **facts_of(task, loss_fn),
     }
-    goal = ClosedLoop(
-        "salun",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
-    )
+    goal = ClosedLoop("salun", model, forget, retain, until, budget, validation, strict, chosen, ranks)
     return _run(
         "salun",
         model,

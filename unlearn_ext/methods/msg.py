@@ -130,17 +130,7 @@ def msg(
         "loss_fn": None if loss_fn is None else callable_name(loss_fn),
         **choices,
     }
-    goal = ClosedLoop(
-        "msg",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=task,
-    )
+    goal = ClosedLoop("msg", model, forget, retain, until, budget, validation, strict, task)
     settings |= goal.facts
     with (
         restricted(model, "msg", **choices),

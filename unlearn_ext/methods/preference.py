@@ -143,15 +143,7 @@ def gradient_difference(
         progress=progress,
         patterns=(include, exclude),
         goal=ClosedLoop(
-            "gradient_difference",
-            model,
-            forget,
-            retain,
-            until=until,
-            budget=budget,
-            validation=validation,
-            strict=strict,
-            task=chosen,
+            "gradient_difference", model, forget, retain, until, budget, validation, strict, chosen
         ),
     )
 
@@ -260,17 +252,7 @@ def npo(
         generator=generator,
         progress=progress,
         patterns=(include, exclude),
-        goal=ClosedLoop(
-            "npo",
-            model,
-            forget,
-            retain,
-            until=until,
-            budget=budget,
-            validation=validation,
-            strict=strict,
-            task=chosen,
-        ),
+        goal=ClosedLoop("npo", model, forget, retain, until, budget, validation, strict, chosen),
     )
 
 
@@ -363,17 +345,7 @@ def simnpo(
         generator=generator,
         progress=progress,
         patterns=(include, exclude),
-        goal=ClosedLoop(
-            "simnpo",
-            model,
-            forget,
-            retain,
-            until=until,
-            budget=budget,
-            validation=validation,
-            strict=strict,
-            task=chosen,
-        ),
+        goal=ClosedLoop("simnpo", model, forget, retain, until, budget, validation, strict, chosen),
     )
 
 

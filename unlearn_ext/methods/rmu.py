@@ -131,17 +131,7 @@ def rmu(
         "weight_decay": weight_decay,
         **({} if task is None else {"task": repr(task)}),
     }
-    goal = ClosedLoop(
-        "rmu",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-    )
+    goal = ClosedLoop("rmu", model, forget, retain, until, budget, validation, strict, chosen)
     settings |= goal.facts
     original = copy.deepcopy(model).eval().requires_grad_(False)
     with unlearning(model, "rmu", settings, generator=generator, data=(forget, retain), goal=goal) as run:

@@ -133,18 +133,7 @@ def bad_teacher(
         **({} if task is None else {"task": repr(task)}),
     }
     _check_has_classes("bad_teacher", model, forget, chosen, ranks)
-    goal = ClosedLoop(
-        "bad_teacher",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
-    )
+    goal = ClosedLoop("bad_teacher", model, forget, retain, until, budget, validation, strict, chosen, ranks)
     settings |= goal.facts
     with unlearning(
         model,
@@ -289,18 +278,7 @@ def scrub(
         "cap": limit,
         **facts_of(task, loss_fn),
     }
-    goal = ClosedLoop(
-        "scrub",
-        model,
-        forget,
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
-        ranks=ranks,
-    )
+    goal = ClosedLoop("scrub", model, forget, retain, until, budget, validation, strict, chosen, ranks)
     settings |= goal.facts
     with unlearning(
         model,

@@ -208,15 +208,7 @@ def unsir(
         **facts_of(task, loss_fn),
     }
     goal = ClosedLoop(
-        "unsir",
-        model,
-        cast("Batches | None", forget),
-        retain,
-        until=until,
-        budget=budget,
-        validation=validation,
-        strict=strict,
-        task=chosen,
+        "unsir", model, cast("Batches | None", forget), retain, until, budget, validation, strict, chosen
     )
     hyperparameters |= goal.facts
     with unlearning(
