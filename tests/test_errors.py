@@ -632,11 +632,12 @@ def _import_ops(folder):
 
 @pytest.fixture
 def bare_package(tmp_path):
-    """The ops alone, without the compiled library beside them."""
+    """The ops and what they are built on alone, without the compiled library beside them."""
     package = tmp_path / "unlearn_ext"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    shutil.copytree(Path(ops.__file__).parent, package / "ops")
+    for part in ("ops", "_internal"):
+        shutil.copytree(Path(ops.__file__).parents[1] / part, package / part)
     return package
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from unlearn_ext.distributed import ALONE
 from unlearn_ext.evaluation.metrics import attacks
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.evaluation.metrics.attacks import mia
@@ -411,7 +412,7 @@ def test_sequences_count_as_one_sample(sklearn):
     labels = torch.randint(3, (6, 4))
     labels[0, 1:] = -100
     data = [(scores, labels)]
-    features = attacks._features(nn.Identity(), data, "forget", Classification(), "loss")
+    features = attacks._features(nn.Identity(), data, "forget", Classification(), "loss", ALONE)
     assert features.loss.shape == (6,)
     expected = nn.functional.cross_entropy(scores[0, :1].double(), labels[0, :1])
     assert features.loss[0] == pytest.approx(float(expected))

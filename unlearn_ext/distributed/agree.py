@@ -183,7 +183,8 @@ def check_same_weights(ranks: Ranks, model: nn.Module, when: str = "") -> None:
 def _data_in(given: Mapping[str, object]) -> list[object]:
     # What may be batches; nothing of it is read here.
     kinds = (nn.Module, Tensor, Mapping, str)
-    return [value for value in given.values() if hasattr(value, "__iter__") and not isinstance(value, kinds)]
+    values = given.values()
+    return [value for value in values if hasattr(type(value), "__iter__") and not isinstance(value, kinds)]
 
 
 def _digest_of(value: object) -> str:

@@ -56,10 +56,10 @@ class Run:
         """Announce parameters that are to change, and keep their values; no other may.
 
         Args:
-            names: Plain names; those that are kept already are left at that.
+            names: Their names; those that are kept already are left at that.
         """
         parameters = parameters_by_name(self.model)
-        for name in names:
+        for name in map(plain_name, names):
             if name not in self._before:
                 self._before[name] = parameters[name].detach().clone()
 
