@@ -21,6 +21,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -285,7 +286,7 @@ def main() -> None:
             "device": f"CPU, {options.threads} thread",
             "python (public sentences)": platform.python_version(),
             "training": ", ".join(f"{name} {value}" for name, value in RECIPE.items()),
-            "command": f"`python -m bench.texts --seeds {' '.join(map(str, options.seeds))}`",
+            "command": f"`python -m bench.texts {' '.join(sys.argv[1:])}`",
         },
         "rows": [],
     }
