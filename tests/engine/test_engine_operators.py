@@ -29,6 +29,7 @@ SHARE, FEW, MANY = 4, 2, 12
 LARGEST = 4096
 # Draw numbers, keep state, or leave parts of what they return as they find it.
 NOT_FUNCTIONS = ("dropout", "rand", "normal", "bernoulli", "multinomial", "empty", "exponential", "cauchy")
+NOT_FUNCTIONS += ("lu_unpack",)  # ends the process where the pivots are those of another sample
 NOT_FUNCTIONS += ("uniform", "log_normal", "geometric", "poisson", "rrelu", "svd_lowrank", "pca_lowrank")
 
 
