@@ -357,6 +357,20 @@ def refusal(make):
     return str(error.value)
 
 
+def whole_models_only():
+    model, data = shard(small()), own(shares(images, dist.get_world_size()))
+    for call in (
+        lambda: ux.kfac_factors(model, data),
+        lambda: ux.metrics.accuracy(model, data),
+        lambda: ux.metrics.mia(model, forget=data, retain=data, test=data),
+        lambda: ux.metrics.js_divergence(model, model, data),
+        lambda: ux.newton(model, data, data, validation=data),
+        lambda: ux.methods.finetune(model, data, data),
+    ):
+        with pytest.raises(NotImplementedError, match="model must not be sharded, got"):
+            call()
+
+
 def fsdp1():
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -78,6 +78,10 @@ def test_what_is_refused_is_refused_on_every_rank(two_ranks, make):
         assert re.search(REFUSED[make], message), message
 
 
+def test_what_answers_for_whole_models_alone_is_refused(two_ranks):
+    two_ranks.run(CHECKS, "whole_models_only")
+
+
 def test_no_data_anywhere(two_ranks):
     two_ranks.run(CHECKS, "no_data")
 

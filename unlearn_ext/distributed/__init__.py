@@ -10,8 +10,17 @@
 Nothing here starts processes or schedules anything: ``torchrun`` and ``torch.distributed`` do.
 """
 
-from unlearn_ext.distributed.agree import lockstep
+from unlearn_ext.distributed.agree import lockstep, lockstep_or_sharded
 from unlearn_ext.distributed.group import ALONE, Group, Ranks, ranks_of
 from unlearn_ext.distributed.shards import Shards, shard_batches
 
-__all__ = ["ALONE", "Group", "Ranks", "Shards", "lockstep", "ranks_of", "shard_batches"]
+__all__ = [
+    "ALONE",
+    "Group",
+    "Ranks",
+    "Shards",
+    "lockstep",
+    "lockstep_or_sharded",
+    "ranks_of",
+    "shard_batches",
+]

@@ -26,6 +26,12 @@ _Result = TypeVar("_Result")
 # Arguments that change no result, or that are one rank's own by their nature.
 _MAY_DIFFER = ("progress", "process_group", "checkpoint")
 
+_NOT_OF_SHARDS = (
+    "{who}: model must not be sharded, got one of fully_shard: every rank would answer for its own data "
+    "alone, and wait for others that have fewer; call it on an unsharded model with the full state dict "
+    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+)
+
 
 def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
     """Let a function with the arguments ``model`` and ``process_group`` be called on all ranks together.
@@ -41,6 +47,25 @@ def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Res
     Returns:
         The same function for its callers.
     """
+    return _together(function, may_be_sharded=False)
+
+
+def lockstep_or_sharded(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
+    """Do what ``lockstep`` does for a function that also takes models which ``fully_shard`` has sharded.
+
+    Args:
+        function: Takes ``process_group`` by keyword, and such models without it: their mesh says which ranks
+            there are.
+
+    Returns:
+        The same function for its callers.
+    """
+    return _together(function, may_be_sharded=True)
+
+
+def _together(
+    function: Callable[_Settings, _Result], *, may_be_sharded: bool
+) -> Callable[_Settings, _Result]:
     signature = inspect.signature(function)
     who = function.__name__
 
@@ -56,9 +81,11 @@ def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Res
                 return function(*args, **settings)
         if group is None:
             model = given.get("model")
-            if not (isinstance(model, nn.Module) and fsdp_modules(model)):  # whose mesh is the group
-                for data in _data_in(given):
-                    warn_if_alone(who, data, stacklevel=2)
+            is_sharded = isinstance(model, nn.Module) and bool(fsdp_modules(model))
+            if is_sharded and not may_be_sharded:
+                raise NotImplementedError(_NOT_OF_SHARDS.format(who=who))
+            for data in [] if is_sharded else _data_in(given):  # a sharded model's mesh is the group
+                warn_if_alone(who, data, stacklevel=2)
             return function(*args, **settings)
         ranks = ranks_of(group, who)
         with ranks.failing_together():

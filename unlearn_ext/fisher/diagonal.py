@@ -20,7 +20,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.modules import check_not_flattened
-from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
@@ -39,7 +39,7 @@ from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 
-@lockstep
+@lockstep_or_sharded
 def fisher_diagonal(
     model: nn.Module,
     data: Batches,

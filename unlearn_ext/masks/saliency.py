@@ -13,7 +13,7 @@ from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, re
 from unlearn_ext._internal.dtensors import is_dtensor, local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
-from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep_or_sharded, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
@@ -120,7 +120,7 @@ def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: st
     return total / sum(row.shape[1] for row in rows) if reduction == "mean" else total
 
 
-@lockstep
+@lockstep_or_sharded
 def saliency(
     model: nn.Module,
     forget: Batches,

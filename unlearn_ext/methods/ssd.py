@@ -26,7 +26,7 @@ from torch import nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
 from unlearn_ext.distributed.agree import check_same_weights
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.importance import Estimator, Importance, check_estimator
@@ -44,7 +44,7 @@ from unlearn_ext.tasks.losses import LossFn, resolve
 Alpha: TypeAlias = float | Literal["auto", "adaptive"]
 
 
-@lockstep
+@lockstep_or_sharded
 def plan_ssd(
     model: nn.Module,
     forget: Batches | Importance,
@@ -250,7 +250,7 @@ def plan_ssd(
         )
 
 
-@lockstep
+@lockstep_or_sharded
 def ssd(
     model: nn.Module,
     forget: Batches | Importance,

@@ -33,7 +33,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.files import FileKind
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
-from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.resume import Progress
 from unlearn_ext.subspace.layers import Layer, layer_of
@@ -192,7 +192,7 @@ class ActivationGram(Mapping[str, Tensor]):
         )
 
 
-@lockstep
+@lockstep_or_sharded
 def activation_gram(
     model: nn.Module,
     data: Batches,
