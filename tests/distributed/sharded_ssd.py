@@ -105,6 +105,25 @@ def loop():
     return len(many.candidates)
 
 
+def judged_by_a_function():
+    """What one rank alone takes for good enough does for none, and nobody waits."""
+    from sharded_models import digits_like
+
+    model, forget, retain = digits_like(dist.get_world_size())
+    sharded = shard(model)
+    asked = []
+
+    def until(_):
+        asked.append(1)
+        return dist.get_rank() == 0
+
+    plan = ux.plan_ssd(sharded, own(forget), own(retain), until=until, budget=0.5)
+    assert not plan.reached
+    assert len(asked) > 1
+    assert ux.plan_ssd(sharded, own(forget), own(retain), until=lambda _: True).reached
+    return len(asked)
+
+
 def _values(row):
     return row.alpha, row.lambda_, row.selected, round(row.mean_factor, 12)
 

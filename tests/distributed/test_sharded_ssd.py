@@ -17,6 +17,11 @@ def test_the_closed_loop(two_ranks):
     assert one == other
 
 
+def test_a_function_decides_for_all_ranks_together(two_ranks):
+    one, other = two_ranks.run(CHECKS, "judged_by_a_function")
+    assert one == other
+
+
 def test_in_one_call(two_ranks):
     two_ranks.run(CHECKS, "at_once")
 

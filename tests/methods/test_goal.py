@@ -200,6 +200,12 @@ def test_tasks_without_right_and_wrong_need_a_function():
         ux.methods.finetune(model, data, data, until="forgotten", **settings)
     assert same(model, before)
     assert ux.methods.finetune(model, data, data, until=lambda model: True, **settings).reached
+    # Of such data nothing is lost that a budget counts.
+    result = ux.methods.finetune(model, data, data, until=lambda model: not same(model, before), **settings)
+    assert result.reached
+    assert not same(model, before)
+    assert "nothing watched the rest" in result.history[-1]["reason"]
+    assert result.after["retain_loss"] == pytest.approx(measure(model, data, ux.tasks.Regression()).loss)
 
 
 def test_corrected_labels_are_no_goal_to_forget(trained):

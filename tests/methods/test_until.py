@@ -59,6 +59,16 @@ def test_positions_count_each_and_losses_are_means_within_a_sample():
     assert found.loss == pytest.approx(float(first - own[1, 0, 0]) / 2, rel=1e-6)
 
 
+def test_measuring_draws_nothing_that_others_would_miss():
+    data = torch.utils.data.TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    loader = torch.utils.data.DataLoader(data, 2, shuffle=True)
+    own = torch.utils.data.DataLoader(data, 2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    states = torch.get_rng_state(), own.generator.get_state()
+    assert measure(nn.Identity(), loader).accuracy == measure(nn.Identity(), own).accuracy == 0.75
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(own.generator.get_state(), states[1])
+
+
 def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="at least one sample, got none"):
         measure(nn.Identity(), [])

@@ -182,6 +182,8 @@ class GoalRule:
         self._is_patient = is_patient
         self._retain: Measured | None = None  # of the model as it is, where that is known
         self._forget = watch.before("forget")
+        # Data without right and wrong answers are no budget's business.
+        self._watches = watch.has_retain and not math.isnan(watch.before("retain").accuracy)
         self.after = {
             name: watch.before(name) for name in (("forget", "retain") if watch.has_retain else ("forget",))
         }
@@ -202,7 +204,7 @@ class GoalRule:
         self.reached = self._watch.reached(self._forget)
         facts = {"forget_accuracy": self._forget.accuracy}
         stops, self._retain = self.reached, None
-        if self.reached and self._is_patient and self._watch.has_retain:
+        if self.reached and self._is_patient and self._watches:
             self._retain = self._watch.now("retain")
             facts["retain_accuracy"] = self._retain.accuracy
             stops = self._watch.lost(self._retain) <= self._watch.budget
@@ -221,9 +223,12 @@ class GoalRule:
         if not self.reached:
             self._put_back()
             self.reason = f"the goal was not reached ({watch.goal}): {watch.known_in_words(self._forget)}"
-        elif not watch.has_retain:
+        elif not self._watches:
             self.after["forget"] = self._forget
             self.reason = "the goal was reached; nothing watched the rest: there are no retain data"
+            if watch.has_retain:
+                self.after["retain"] = watch.now("retain")
+                self.reason += " with answers that are right or wrong"
         else:
             self._within_budget()
         self._run.record("stop", reason=self.reason)

@@ -57,6 +57,20 @@ def figures_of(
     return accuracy, loss / samples if samples else math.nan, int(samples)
 
 
+def on_all_shards(model: nn.Module, flag: bool) -> bool:
+    """Take something for true only where all ranks of a model say so.
+
+    Args:
+        model: The model.
+        flag: What this rank says.
+
+    Returns:
+        The same on every rank.
+    """
+    every = ShardedModel(model, "until").reduced(torch.tensor(int(flag)), dist.ReduceOp.MIN)
+    return bool(every)
+
+
 def first_uses(
     model: nn.Module, parameters: Mapping[str, Tensor], data: Batches, judge: Task
 ) -> tuple[list[str], int]:

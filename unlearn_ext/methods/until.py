@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.distributed.group import on_all
-from unlearn_ext.methods.sharded import figures_of
+from unlearn_ext.methods.sharded import figures_of, on_all_shards
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import resolve
@@ -95,7 +96,7 @@ def measure(
         return Measured(accuracy, mean, _at_least_one(n))
     right = counted = samples = 0
     loss = 0.0
-    with borrowed(model), torch.no_grad():
+    with borrowed(model), random_states_kept(data), torch.no_grad():
         for batch in read_batches(check_batches(data), device_of(model)):
             n = judge.count(batch)
             if n == 0:
@@ -248,6 +249,8 @@ class Watch:
         """
         if callable(self._until):
             test = self._until
+            if fsdp_modules(self._model):
+                return on_all_shards(self._model, bool(test(self._model)))
             return on_all(self._ranks, "until", lambda: bool(test(self._model)))
         if self._until == "unseen" and self._validation is not None:
             unseen = measure(self._model, self._validation, self._task, ranks=self._ranks)
