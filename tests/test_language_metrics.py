@@ -109,6 +109,26 @@ def test_truth_ratio_wants_as_many_wrong_answers_to_every_question():
         language.truth_ratio(nn.Identity(), answers_with(0.8), answers_with(0.1), mean="harmonic", task=TASK)
 
 
+def test_truth_ratio_pairs_answers_by_their_place_or_refuses():
+    """Answers that would be left out or shuffled would be held against those to other questions."""
+    right, wrong = answers_with(0.8, 0.3), answers_with(0.1, 0.3, 0.6, 0.6)
+    ((logits, labels),) = wrong
+    without = [(logits, labels.clone().index_fill_(0, torch.tensor([0, 2]), TASK.ignore_index))]
+    with pytest.raises(
+        ValueError, match="perturbed must have a token that counts in each of its 4 answers, got 2"
+    ):
+        language.truth_ratios(nn.Identity(), right, without, task=TASK)
+    data = torch.utils.data.TensorDataset(*wrong[0])
+    shuffled = torch.utils.data.DataLoader(data, 2, shuffle=True)
+    with pytest.raises(
+        ValueError, match="perturbed must come in the order of the questions, got shuffled data"
+    ):
+        language.truth_ratios(nn.Identity(), right, shuffled, task=TASK)
+    ordered = torch.utils.data.DataLoader(data, 2)
+    found = language.truth_ratios(nn.Identity(), right, ordered, task=TASK)
+    assert torch.equal(found, language.truth_ratios(nn.Identity(), right, wrong, task=TASK))
+
+
 @pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
 def test_membership_scores_token_by_token(known, k):
     want = {"loss": [], "zlib": [], "min_k": [], "min_k++": []}

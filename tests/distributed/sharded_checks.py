@@ -364,11 +364,19 @@ def whole_models_only():
         lambda: ux.metrics.accuracy(model, data),
         lambda: ux.metrics.mia(model, forget=data, retain=data, test=data),
         lambda: ux.metrics.js_divergence(model, model, data),
+        lambda: ux.metrics.language.probability(model, data),
         lambda: ux.newton(model, data, data, validation=data),
         lambda: ux.methods.finetune(model, data, data),
     ):
         with pytest.raises(NotImplementedError, match="model must not be sharded, got"):
             call()
+
+
+def masks_of_a_callback():
+    model = shard(small())
+    masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    with pytest.raises(NotImplementedError, match="mask_callback: parameters must not be sharded"):
+        ux.hf.mask_callback(masks).on_train_begin(None, None, None, model=model)
 
 
 def fsdp1():

@@ -82,6 +82,11 @@ def test_what_answers_for_whole_models_alone_is_refused(two_ranks):
     two_ranks.run(CHECKS, "whole_models_only")
 
 
+def test_a_callback_that_holds_plain_tensors_refuses_shards(two_ranks):
+    pytest.importorskip("transformers")
+    two_ranks.run(CHECKS, "masks_of_a_callback")
+
+
 def test_no_data_anywhere(two_ranks):
     two_ranks.run(CHECKS, "no_data")
 

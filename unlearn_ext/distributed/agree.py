@@ -26,12 +26,6 @@ _Result = TypeVar("_Result")
 # Arguments that change no result, or that are one rank's own by their nature.
 _MAY_DIFFER = ("progress", "process_group", "checkpoint")
 
-_NOT_OF_SHARDS = (
-    "{who}: model must not be sharded, got one of fully_shard: every rank would answer for its own data "
-    "alone, and wait for others that have fewer; call it on an unsharded model with the full state dict "
-    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-)
-
 
 def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
     """Let a function with the arguments ``model`` and ``process_group`` be called on all ranks together.
@@ -82,8 +76,8 @@ def _together(
         if group is None:
             model = given.get("model")
             is_sharded = isinstance(model, nn.Module) and bool(fsdp_modules(model))
-            if is_sharded and not may_be_sharded:
-                raise NotImplementedError(_NOT_OF_SHARDS.format(who=who))
+            if isinstance(model, nn.Module) and not may_be_sharded:
+                check_whole(model, who)
             for data in [] if is_sharded else _data_in(given):  # a sharded model's mesh is the group
                 warn_if_alone(who, data, stacklevel=2)
             return function(*args, **settings)
@@ -100,6 +94,25 @@ def _together(
             return function(*bound.args, **bound.kwargs)
 
     return together
+
+
+def check_whole(model: nn.Module, who: str) -> None:
+    """Refuse models that ``fully_shard`` has sharded, where a figure would be of one rank's data alone.
+
+    Args:
+        model: The model.
+        who: Whose message it is.
+
+    Raises:
+        NotImplementedError: If it is one.
+    """
+    if fsdp_modules(model):
+        raise NotImplementedError(
+            f"{who}: model must not be sharded, got one of fully_shard: every rank would answer for its own "
+            "data alone, and wait for others that have fewer; call it on an unsharded model with the full "
+            "state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True)"
+        )
 
 
 def unwrapped(model: object) -> object:

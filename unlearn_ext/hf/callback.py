@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.hf.naming import masks_by_parameter
 
@@ -32,7 +33,8 @@ def mask_callback(masks: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - a class
 
     Returns:
         The callback, for ``Trainer(callbacks=[...])``. When training begins it raises ValueError for a mask
-        that is missing or has another shape, and TypeError for one that is neither bool nor uint8.
+        that is missing or has another shape, TypeError for one that is neither bool nor uint8, and
+        NotImplementedError for a sharded model.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -142,6 +144,11 @@ class _Guard:
 
 
 def _packed(mask: Tensor, parameter: Tensor, name: str) -> Tensor:
+    if is_dtensor(parameter):
+        raise NotImplementedError(
+            f"mask_callback: parameters must not be sharded, got the DTensor {name}; ux.hf.masked_adamw and "
+            "masked_sgd take sharded models"
+        )
     packed = (parameter.numel() + 7) // 8
     what = f"mask_callback: masks[{name!r}] must be bool {list(parameter.shape)} or packed uint8 [{packed}]"
     if mask.dtype not in (torch.bool, torch.uint8):

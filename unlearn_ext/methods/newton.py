@@ -426,5 +426,5 @@ class _Way:
 # Note [Steps for texts]
 # Texts are spread over far more of the weights than labels: one straight step to the goal costs the retained
 # texts' perplexity several times what four shorter ones cost, each along the direction at the weights reached
-# so far. Damping by a tenth of the mean eigenvalue costs less than by a hundredth. Both were chosen on a model
-# of the kind of bench.texts, which measures the defaults.
+# so far. Damping by a tenth of the mean eigenvalue costs less than by a hundredth. Both were chosen on a
+# model of the kind of bench.texts, which measures the defaults.

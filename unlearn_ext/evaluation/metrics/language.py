@@ -13,9 +13,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import seeded
+from unlearn_ext.distributed.agree import check_whole
 from unlearn_ext.evaluation.metrics.answers import answers, task_for
 from unlearn_ext.evaluation.metrics.attacks import auc
 from unlearn_ext.tasks import Task
@@ -67,7 +69,9 @@ def tokens(
     Raises:
         FloatingPointError: If an output of the model is NaN.
         ValueError: If the data have no label per token, or none that counts.
+        NotImplementedError: If the model is sharded.
     """
+    check_whole(model, "language")
     judge = task_for("language", task)
     found = False
     with seeded(0, data), borrowed(model), torch.no_grad():
@@ -163,7 +167,7 @@ def truth_ratios(
 
     Args:
         model: The model; run in eval mode, left as it was.
-        paraphrased: One right answer to each of Q questions.
+        paraphrased: One right answer to each of Q questions, in their order.
         perturbed: As many wrong answers to each, Q times P in all: first those to the first question.
         mean: Over the wrong answers; the paper has the arithmetic one, its released code the geometric.
         task: What the model is for; None infers it from the model and the batch.
@@ -172,7 +176,8 @@ def truth_ratios(
         float64 ``[Q]``.
 
     Raises:
-        ValueError: If the wrong answers are not a multiple of the right ones, or the mean is unknown.
+        ValueError: If the wrong answers are not a multiple of the right ones, an answer has no token that
+            counts, a loader shuffles, or the mean is unknown.
 
     Source:
         Maini, Feng, Schwarzschild, Lipton & Kolter, "TOFU: A Task of Fictitious Unlearning for LLMs", COLM
@@ -180,8 +185,8 @@ def truth_ratios(
     """
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f"truth_ratio: mean must be 'arithmetic' or 'geometric', got {mean!r}")
-    right = probabilities(model, paraphrased, task=task).log()
-    wrong = probabilities(model, perturbed, task=task).log()
+    right = _of_every_answer("paraphrased", model, paraphrased, task).log()
+    wrong = _of_every_answer("perturbed", model, perturbed, task).log()
     if len(wrong) % len(right):
         raise ValueError(
             f"truth_ratio: perturbed must hold equally many answers to each of the {len(right)} questions, "
@@ -194,6 +199,20 @@ def truth_ratios(
         else grouped.logsumexp(1) - torch.log(torch.tensor(float(grouped.shape[1]), dtype=grouped.dtype))
     )
     return (logs - right).exp()
+
+
+def _of_every_answer(name: str, model: nn.Module, data: Batches, task: Task | None) -> Tensor:
+    # Answers are told apart by their place: none may be left out, or come in another order.
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise ValueError(f"truth_ratio: {name} must come in the order of the questions, got shuffled data")
+    found = probabilities(model, data, task=task)
+    judge = task_for("language", task)
+    n = sum(judge.count(batch) for batch in data)
+    if len(found) < n:
+        raise ValueError(
+            f"truth_ratio: {name} must have a token that counts in each of its {n} answers, got {len(found)}"
+        )
+    return found
 
 
 def truth_ratio(
