@@ -755,6 +755,58 @@ def test_lazily_negated_diagonals_are_written(door, device):
     assert torch.equal(fisher, before + 2)
 
 
+def _written(name):
+    """A call of an op that writes a single tensor: shapes, that of the written one first, and settings."""
+    wide = {"stride": [1], "padding": [0], "dilation": [1]}
+    return {
+        "fisher_linear_": ((4, 3), (2, 5, 3), (2, 5, 4), {}),
+        "fisher_conv_": ((4, 3, 2), (2, 3, 6), (2, 4, 5), wide),
+        "fisher_bias_": ((4,), (2, 4), {}),
+        "fisher_affine_": ((4,), (2, 4), (2, 4), {}),
+        "fisher_embedding_": ((5, 4), None, (2, 3, 4), {}),
+        "gram_accumulate_": ((4, 4), (6, 4), {}),
+        "gram_conv_accumulate_": ((6, 6), (2, 3, 6), {"kernel_size": [2], **wide}),
+        "project_out_": ((4, 3), (3, 2), {}),
+        "project_onto_": ((4, 3), (3, 2), {}),
+    }[name]
+
+
+WRITING = [
+    name
+    for name in sorted(set(ops.__all__) - {"build_info"})
+    for first in torch._C._get_schema(f"unlearn_ext::{name}", "").arguments[:1]
+    if str(first.type) == "Tensor" and first.is_write
+]
+
+
+@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("door", [ops, _C], ids=["ops", "_C"])
+def test_ops_that_write_one_tensor_take_lazily_negated_ones(door, name, device, generator):
+    # torch's fallback for them reads freed memory after an op that returns nothing.
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_ext::{name}", "Negative")
+    *shapes, settings = _written(name)
+    values = [
+        torch.arange(6, device=device).view(2, 3) % 5
+        if shape is None
+        else normal(shape, torch.float32, device, generator)
+        for shape in shapes
+    ]
+
+    def negated(value):
+        return torch.complex(torch.ones_like(value), -value).conj().imag
+
+    for lazily in range(len(values)):
+        if not values[lazily].is_floating_point():
+            continue
+        plain = [value.clone() for value in values]
+        lazy = [negated(value) if place == lazily else value.clone() for place, value in enumerate(values)]
+        assert lazy[lazily].is_neg()
+        for _ in range(2):
+            getattr(door, name)(*plain, **settings)
+            getattr(door, name)(*lazy, **settings)
+        assert torch.equal(lazy[0].resolve_neg(), plain[0])
+
+
 @pytest.mark.cuda
 def test_a_gpu_skips_indices_out_of_range(device):
     if device != "cuda":

@@ -11,6 +11,7 @@ only bring their arguments into the form of the schema.
 """
 
 from unlearn_ext.ops import fakes as fakes
+from unlearn_ext.ops import negated as negated
 from unlearn_ext.ops.dampen import ratio_quantile, selected_counts, selective_dampen_
 from unlearn_ext.ops.fisher import (
     fisher_accumulate_,
