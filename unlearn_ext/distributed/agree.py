@@ -16,7 +16,7 @@ from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import with_plain_names
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.distributed.fsdp import fsdp_modules
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.distributed.group import Group, Ranks, ranks_of
 from unlearn_ext.distributed.shards import Shards, warn_if_alone, warn_if_padded
 
@@ -107,12 +107,8 @@ def check_whole(model: nn.Module, who: str) -> None:
         NotImplementedError: If it is one.
     """
     if fsdp_modules(model):
-        raise NotImplementedError(
-            f"{who}: model must not be sharded, got one of fully_shard: every rank would answer for its own "
-            "data alone, and wait for others that have fewer; call it on an unsharded model with the full "
-            "state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
-            "full_state_dict=True)"
-        )
+        reshard(model)
+        check_model(model, who)
 
 
 def unwrapped(model: object) -> object:
