@@ -334,6 +334,8 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for module in switched:  # an interrupt skips hooks, also those that are always called
+            module.training = True
 
 
 class _Nothing(tuple[()]):

@@ -361,17 +361,19 @@ def ssd(
         progress=progress,
         process_group=ranks,
     )
-    result = _applied(plan, model, ranks)
+    result = _applied(plan, model, ranks, record)
     return result if record is None else record.added_to(result)
 
 
-def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks) -> UnlearnResult:
-    # On all ranks or on none.
+def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks, record: Record | None) -> UnlearnResult:
+    # On all ranks or on none, and measured before it is too late to undo it.
     with ExitStack() as undo:
         with ranks.failing_together():
             result = plan.apply()
             undo.callback(plan.revert)
             check_same_weights(ranks, model, "after the dampening")
+        if record is not None:
+            record.measure_again()
         undo.pop_all()
     return result
 

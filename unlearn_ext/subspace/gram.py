@@ -398,6 +398,7 @@ def _watched(model: nn.Module, chosen: _Chosen, record: Callable[..., None]) -> 
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen:
                 watch = _ProductWatch(module.out_proj, record)
+                stack.callback(watch.stop)  # an interrupt skips hooks, also those that are always called
                 stack.callback(module.register_forward_pre_hook(watch.start).remove)
                 stack.callback(module.register_forward_hook(watch.stop, always_call=True).remove)
         yield
@@ -410,12 +411,16 @@ class _ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._linear = linear
         self._record = record
+        self._depth = 0
 
     def start(self, *_: object) -> None:
         self.__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
 
     def stop(self, *_: object) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._depth:
+            self._depth -= 1
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
