@@ -1,5 +1,8 @@
-"""One fault at a time: in the k-th call of the user's code, in the k-th operator, or at a line of the package."""
+"""One fault at a time: in a call of the user's code, in an operator, or at a line of the package."""
 
+import ast
+import dataclasses
+import functools
 import os
 import sys
 import traceback
@@ -8,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import fault_models
 import torch
@@ -23,12 +27,12 @@ PACKAGE = str(Path(ux.__file__).parent) + os.sep
 _NO_CALLS = ("try:", "else:", "finally:")
 
 
-class Injected(Exception):
+class InjectedError(Exception):
     """What none of our code knows."""
 
 
 ERRORS = {
-    "error": lambda: Injected("a fault"),
+    "error": lambda: InjectedError("a fault"),
     "interrupt": lambda: KeyboardInterrupt("a fault"),
     "memory": lambda: torch.OutOfMemoryError("CUDA out of memory (a fault)"),
 }
@@ -83,21 +87,28 @@ class Lines:
     def places(self):
         """The lines at which an interrupt could arrive, each with the first and the last time it was run."""
         for (file, line), times in self.seen.items():
-            if _text(file, line) in _NO_CALLS:
+            if line in _lines(file).between_calls:
                 continue
             name = f"{Path(file).name}:{line}"
             yield ((file, line), 1), f"{name}, the first time"
-            if times > 1:
+            if times > 1 and line not in _lines(file).entering:
                 yield ((file, line), times), f"{name}, time {times}"
 
 
-_TEXTS = {}
+@functools.cache
+def _lines(file):
+    """Lines where Python looks at no interrupt, and those that open a ``with``, to which it comes back on the
+    way out, where it looks at none either before ``__exit__`` runs."""
+    text = Path(file).read_text(encoding="utf-8")
+    between = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() in _NO_CALLS}
+    entering = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.With, ast.AsyncWith)):
+            entering.update(range(node.lineno, node.body[0].lineno))
+    return SimpleNamespace(between_calls=between, entering=entering)
 
 
-def _text(file, line):
-    if file not in _TEXTS:
-        _TEXTS[file] = Path(file).read_text(encoding="utf-8").splitlines()
-    return _TEXTS[file][line - 1].strip()
+WATCHERS = {"call": None, "operator": Operators, "line": Lines}
 
 
 @dataclass
@@ -123,7 +134,11 @@ class Outcome:
 
     @property
     def is_right(self):
-        return not self.differs and self.ended in ("raised", "returned, and said why", "returned the same")
+        said = self.ended.startswith("raised") or self.ended in (
+            "returned, and said why",
+            "returned the same",
+        )
+        return said and not self.differs
 
 
 def _called(subject, model, folder):
@@ -147,7 +162,7 @@ def count(subject, kind, how, folder):
     """
     model = fault_models.make(kind)
     POINTS.watch()
-    watcher = {"call": None, "operator": Operators(), "line": Lines()}[how]
+    watcher = None if how == "call" else WATCHERS[how]()
     torch.manual_seed(0)
     try:
         if watcher is None:
@@ -181,7 +196,7 @@ def disturb(subject, kind, how, places, place, error, folder):
     made = ERRORS[error]()
     model = fault_models.make(kind)
     POINTS.watch(*((at, made) if how == "call" else ()))
-    watcher = {"call": nullcontext, "operator": Operators, "line": Lines}[how](*(() if how == "call" else (at, made)))
+    watcher = nullcontext() if how == "call" else WATCHERS[how](at, made)
     torch.manual_seed(0)
     process, before = whole_state.of_process(), whole_state.of_model(model)
     try:
@@ -207,7 +222,9 @@ def _raised(raised, made):
         link = link.__cause__ or link.__context__
     if made in chain or "a fault" in str(raised):
         return "raised"
-    return f"raised {type(raised).__name__}: {raised}" + "".join(traceback.format_tb(raised.__traceback__)[-2:])
+    return f"raised {type(raised).__name__}: {raised}" + "".join(
+        traceback.format_tb(raised.__traceback__)[-2:]
+    )
 
 
 def _returned(answer, told, expected, error):
@@ -226,14 +243,28 @@ def _same(answer, expected):
     if isinstance(answer, ux.UnlearnResult):
         return (answer.before, answer.after) == (expected.before, expected.after)
     if isinstance(answer, ux.Comparison):
-        return answer.to_json() == expected.to_json()
+        mine, theirs = (
+            [(row.label, row.why, row.measures) for row in found.rows] for found in (answer, expected)
+        )
+        return mine == theirs
     if isinstance(answer, Mapping):
-        return all(torch.allclose(answer[name], expected[name], 1e-4, 1e-7) for name in expected)
+        return all(_same(answer[name], expected[name]) for name in expected)
+    if isinstance(answer, torch.Tensor):
+        return torch.allclose(answer, expected, 1e-4, 1e-7)
+    if dataclasses.is_dataclass(answer):
+        fields = [field.name for field in dataclasses.fields(answer)]
+        return all(_same(getattr(answer, name), getattr(expected, name)) for name in fields)
     return answer == expected
 
 
 def _differences_in_value(expected, after):
     # Another model object: what identifies it differs.
-    mine = [{name: value for name, value in state.items() if not name.endswith(("identity", "storage", ".grad", ".class", "hooks"))}
-            for state in (expected, after)]
+    mine = [
+        {
+            name: value
+            for name, value in state.items()
+            if not name.endswith(("identity", "storage", ".grad", ".class", "hooks"))
+        }
+        for state in (expected, after)
+    ]
     return whole_state.differences(*mine)

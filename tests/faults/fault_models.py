@@ -88,6 +88,7 @@ class Checkpointed(_Marked):
 
 def make(kind):
     """A model that the user has left in a state of their own."""
+    POINTS.watch()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = kind()

@@ -57,7 +57,9 @@ def _fisher(**settings):
 
 def _compare(model, folder):
     forget, retain = sets()
-    return ux.compare(model, forget, retain, retain, methods=["finetune"], metrics=("retain", "forget"), task=Marked())
+    return ux.compare(
+        model, forget, retain, retain, methods=["finetune"], metrics=("retain", "forget"), task=Marked()
+    )
 
 
 def _saved(make):

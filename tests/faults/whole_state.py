@@ -91,8 +91,9 @@ def of_process():
         "folder": os.getcwd(),
         "environment": tuple(sorted(os.environ.items())),
         "global hooks": tuple(
-            len(value) for name, value in sorted(vars(nn.modules.module).items()) if name.startswith("_global_")
-            and hasattr(value, "__len__")
+            len(value)
+            for name, value in sorted(vars(nn.modules.module).items())
+            if name.startswith("_global_") and hasattr(value, "__len__")
         ),
     }
     for place, owner in _PATCHED.items():

@@ -311,7 +311,11 @@ def pgu(
             gap.conclude()
     result = run.result()
     if record is not None:
-        return record.added_to(result)
+        try:
+            return record.added_to(result)
+        except BaseException:
+            record.take_back()
+            raise
     if watch is None or reach is None:
         return result
     before = {name: watch.before(name) for name in reach.after}

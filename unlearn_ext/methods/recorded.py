@@ -17,7 +17,7 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
 from unlearn_ext.fisher.importance import Importance
-from unlearn_ext.methods.run import at_the_end
+from unlearn_ext.methods.run import Run, at_the_end
 from unlearn_ext.methods.until import Measured, figures, measure
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -54,9 +54,13 @@ def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, 
             return method(*args, **settings)
         ranks = ranks_of(cast("Group", given.get("process_group")), method.__name__)
         record = Record(given.get("model"), forget, given.get("retain"), given.get("task"), ranks)
-        with at_the_end(record.measure_again):
-            result = method(*args, **settings)
-        return record.added_to(result)
+        try:
+            with at_the_end(record.measure_again):
+                result = method(*args, **settings)
+            return record.added_to(result)
+        except BaseException:
+            record.take_back()
+            raise
 
     return measured
 
@@ -87,13 +91,24 @@ class Record:
         except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
             self._sets = {}
         self._missing: list[str] = []
+        self._run: Run | None = None
         self._before = self._measured("before")
         self._after: Mapping[str, Measured] | None = None
 
-    def measure_again(self) -> None:
-        """Measure what the method has made of the model: while it can still be put back, if this is stopped."""
+    def measure_again(self, run: Run | None = None) -> None:
+        """Measure what the method has made of the model: while it can still be put back, if this is stopped.
+
+        Args:
+            run: What changed it.
+        """
+        self._run = run
         if self._before:
             self._after = self._measured("after")
+
+    def take_back(self) -> None:
+        """Put the model back after all, where a run has changed it."""
+        if self._run is not None:
+            self._run.put_back()
 
     def added_to(self, result: UnlearnResult) -> UnlearnResult:
         """Add what was measured before and after to a method's record; measure again where that was not done.

@@ -23,15 +23,15 @@ from unlearn_ext.tasks.batches import device_of
 if TYPE_CHECKING:
     from unlearn_ext.methods.goal import ClosedLoop
 
-_AT_END: ContextVar[Callable[[], object] | None] = ContextVar("at_end", default=None)
+_AT_END: ContextVar[Callable[[Run], object] | None] = ContextVar("at_end", default=None)
 
 
 @contextmanager
-def at_the_end(call: Callable[[], object]) -> Iterator[None]:
+def at_the_end(call: Callable[[Run], object]) -> Iterator[None]:
     """Have something done at the end of the run inside, when the model has changed and can still be put back.
 
     Args:
-        call: What to do; if it raises, the run has failed.
+        call: What to do with the run; if it raises, the run has failed.
 
     Yields:
         Nothing.
@@ -247,7 +247,7 @@ def unlearning(
                 goal.conclude()
         check_same_weights(ranks, model, "after the run")
         if (call := _AT_END.get()) is not None:
-            call()
+            call(run)
         run.settle()
     except BaseException:
         run.put_back()

@@ -218,6 +218,11 @@ class SsdPlan:
             )
         )
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether there is something that ``revert`` would put back."""
+        return self._journal is not None
+
     def apply(self) -> UnlearnResult:
         """Dampen the model in place; where a closed loop did not reach its goal, leave it as it is.
 
