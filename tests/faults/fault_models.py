@@ -10,16 +10,17 @@ class Points:
     """Counts the calls of the user's own code, and raises in one of them."""
 
     def __init__(self):
-        self.n, self.at, self.error, self.names = 0, None, None, []
+        self.watch()
 
     def watch(self, at=None, error=None):
-        self.n, self.at, self.error, self.names = 0, at, error, []
+        self.n, self.at, self.error, self.names, self.has_struck = 0, at, error, [], False
 
     def __call__(self, name):
         self.n += 1
         if self.at is None:
             self.names.append(name)
         elif self.n == self.at:
+            self.has_struck = True
             raise self.error
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.files import FileKind, names_in
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
 from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
@@ -186,10 +186,11 @@ class ActivationGram(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         tensors, facts = _FILE.load(path)
-        return cls(
-            {name: tensors[str(i)].to(device) for i, name in enumerate(json.loads(facts["modules"]))},
-            int(facts["n_samples"]),
-        )
+        with _FILE.understood(path):
+            modules = names_in(facts["modules"], len(tensors))
+            return cls(
+                {name: tensors[str(i)].to(device) for i, name in enumerate(modules)}, int(facts["n_samples"])
+            )
 
 
 @lockstep_or_sharded
