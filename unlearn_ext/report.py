@@ -13,6 +13,7 @@ from unlearn_ext.evaluation.evidence import (
     evidence,
     forget_digest,
 )
+from unlearn_ext.evaluation.seal import read_record
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "evidence",
     "forget_digest",
     "layer_of",
+    "read_record",
     "weights_digest",
     "write_text",
 ]

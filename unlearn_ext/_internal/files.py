@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from unlearn_ext._internal.digests import update_digest
 
 
 @contextmanager
@@ -77,6 +80,33 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        update_digest(digest, tensors[name])
+    return digest.hexdigest()
+
+
+def names_in(text: str, n: int) -> list[str]:
+    """Read a list of names.
+
+    Args:
+        text: JSON.
+        n: How many there must be.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or len(set(map(str, names))) != n or len(names) != n:
+        raise ValueError(f"there must be {n} names, got {text[:100]}")
+    return [str(name) for name in names]
+
+
 @dataclass(frozen=True)
 class FileKind:
     """A kind of file, marked as such in the file's metadata.
@@ -106,7 +136,7 @@ class FileKind:
         Args:
             path: The file.
             tensors: Any tensors, on any device.
-            facts: What else to keep, by any name but ``"format"``.
+            facts: What else to keep, by any name but ``"format"`` and ``"digest"``.
             keep_old: See ``replacing``.
 
         Raises:
@@ -115,8 +145,10 @@ class FileKind:
         safetensors = self._safetensors()
         # Tensors that share memory are refused by the format, and so are strided ones.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        told = {"format": self.mark, **facts}
+        told["digest"] = _digest(copies, told)
         with replacing(path, keep_old=keep_old) as draft:
-            safetensors.torch.save_file(copies, draft, metadata={"format": self.mark, **facts})
+            safetensors.torch.save_file(copies, draft, metadata=told)
 
     def load(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read what ``save`` has written.
@@ -129,7 +161,8 @@ class FileKind:
 
         Raises:
             ImportError: If safetensors is not installed.
-            ValueError: If the file holds something else.
+            ValueError: If the file holds something else, or is damaged: what it holds has another digest than
+                when it was written (files of earlier versions have none).
         """
         safetensors = self._safetensors()
         # Read once: a file replaced meanwhile must not give the tensors of one and the facts of another.
@@ -140,9 +173,36 @@ class FileKind:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must be a safetensors file") from error
         facts = header.get("__metadata__", {})
-        if facts.pop("format", None) != self.mark:
+        if facts.get("format") != self.mark:
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}")
+        digest = facts.pop("digest", None)
+        if digest is not None and digest != _digest(tensors, facts):
+            raise ValueError(
+                f"{self.owner}.load: {os.fspath(path)} must be as it was written, got a damaged file"
+            )
+        del facts["format"]
         return tensors, facts
+
+    @contextmanager
+    def understood(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Refuse a file whose facts are not those that the owner writes.
+
+        Args:
+            path: The file.
+
+        Yields:
+            Nothing; inside, the facts are read.
+
+        Raises:
+            ValueError: If they cannot be.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}: {reason}"
+            ) from error
 
     def _safetensors(self) -> Any:  # noqa: ANN401 - an optional module
         try:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from unlearn_ext._internal.files import write_text
 from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.evaluation.metrics.registry import REGISTRY
+from unlearn_ext.evaluation.seal import sealed
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 _SALT_BYTES = 16
@@ -176,21 +178,25 @@ class Evidence:
     salt: bytes | None = field(default=None, repr=False)
     _objects: dict[str, object] = field(default_factory=dict, repr=False)
 
-    def to_json(self, path: str | Path | None = None) -> str:
+    def to_json(self, path: str | Path | None = None, *, key: bytes | None = None) -> str:
         """Return the record as a JSON object, and write it to a file if asked to.
 
         Args:
             path: File to write, all or nothing.
+            key: A secret of at least 16 bytes to sign the record with; ``read_record`` checks it.
 
         Returns:
-            Strict JSON. The salt is not in it.
+            Strict JSON, with the digest of the record and its signature. The salt is not in it.
+
+        Raises:
+            TypeError: If the key is not bytes.
+            ValueError: If it is too short; nothing is written then.
         """
         hidden = ("result", "salt", "_objects", "derived")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         derived = [{"what": what, "purged_here": purged} for what, purged in self.derived.items()]
-        text = json.dumps(
-            plain({**asdict(self.result), **own, "derived": derived, "notice": NOTICE}), indent=2
-        )
+        record = plain({**asdict(self.result), **own, "derived": derived, "notice": NOTICE})
+        text = json.dumps(sealed(cast("dict[str, Any]", record), key), indent=2)
         if path is not None:
             write_text(path, text + "\n")
         return text

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -256,8 +257,10 @@ class Study:
             try:
                 with seeded(0, *self._sets.all.values()):
                     counts[name] = _histogram(self._losses(subject, data))
-            except Exception:  # without labels there is no loss; the figures above say so
+            except (TypeError, ValueError, NotImplementedError):  # no labels; the figures above say so
                 _log.debug("there are no losses on the %s set", name, exc_info=True)
+            except Exception as error:
+                warnings.warn(f"compare: there are no losses on the {name} set: {error}", stacklevel=2)
         return counts
 
     def _losses(self, model: nn.Module, data: Batches) -> Tensor:

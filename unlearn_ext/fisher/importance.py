@@ -314,12 +314,17 @@ class Importance(Mapping[str, Tensor]):
                 f"Importance.load_state_dict: state must have the parameters {sorted(self)}, got "
                 f"{sorted(tensors)}, or other shapes"
             )
+        if facts.keys() != self._facts().keys():
+            raise ValueError(
+                f"Importance.load_state_dict: state must have the facts {sorted(self._facts())}, got "
+                f"{sorted(facts)}"
+            )
         for name, tensor in self.items():
             given = tensors[name]
             if given is not tensor:
                 local_of(tensor).copy_(local_of(sharded_like(given, tensor)))
-        for name, value in facts.items():
-            setattr(self, name, value)
+        for name in self._facts():
+            setattr(self, name, facts[name])
 
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
@@ -372,8 +377,9 @@ class Importance(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         tensors, facts = _FILE.load(path)
-        meta = json.loads(facts["importance"])
-        return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
+        with _FILE.understood(path):
+            meta = json.loads(facts["importance"])
+            return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
 
 
 def check_estimator(who: str, estimator: str, power: int) -> None:

@@ -325,15 +325,17 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
             module.training = True
 
     handles = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, always_call=True))
     try:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in switched:  # an interrupt skips hooks, also those that are always called
+            module.training = True
 
 
 class _Nothing(tuple[()]):

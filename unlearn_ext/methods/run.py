@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,25 @@ from unlearn_ext.tasks.batches import device_of
 
 if TYPE_CHECKING:
     from unlearn_ext.methods.goal import ClosedLoop
+
+_AT_END: ContextVar[Callable[[Run], object] | None] = ContextVar("at_end", default=None)
+
+
+@contextmanager
+def at_the_end(call: Callable[[Run], object]) -> Iterator[None]:
+    """Have something done at the end of the run inside, when the model has changed and can still be put back.
+
+    Args:
+        call: What to do with the run; if it raises, the run has failed.
+
+    Yields:
+        Nothing.
+    """
+    token = _AT_END.set(call)
+    try:
+        yield
+    finally:
+        _AT_END.reset(token)
 
 
 class Run:
@@ -50,6 +70,7 @@ class Run:
         self._before: dict[str, Tensor] = {}
         self._buffers = Buffers(model)
         self._n_shared_draws = 0
+        self._counts: dict[str, tuple[int, int]] | None = None
         self.keep(parameters_by_name(model) if changes is None else changes)
 
     def keep(self, names: Iterable[str]) -> None:
@@ -140,10 +161,7 @@ class Run:
         Returns:
             The record; a scalar counts as changed if its value differs.
         """
-        counts = {
-            name: (int((p.detach() != self._before[name]).sum()) if name in self._before else 0, p.numel())
-            for name, p in parameters_by_name(self.model).items()
-        }
+        counts = self._counts or self._counted()
         total = sum(size for _, size in counts.values())
         return UnlearnResult(
             method=self.method,
@@ -154,6 +172,16 @@ class Run:
             history=tuple(self.history),
             coverage=dict(self.coverage),
         )
+
+    def settle(self) -> None:
+        """Count what has changed, which needs memory, while the model can still be put back."""
+        self._counts = self._counted()
+
+    def _counted(self) -> dict[str, tuple[int, int]]:
+        return {
+            name: (int((p.detach() != self._before[name]).sum()) if name in self._before else 0, p.numel())
+            for name, p in parameters_by_name(self.model).items()
+        }
 
 
 @contextmanager
@@ -170,7 +198,8 @@ def unlearning(
 ) -> Iterator[Run]:
     """Change a model all or nothing.
 
-    If the body raises, or is interrupted, every parameter and buffer gets back its value. In any case
+    If the body raises, or is interrupted, every parameter and buffer gets back its value; likewise if what
+    ``at_the_end`` announced for the end does. In any case
     training flags, ``requires_grad``, ``.grad`` and the random states (of torch, NumPy and Python, and of
     the loaders in ``data``) are as before afterwards; parameters keep their storage throughout.
 
@@ -217,6 +246,9 @@ def unlearning(
             if goal is not None:
                 goal.conclude()
         check_same_weights(ranks, model, "after the run")
+        if (call := _AT_END.get()) is not None:
+            call(run)
+        run.settle()
     except BaseException:
         run.put_back()
         raise
