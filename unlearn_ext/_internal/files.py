@@ -141,6 +141,7 @@ class FileKind:
 
         Raises:
             ImportError: If safetensors is not installed.
+            OSError: If the file cannot be written.
         """
         safetensors = self._safetensors()
         # Tensors that share memory are refused by the format, and so are strided ones.
@@ -148,7 +149,10 @@ class FileKind:
         told = {"format": self.mark, **facts}
         told["digest"] = _digest(copies, told)
         with replacing(path, keep_old=keep_old) as draft:
-            safetensors.torch.save_file(copies, draft, metadata=told)
+            try:
+                safetensors.torch.save_file(copies, draft, metadata=told)
+            except safetensors.SafetensorError as error:  # its own class also for what the disk refuses
+                raise OSError(f"{self.owner}.save: {os.fspath(path)} cannot be written: {error}") from error
 
     def load(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read what ``save`` has written.

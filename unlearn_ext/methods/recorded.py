@@ -129,6 +129,13 @@ class Record:
         if not after:
             return result
         both = {name: self._before[name] for name in after}
+        for name, part in after.items():
+            if part.samples != both[name].samples:
+                warnings.warn(
+                    f"{result.method}: the {name} set had {both[name].samples} samples before the run and "
+                    f"{part.samples} after it: it must yield the same ones in every pass",
+                    stacklevel=4,
+                )
         if "forget" in after:
             _warn_if_known(result.method, both["forget"], after["forget"])
         return replace(
