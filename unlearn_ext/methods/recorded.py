@@ -119,13 +119,11 @@ class Record:
         Returns:
             The record with both; as it is where it has them already.
         """
-        if result.before:
+        if result.before or not (self._before or self._missing):
             return result
-        if self._after is None:
-            self.measure_again()
+        after = self._after if self._after is not None else self._measured("after")
         for text in self._missing:
             warnings.warn(f"{result.method}: {text}", stacklevel=4)
-        after = self._after
         if not after:
             return result
         both = {name: self._before[name] for name in after}
