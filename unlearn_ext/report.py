@@ -14,6 +14,7 @@ from unlearn_ext.evaluation.evidence import (
     forget_digest,
 )
 from unlearn_ext.evaluation.seal import read_record
+from unlearn_ext.evaluation.traces import files_written, purge
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "changed_per_layer",
     "environment",
     "evidence",
+    "files_written",
     "forget_digest",
     "layer_of",
+    "purge",
     "read_record",
     "weights_digest",
     "write_text",

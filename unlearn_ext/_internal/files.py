@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,26 @@ from typing import Any
 from torch import Tensor
 
 from unlearn_ext._internal.digests import update_digest
+
+_WRITTEN: ContextVar[list[Path] | None] = ContextVar("written", default=None)
+
+
+@contextmanager
+def noting_files() -> Iterator[list[Path]]:
+    """Note which files are written inside.
+
+    Yields:
+        Their real paths, each once.
+    """
+    outer = _WRITTEN.get()
+    noted: list[Path] = []
+    token = _WRITTEN.set(noted)
+    try:
+        yield noted
+    finally:
+        _WRITTEN.reset(token)
+        if outer is not None:
+            outer.extend(path for path in noted if path not in outer)
 
 
 @contextmanager
@@ -54,6 +75,8 @@ def replacing(path: str | os.PathLike[str], *, keep_old: bool = False) -> Iterat
         if keep_old and target.exists():
             os.replace(target, f"{target}.old")
         os.replace(draft, target)
+        if (noted := _WRITTEN.get()) is not None and target not in noted:
+            noted.append(target)
         if keep_old:
             _sync_folder(target.parent)
     except BaseException:

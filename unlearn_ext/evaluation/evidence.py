@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.files import write_text
@@ -24,6 +24,7 @@ from unlearn_ext._internal.names import layer_name
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.evaluation.metrics.registry import REGISTRY
 from unlearn_ext.evaluation.seal import sealed
+from unlearn_ext.evaluation.traces import check_destroyable, destroy
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 _SALT_BYTES = 16
@@ -212,7 +213,7 @@ class Evidence:
             OSError: If a file cannot be deleted. What was destroyed by then is marked so.
         """
         for what in list(self._objects):
-            _destroy(self._objects[what])
+            destroy(self._objects[what])
             del self._objects[what]
             self.derived[what] = True
 
@@ -271,7 +272,7 @@ def evidence(
         raise ValueError(f"evidence: before must be a digest of weights_digest(), got {before!r}")
     objects = dict(derived or {})
     for what, value in objects.items():
-        _check_destroyable(what, value)
+        check_destroyable(f"evidence: derived[{what!r}]", value)
     measured = dict(metrics or {})
     count = code = None
     if forget_ids is not None:
@@ -318,30 +319,3 @@ def _id_bytes(entry: object) -> bytes:
     if isinstance(plain, bool) or not isinstance(plain, (str, int)):
         raise TypeError(f"forget_digest: ids must be strings, bytes or integers, got {type(plain).__name__}")
     return f"{'s' if isinstance(plain, str) else 'i'}{plain}".encode()
-
-
-def _check_destroyable(what: str, value: object) -> None:
-    if hasattr(value, "purge") or isinstance(value, (Tensor, Path)):
-        return
-    if isinstance(value, (Mapping, list, tuple)):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            _check_destroyable(what, entry)
-        return
-    raise TypeError(
-        f"evidence: derived[{what!r}] must be a tensor, a Path, something with purge(), or a mapping or "
-        f"sequence of them, got {type(value).__name__}"
-    )
-
-
-def _destroy(value: object) -> None:
-    purge = getattr(value, "purge", None)
-    if purge is not None:
-        purge()
-    elif isinstance(value, Tensor):
-        with torch.no_grad():
-            value.zero_()
-    elif isinstance(value, Path):
-        value.unlink(missing_ok=True)
-    elif isinstance(value, (Mapping, list, tuple)):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            _destroy(entry)
