@@ -12,7 +12,8 @@ Methods run with their defaults. Every cell (request, seed, method) is kept unde
 it is measured, by what it is of: texts, recipe, settings, version of PyTorch. The same command goes on where
 an interrupted run was, and ``--kept`` writes the pages of what there is.
 
-    python -m bench.texts --seeds 0 1 2    # all of it: 12 networks, 81 runs of methods
+    python -m bench.texts --seeds 0 1 2           # all of it: 12 networks, 81 runs of methods
+    python -m bench.texts --seeds 0 1 2 --kept    # the pages, after several processes have shared the cells
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import platform
 import random
 import subprocess
@@ -230,10 +232,10 @@ def request(
 
 
 def write(record: dict) -> None:
-    """Write the pages: a draft first, so that an interrupted run leaves whole ones."""
+    """Write the pages: a draft first, so that interrupted runs, and several at once, leave whole ones."""
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page(record))):
-        draft = RESULT.with_suffix(".draft")
+        draft = RESULT.with_suffix(f".draft-{os.getpid()}")
         draft.write_text(text, encoding="utf-8")
         draft.replace(RESULT.with_suffix(suffix))
     table.write_results()
