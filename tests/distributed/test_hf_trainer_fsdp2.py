@@ -1,8 +1,8 @@
 """The Trainer with FSDP2 and masks: bits that are kept, and the steps of one process.
 
-accelerate (1.15) shards for accelerators only: in processes on CPUs it drops its FSDP plugin without a word,
-and the Trainer trains whole copies side by side. What it does elsewhere runs here all the same once the plugin
-is put in its place: its own preparation of model and optimizer, on two processes with gloo.
+accelerate (1.15) shards for accelerators only: on CPUs it drops its FSDP plugin without a word, which leaves
+whole models side by side. What it does elsewhere runs here all the same once the plugin is put in its place:
+its own preparation of model and optimizer, on two processes with gloo.
 """
 
 import os
@@ -14,7 +14,7 @@ from language_models import make
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from trainer_runs import (  # noqa: E402
+from trainer_runs import (
     DATA,
     LR,
     arguments,
