@@ -25,3 +25,12 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
         for block in blocks:  # later blocks may use the names of earlier ones
             lines_before = text.count("\n", 0, block.start(1))
             exec(compile("\n" * lines_before + block[1], page, "exec"), namespace)
+
+
+def test_the_page_on_texts_shows_what_the_example_does():
+    text = (DOCS / "texts.md").read_text(encoding="utf-8")
+    example = (DOCS.parent / "examples" / "forget_user_sequences.py").read_text(encoding="utf-8")
+    does = {line.strip() for line in example.splitlines()}
+    block = text[text.index("```python\n") :].split("```")[1].removeprefix("python\n")
+    assert "ux.newton" in block
+    assert [line for line in block.splitlines() if line and line not in does] == []

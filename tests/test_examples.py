@@ -30,7 +30,8 @@ def example(name):
 
 
 def test_every_example_is_tested_and_listed():
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    # What has no main() is there for another example to import.
+    names = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
     tested = set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
     listed = set(re.findall(r"\((\w+)\.py\)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
     assert names == tested == listed
@@ -73,18 +74,18 @@ def test_request_after_request(tmp_path):
 
 
 @pytest.mark.skipif("newton" not in METHODS, reason="needs the second-order step")
-def test_sequences_of_a_user():
+def test_sequences_of_a_user(monkeypatch, capsys):
     pytest.importorskip("transformers")
-    figures = example("forget_user_sequences").main()
-    assert figures["reached"]
-    assert figures["attack by loss (0.5 is chance), before"] >= 0.95
-    assert figures["attack by loss (0.5 is chance), after"] <= 0.75
-    completed = "the {} texts completed, {}"
-    assert figures[completed.format("user's", "before")] >= 0.5
-    assert figures[completed.format("user's", "after")] <= 0.3
-    assert (
-        figures[completed.format("others'", "after")] >= figures[completed.format("others'", "before")] - 0.1
-    )
+    monkeypatch.syspath_prepend(EXAMPLES)
+    found = example("forget_user_sequences").main()
+    assert found["reached"]
+    (loss, unseen, perplexity, attack), after = found["before"], found["after"]
+    assert found["before"][loss] < 0.5 * found["before"][unseen]
+    assert after[loss] >= 0.9 * after[unseen]
+    assert after[perplexity] <= 1.02 * found["before"][perplexity]  # the budget
+    assert found["before"][attack] >= 0.95
+    assert after[attack] <= 0.75
+    assert attack in capsys.readouterr().out
 
 
 # The accuracy that may be left where the batch to be forgotten is not all forgotten: of four labels one, of
