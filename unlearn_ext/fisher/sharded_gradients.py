@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from unlearn_ext.fisher.engine.settled import SettledSums
 from unlearn_ext.fisher.sharded import ShardedLockstep
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches
+from unlearn_ext.tasks.losses import LossFn
 
 
 class ShardedGradients:
@@ -100,16 +101,28 @@ def weighted(terms: Iterable[tuple[float, Tensor]]) -> Tensor:
 
 
 def sharded_mean_gradients(
-    who: str, data: Batches, task: Task, names: Sequence[str], ranks: MeshRanks, progress: bool
+    who: str,
+    what: str,
+    data: Batches,
+    task: Task,
+    names: Sequence[str],
+    ranks: MeshRanks,
+    *,
+    loss_fn: LossFn | None = None,
+    weigh: Callable[[Tensor], Tensor] = torch.ones_like,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the mean over all ranks' samples of the gradient of their loss.
 
     Args:
         who: Whose message an error is.
+        what: Name of the set.
         data: This rank's batches, perhaps none.
-        task: The task, with its loss.
+        task: Counts and selects samples.
         names: Plain names of the parameters.
         ranks: Those of the model's mesh.
+        loss_fn: ``loss_fn(model, batch) -> Tensor[N]``; None: the task's loss.
+        weigh: The samples' weights in the mean, from their losses.
         progress: Show a progress bar.
 
     Returns:
@@ -119,25 +132,26 @@ def sharded_mean_gradients(
         ValueError: If no rank has a sample.
         FloatingPointError: If a loss is not finite, on every rank.
     """
-    n = 0
-    sharded = ranks.begin("gradients")
+    total, loss = 0.0, task.loss if loss_fn is None else loss_fn
+    sharded = ranks.begin(f"gradients of {what}")
     with sharded.resharded(), borrowed(sharded.model):
         gradients = ShardedGradients(sharded, names)
         for step in steps(sharded, data, task, sharded.device, description=who, progress=progress):
             with gradients.watching() as marks:
                 with ranks.in_collectives():
-                    values = task.loss(sharded.model, step.batch)
+                    values = loss(sharded.model, step.batch)
                 if not bool(torch.isfinite(values.detach()).all()):
                     raise FloatingPointError(
-                        f"{who}: the loss must be finite, got {values} in batch {step.index}"
+                        f"{who}: the loss of {what} must be finite, got {values} in batch {step.index}"
                     )
                 ranks.exchange("losses", None)
+                weights = weigh(values.detach()) * float(step.is_live)
                 with ranks.in_collectives():
-                    gradients.add(weighted([(float(step.is_live), values)]), marks)
-            n += step.n if step.is_live else 0
-    (n,) = ranks.total("samples", n)
-    if n == 0:
-        raise ValueError(f"{who}: forget must hold at least one sample on some rank, got none")
-    for total in gradients.sums.values():
-        local_of(total).div_(n)
+                    gradients.add((weights * values).sum(), marks)
+            total += float(weights.double().sum())
+    (total,) = ranks.total("weights", total)
+    if not total > 0:
+        raise ValueError(f"{who}: {what} must hold at least one sample on some rank, got none")
+    for each in gradients.sums.values():
+        local_of(each).div_(total)
     return gradients.sums

@@ -292,7 +292,9 @@ def scored(
             tensors = _random(parameters, ranks.shared_generator(generator))
     else:
         if isinstance(ranks, MeshRanks):
-            tensors = sharded_mean_gradients(who, forget, task, list(parameters), ranks, progress)
+            tensors = sharded_mean_gradients(
+                who, "forget", forget, task, list(parameters), ranks, progress=progress
+            )
         else:
             tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
         if score == "taylor":
