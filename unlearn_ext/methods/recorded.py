@@ -15,7 +15,7 @@ from torch import nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
-from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
+from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks, ranks_of
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.run import Run, at_the_end
 from unlearn_ext.methods.until import Measured, figures, measure
@@ -80,6 +80,7 @@ class Record:
         self, model: object, forget: object, retain: object, task: object, ranks: Ranks = ALONE
     ) -> None:
         self._model, self._ranks = model, ranks
+        self._on_mesh = isinstance(ranks, MeshRanks)
         self._task = task if isinstance(task, Task) else None
         self._sets: dict[str, Batches] = {
             name: data  # type: ignore[misc]
@@ -87,7 +88,7 @@ class Record:
             if data is not None and not isinstance(data, Importance)
         }
         try:
-            check_model(cast("nn.Module", model), "Record")
+            check_model(cast("nn.Module", model), "Record", may_be_sharded=self._on_mesh)
         except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
             self._sets = {}
         self._missing: list[str] = []
@@ -151,11 +152,16 @@ class Record:
             try:
                 with self._ranks.failing_together(), random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
-                        check_model(self._model, "measure")  # what the method refuses is not to be run
+                        # What the method refuses is not to be run.
+                        check_model(self._model, "measure", may_be_sharded=self._on_mesh)
                         found[name] = measure(self._model, data, self._task, ranks=self._ranks)
             except (TypeError, ValueError, NotImplementedError) as error:  # no labels, or no right and wrong
+                if self._ranks.is_broken:
+                    raise
                 _LOG.debug("the %s set is not measured: %s", name, error)
             except Exception as error:  # what is wrong with the data, the method says in another reading
+                if self._ranks.is_broken:
+                    raise
                 self._missing.append(f"the {name} set was not measured {when}: {error}")
         return found
 

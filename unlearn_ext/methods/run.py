@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import Buffers, restored
+from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext._internal.seeding import random_states_kept, seeded
-from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.distributed.agree import check_same_weights
+from unlearn_ext.distributed.fsdp import reshard
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import device_of
 
@@ -79,7 +81,7 @@ class Run:
         Args:
             names: Their names; those that are kept already are left at that.
         """
-        parameters = parameters_by_name(self.model)
+        parameters = self._parameters()
         for name in map(plain_name, names):
             if name not in self._before:
                 self._before[name] = parameters[name].detach().clone()
@@ -137,23 +139,23 @@ class Run:
         name = name if name in self._before else plain_name(name)
         if name in self._before:
             return self._before[name]
-        return parameters_by_name(self.model)[name].detach()  # which is not to change
+        return self._parameters()[name].detach()  # which is not to change
 
     def put_back(self) -> None:
         """Give every parameter and buffer the value it had before the run."""
-        parameters = parameters_by_name(self.model)
+        parameters = self._parameters()
         with torch.no_grad():
             for name, value in self._before.items():
-                parameters[name].copy_(value)
+                local_of(parameters[name]).copy_(local_of(value))
         self._buffers.put_back()
 
     def has_other_buffers(self) -> bool:
         """Say whether a buffer has another value, or is another tensor, than before the run.
 
         Returns:
-            True if so.
+            True if so, on some rank.
         """
-        return self._buffers.differ()
+        return any(self.ranks.exchange("buffers", self._buffers.differ()))
 
     def result(self) -> UnlearnResult:
         """Compare the model with what it was.
@@ -178,10 +180,17 @@ class Run:
         self._counts = self._counted()
 
     def _counted(self) -> dict[str, tuple[int, int]]:
-        return {
-            name: (int((p.detach() != self._before[name]).sum()) if name in self._before else 0, p.numel())
-            for name, p in parameters_by_name(self.model).items()
-        }
+        parameters = self._parameters()
+        own = [
+            float((local_of(p).detach() != local_of(self._before[name])).sum()) if name in self._before else 0
+            for name, p in parameters.items()
+        ]
+        changed = map(int, totals(own, list(parameters.values())))
+        return {name: (count, p.numel()) for (name, p), count in zip(parameters.items(), changed, strict=True)}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.model)  # gathered parameters are no place to keep or to write anything
+        return parameters_by_name(self.model)
 
 
 @contextmanager
@@ -227,7 +236,8 @@ def unlearning(
         >>> run.result().changed_per_parameter
         {'weight': 1.0, 'bias': 0.0}
     """
-    check_model(model, method)
+    reshard(model)
+    check_model(model, method, may_be_sharded=isinstance(ranks, MeshRanks))
     run = Run(model, method, hyperparameters, changes=changes, ranks=ranks)
     if goal is not None:
         goal.begin(run)
