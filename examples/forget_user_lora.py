@@ -40,7 +40,9 @@ def batches(users: Iterable[int], size: int = 16) -> list[Batch]:
         rng = random.Random(user)
         name, *facts = ("".join(map(rng.choice, ("bdgklmnrst", "aeiou") * 3)) for _ in range(5))
         facts[1] = f"{rng.randrange(10_000):04}"
-        texts += [sentence.format(name.title(), fact) for sentence, fact in zip(SENTENCES, facts, strict=True)]
+        texts += [
+            sentence.format(name.title(), fact) for sentence, fact in zip(SENTENCES, facts, strict=True)
+        ]
     ids = torch.zeros(len(texts), LENGTH, dtype=torch.long)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text) + 2] = torch.tensor([1, *text.encode("ascii"), 1])
@@ -76,7 +78,10 @@ def trained(epochs: int) -> nn.Module:
     Returns:
         A model of PEFT.
     """
-    ends, drops = dict.fromkeys(("bos_token_id", "eos_token_id"), 1), ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    ends, drops = (
+        dict.fromkeys(("bos_token_id", "eos_token_id"), 1),
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    )
     sizes = {"vocab_size": 128, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
     base = GPT2LMHeadModel(GPT2Config(**sizes, **ends, **dict.fromkeys(drops, 0.0)))
     learn(base, batches(range(100, 140)), 25, 3e-3)

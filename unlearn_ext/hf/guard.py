@@ -41,7 +41,9 @@ class MaskGuard:
         self.leave()
         found = masks_by_parameter(model, self._masks, self._who)
         parameters = parameters_by_name(model)
-        frees = {parameters[name]: _packed(mask, parameters[name], name, self._who) for name, mask in found.items()}
+        frees = {
+            parameters[name]: _packed(mask, parameters[name], name, self._who) for name, mask in found.items()
+        }
         self._frees = frees
         for parameter in frees:
             handle = parameter.register_post_accumulate_grad_hook(self._zero)  # type: ignore[no-untyped-call]

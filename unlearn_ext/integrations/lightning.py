@@ -205,7 +205,8 @@ def _step_of(model: nn.Module) -> Callable[[Any], Any]:
     step = getattr(model, "training_step", None)
     if not callable(step):
         raise TypeError(
-            f"training_step_task: model must be a LightningModule with training_step, got {type(model).__name__}"
+            "training_step_task: model must be a LightningModule with training_step, got "
+            f"{type(model).__name__}"
         )
     if not getattr(model, "automatic_optimization", True):
         raise ValueError(
