@@ -1,5 +1,6 @@
 """The examples run, on little data, and do what they say."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -71,6 +72,62 @@ def test_request_after_request(tmp_path):
     assert records[0]["weights_after"] == records[1]["weights_before"]
     purged = {entry["what"]: entry["purged_here"] for entry in records[1]["derived"]}
     assert purged["importances on the forget set"]
+
+
+# The four jobs that people come with, and how few lines of their own each takes.
+JOBS = ("forget_class_timm", "forget_records_tabular", "forget_user_lora", "correct_labels_lightning")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_at_most_fifteen_lines(name):
+    tree = ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+    (main,) = (node for node in tree.body if getattr(node, "name", None) == "main")
+    _docstring, *body = main.body
+    assert body[-1].end_lineno - body[0].lineno + 1 <= 15
+
+
+def test_a_class_of_an_image_model(capsys):
+    pytest.importorskip("timm")
+    figures = example("forget_class_timm").main()
+    assert figures["before"] >= 0.5
+    assert figures["after"] <= 0.02
+    assert figures["others, after"] >= figures["others, before"] - 0.02
+    assert "forgotten by changing" in capsys.readouterr().out
+
+
+def test_records_of_a_table(capsys):
+    figures = example("forget_records_tabular").main()
+    assert figures["reached"]
+    assert figures["forgotten, before"] == 1.0
+    # As the model answers for patients it never saw: of 40 records one is 2.5 %.
+    assert abs(figures["forgotten, after"] - figures["unseen, before"]) <= 0.05
+    assert figures["kept, after"] >= 0.98
+    assert figures["unseen, after"] >= figures["unseen, before"] - 0.03
+    assert capsys.readouterr().out.endswith("reached\n")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_user_in_adapters(capsys):
+    pytest.importorskip("peft")
+    figures = example("forget_user_lora").main()
+    assert figures["reached"]
+    assert figures["attack by loss (0.5 is chance), before"] >= 0.95
+    assert abs(figures["attack by loss (0.5 is chance), after"] - 0.5) <= 0.3  # four texts
+    assert figures["completed of the user's texts, before"] >= 0.4
+    assert figures["completed of the user's texts, after"] <= 0.2
+    assert figures["completed of the others', after"] >= figures["completed of the others', before"] - 0.15
+    assert capsys.readouterr().out.endswith("reached\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_mislabelled_samples_in_lightning(capsys):
+    pytest.importorskip("lightning")
+    figures = example("correct_labels_lightning").main()
+    assert figures["unseen sevens, before"] <= 0.5
+    assert figures["unseen sevens, after"] >= 0.8
+    assert figures["unseen others, after"] >= figures["unseen others, before"] - 0.05
+    assert figures["changed"] <= 0.25
+    assert "unseen sevens, after" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("newton" not in METHODS, reason="needs the second-order step")

@@ -104,7 +104,7 @@ def test_the_callback_is_the_masked_optimizer(tmp_path):
 
 
 def test_the_callback_holds_momentum_from_before():
-    from unlearn_ext.hf.callback import _Guard
+    from unlearn_ext.hf.guard import MaskGuard
 
     model = nn.Linear(4, 3)
     masks, before = random_masks(model), values_of(model)
@@ -113,7 +113,7 @@ def test_the_callback_holds_momentum_from_before():
     optimizer.step()
     before = values_of(model)
     momentum = {p: optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()}
-    guard = _Guard(masks)
+    guard = MaskGuard(masks)
     guard.enter(model)
     for _ in range(3):
         optimizer.zero_grad()

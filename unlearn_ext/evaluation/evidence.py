@@ -20,7 +20,7 @@ from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.files import write_text
-from unlearn_ext._internal.names import layer_name
+from unlearn_ext._internal.names import layer_name, parameters_by_name
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.evaluation.metrics.registry import REGISTRY
 from unlearn_ext.evaluation.seal import sealed
@@ -94,7 +94,7 @@ def changed_per_layer(result: UnlearnResult, model: nn.Module) -> dict[str, floa
         Name of the module that owns the parameters to the share of its scalars that changed.
     """
     counts: dict[str, list[float]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_by_name(model).items():
         entry = counts.setdefault(layer_name(name), [0.0, 0.0])
         entry[0] += result.changed_per_parameter.get(name, 0.0) * parameter.numel()
         entry[1] += parameter.numel()

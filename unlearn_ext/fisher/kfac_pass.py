@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import eager
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
 from unlearn_ext.fisher.kfac import KroneckerFactors
@@ -27,6 +28,8 @@ TEMPERATURE = 2.0
 FLAT = 100.0  # temperature at which nearly every label is drawn alike
 PROBE = 3  # samples on which coverage is found out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE = 0.05  # in half precision
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @lockstep_on_mesh
@@ -265,6 +268,7 @@ class Watch:
                 self._layers[module].uses.append((inputs.detach(), get_gradient_edge(output)))
 
         with ExitStack() as stack:
+            stack.enter_context(eager())  # compiled code calls no hooks of its layers
             for module, layer in self._layers.items():
                 layer.uses.clear()
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -414,6 +418,9 @@ class Watch:
                     shown[layer.name] = (layer, pairs)
             seen.append(shown)
         together, alone = seen
+        is_coarse = any(
+            tensor.dtype in _HALVES for _, pairs in together.values() for pair in pairs for tensor in pair
+        )  # under autocast what is float32 has been computed from less all the same
         for layer in list(self._layers.values()):
             if layer.name not in together or layer.name not in alone:
                 if all(grad is None for grad in true[layer.name]):
@@ -422,11 +429,11 @@ class Watch:
                 continue
             pairs, first = together[layer.name][1], alone[layer.name][1]
             if len(pairs) != len(first) or not all(
-                close_to(a[:1], a1) and close_to(g[:1], g1)
+                close_to(a[:1], a1, is_coarse) and close_to(g[:1], g1, is_coarse)
                 for (a, g), (a1, g1) in zip(pairs, first, strict=True)
             ):
                 self._drop(layer, "its samples depend on each other")
-            elif not _makes_up(layer, pairs, true[layer.name]):
+            elif not _makes_up(layer, pairs, true[layer.name], is_coarse):
                 self._drop(layer, "its weight is used outside of its own call, or not as its kind does")
 
     def _drop(self, layer: WatchedLayer, why: str) -> None:
@@ -435,26 +442,32 @@ class Watch:
             self.coverage[f"{layer.name}.{name}" if layer.name else name] = why
 
 
-def _makes_up(layer: WatchedLayer, pairs: list[tuple[Tensor, Tensor]], true: list[Tensor | None]) -> bool:
+def _makes_up(
+    layer: WatchedLayer, pairs: list[tuple[Tensor, Tensor]], true: list[Tensor | None], is_coarse: bool
+) -> bool:
     # Whether inputs and output gradients give the gradient of the weight.
     total: list[Tensor] = []
     for inputs, grad in pairs:
-        output = layer.factored.plain_call(inputs)
+        is_autocast = grad.dtype in _HALVES and grad.dtype != layer.tensors[0].dtype
+        with torch.autocast(grad.device.type, grad.dtype, is_autocast, cache_enabled=False):
+            output = layer.factored.plain_call(inputs)
         if output.shape != grad.shape:
             return False
         found = torch.autograd.grad(output, layer.tensors, grad)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
     return all(
-        t is not None and close_to(a.to_dense(), t.to_dense()) for a, t in zip(total, true, strict=True)
+        t is not None and close_to(a.to_dense(), t.to_dense(), is_coarse)
+        for a, t in zip(total, true, strict=True)
     )
 
 
-def close_to(a: Tensor, b: Tensor) -> bool:
+def close_to(a: Tensor, b: Tensor, is_coarse: bool = False) -> bool:
     """Say whether two tensors differ by rounding alone.
 
     Args:
         a: A tensor.
         b: Another one.
+        is_coarse: Something was computed in half precision on the way.
 
     Returns:
         Whether they do; False where shapes differ.
@@ -463,7 +476,7 @@ def close_to(a: Tensor, b: Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    tolerance = _TOLERANCE.get(a.dtype, 0.05)
+    tolerance = _COARSE if is_coarse else _TOLERANCE.get(a.dtype, _COARSE)
     scale = max(float(a.double().norm()), float(b.double().norm()))
     return float((a.double() - b.double()).norm()) <= tolerance * scale
 
