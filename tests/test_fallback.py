@@ -1,14 +1,10 @@
 """The kernels in plain PyTorch: what they compute and refuse, where they serve, and what is said of them."""
 
 import functools
-import json
 import operator
-import os
 import re
-import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,10 +18,9 @@ from op_cases import (
     compiled,
     copied,
     laid_out,
-    mapped,
     tensors_of,
 )
-from test_errors import BAD_CALLS, CASE_OF, VALID
+from test_errors import BAD_CALLS, CASE_OF
 
 from unlearn_ext import ops
 from unlearn_ext.ops import fallback
