@@ -49,6 +49,9 @@ help:
 	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
 	@echo "make check-static      registers, occupancy and instructions of the CUDA kernels against their budgets; needs"
 	@echo "                       nvcc, no GPU; ARGS=--update rewrites tests/native/budget.json"
+	@echo "make check-fallback    the ops on their kernels in plain PyTorch: what runs where nothing is compiled"
+	@echo "make check-install     the source archive, installed and used where there is no compiler"
+	@echo "make wheel             the source archive and two wheels in dist: compiled for this torch, and for any platform"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
 
 setup: $(READY)
@@ -71,7 +74,7 @@ $(LINTED): pyproject.toml $(READY)
 	@touch $@
 
 $(BUILT): $(SOURCES) $(READY)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	UNLEARN_BUILD=require $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && echo "$(BUILD_KEY)" >$@
 
 # In a process per core where pytest-xdist is; ARGS='-n 0' in one.
@@ -129,3 +132,24 @@ check-cuda-build: $(READY)
 
 clean:
 	rm -rf build dist unlearn_ext/_C.*.so unlearn_ext/_build_info.json unlearn_ext.egg-info
+
+# ---- Without the compiled library, and packages to hand on
+
+.PHONY: check-fallback check-install wheel
+FALLBACK_TESTS := tests/test_op_edges.py tests/test_signatures.py tests/test_reference.py tests/test_ops.py tests/test_errors.py \
+  tests/test_saliency.py tests/methods/test_ssd.py
+
+# Lists of thousands and of large tensors are for the compiled kernels.
+check-fallback: $(READY)
+	UNLEARN_OPS=reference $(PY) -m pytest -q $(FALLBACK_TESTS) -k "not many and not large and not compiles and not opcheck" $(ARGS)
+
+check-install: $(READY)
+	.ci/install_check $(PY)
+
+wheel: $(READY)
+	$(PY) -m pip install -q $$($(PY) .ci/requirements.py wheel)
+	rm -rf dist
+	$(PY) -W ignore setup.py -q sdist -d dist
+	PYTHON=$(PY) .ci/wheel dist
+	UNLEARN_BUILD=off $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	ls -l dist

@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "_C": set(),
     "_internal": set(),
-    "ops": {"_C", "_internal"},
+    "ops": {"_C", "_internal", "ops.reference"},
     "ops.reference": set(),
     "tasks": set(),
     "distributed": {"tasks", "_internal"},
@@ -60,6 +60,7 @@ PUBLIC = {
 ALLOWED |= PUBLIC
 ALLOWED["__init__"] = {
     *PUBLIC,
+    "_internal",
     "evaluation",
     "fisher",
     "hf",
