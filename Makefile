@@ -35,7 +35,7 @@ endif
 
 NATIVE_FILES := git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: help setup build test demo bench gpu lint mypy format check-native check-kernels check-planted check-static \
+.PHONY: help setup build test demo bench gpu lint mypy format check-native check-kernels check-planted check-static check-traffic \
   check-cuda-build clean always
 help:
 	@echo "make demo              forget a class and 50 samples of handwritten digits, compare with retraining"
@@ -52,6 +52,8 @@ help:
 	@echo "make check-fallback    the ops on their kernels in plain PyTorch: what runs where nothing is compiled"
 	@echo "make check-install     the source archive, installed and used where there is no compiler"
 	@echo "make wheel             the source archive and two wheels in dist: compiled for this torch, and for any platform"
+	@echo "make check-traffic     bytes, sectors and passes of the CUDA kernels, counted on the CPU, against their budgets;"
+	@echo "                       ARGS='[text] [--arrays] [--update]', which rewrites tests/native/traffic.json"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
 
 setup: $(READY)
@@ -112,6 +114,9 @@ check-kernels: $(READY)
 
 check-planted: $(READY)
 	$(PY) tests/native/planted.py $(ARGS)
+
+check-traffic: $(READY)
+	PYTHON=$(PY) tests/native/run.sh traffic $(ARGS)
 
 # One build of the CUDA objects serves both checks; its slowest file is compiled for two architectures at a time.
 define configure_cuda

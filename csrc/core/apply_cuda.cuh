@@ -81,59 +81,74 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
   T lane[V];
 };
 
-// One 16-byte access of the narrowest list, more of the wider ones.
+// Scalars of a vector: one 16-byte access of the widest list, a shorter one of the others. More of a wide list would
+// leave gaps between the lanes of an instruction, which then moves every 32 bytes twice.
 template <class R>
-constexpr int kVector = 16 / R::smallest;
-
-// The mask bits from scalar i to the end of its byte, set where op acts; all set without a mask.
-template <class Op>
-__device__ __forceinline__ uint32_t keep_bits(const uint8_t* bits, int i) {
-  if (bits == nullptr) return ~0u;
-  const uint32_t byte = bits[i / 8];
-  return (kOnCleared<Op> ? ~byte : byte) >> (i % 8);
-}
+constexpr int kVector = 16 / R::largest;
 
 // Vectors of every list a thread loads before it stores the first: enough bytes in flight to hide memory latency, no
 // more than fit the registers of three blocks per multiprocessor.
 template <class R>
-constexpr int kUnroll = kVector<R> * R::size > 24 ? 1 : 2;
+constexpr int kUnroll = kVector<R> * R::bytes <= 32 ? 4 : 2;
+
+// The mask bits of scalars [i, i + V), set where op acts; all set without a mask. The last of them is inside the mask.
+template <class Op, int V>
+__device__ __forceinline__ uint32_t keep_bits(const uint8_t* bits, int i) {
+  constexpr uint32_t kAll = (1u << V) - 1u;
+  if (bits == nullptr) return kAll;
+  uint32_t word = bits[i / 8];
+  if (i % 8 + V > 8) word |= static_cast<uint32_t>(bits[i / 8 + 1]) << 8;
+  return (kOnCleared<Op> ? ~word : word) >> (i % 8) & kAll;
+}
+
+// Scalars before the first vector of a chunk: the first list's vectors then start on the 32 bytes that memory is read
+// in. Negative if the lists lie differently towards their vectors; chunks start alike in all of a tensor.
+template <class R, size_t... I>
+__device__ __forceinline__ int head_of(void* const* data, std::index_sequence<I...>) {
+  constexpr uintptr_t kSectorScalars = 32 / R::smallest, V = kVector<R>;
+  const uintptr_t scalars[] = {reinterpret_cast<uintptr_t>(data[I]) / sizeof(typename R::template at<I>)...};
+  const uintptr_t head = (0 - scalars[0]) % kSectorScalars;
+  return (((scalars[I] + head) % V == 0) && ...) ? static_cast<int>(head) : -1;
+}
 
 template <class R, class Op, size_t... I>
-__device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, const uint8_t* bits, bool aligned,
+__device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, const uint8_t* bits, int head,
                                             int64_t begin, int n, std::index_sequence<I...> indices) {
   constexpr int V = kVector<R>, U = kUnroll<R>;
   constexpr uint32_t kAll = (1u << V) - 1u;
   [&](auto*... list) {
-    int done = 0;
-    if (aligned) {
-      const int vectors = n / V;
-      for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kThreads * U) {
-        std::tuple<Vec<typename R::template at<I>, V>...> pack[U];
-        uint32_t keep[U];
+    const int vectors = head < 0 || n < head ? 0 : (n - head) / V;
+    for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kThreads * U) {
+      std::tuple<Vec<typename R::template at<I>, V>...> pack[U];
+      uint32_t keep[U];
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int v = first + u * kThreads;
-          keep[u] = v >= vectors ? 0u : keep_bits<Op>(bits, v * V) & kAll;
-          if (keep[u] != 0) pack[u] = {reinterpret_cast<const Vec<typename R::template at<I>, V>*>(list)[v]...};
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          if (keep[u] == 0) continue;
-#pragma unroll
-          for (int j = 0; j < V; ++j) apply_at<R>(op, keep[u] >> j & 1u, indices, &std::get<I>(pack[u]).lane[j]...);
-          const int v = first + u * kThreads;
-          (
-              [&] {
-                if constexpr (I < static_cast<size_t>(Op::writes))
-                  reinterpret_cast<Vec<typename R::template at<I>, V>*>(list)[v] = std::get<I>(pack[u]);
-              }(),
-              ...);
-        }
+      for (int u = 0; u < U; ++u) {
+        const int v = first + u * kThreads;
+        keep[u] = v >= vectors ? 0u : keep_bits<Op, V>(bits, head + v * V);
+        if (kOverwrites<Op> && keep[u] == kAll)
+          pack[u] = {};
+        else if (keep[u] != 0)
+          pack[u] = {reinterpret_cast<const Vec<typename R::template at<I>, V>*>(list + head)[v]...};
       }
-      done = vectors * V;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (keep[u] == 0) continue;
+#pragma unroll
+        for (int j = 0; j < V; ++j) apply_at<R>(op, keep[u] >> j & 1u, indices, &std::get<I>(pack[u]).lane[j]...);
+        const int v = first + u * kThreads;
+        (
+            [&] {
+              if constexpr (I < static_cast<size_t>(Op::writes))
+                reinterpret_cast<Vec<typename R::template at<I>, V>*>(list + head)[v] = std::get<I>(pack[u]);
+            }(),
+            ...);
+      }
     }
-    for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads)
-      if (keep_bits<Op>(bits, i) & 1u) apply_at<R>(op, true, indices, list + i...);
+    // The scalars before and behind the vectors.
+    for (int k = static_cast<int>(threadIdx.x); k < n - vectors * V; k += kThreads) {
+      const int i = vectors == 0 || k < head ? k : k + vectors * V;
+      if (keep_bits<Op, 1>(bits, i)) apply_at<R>(op, true, indices, list + i...);
+    }
   }(static_cast<typename R::template at<I>*>(data[I]) + begin...);
 }
 
@@ -144,13 +159,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   void* const* data = table.data[place.tensor];
   const uint8_t* bits = nullptr;
   if constexpr (kMasked) bits = static_cast<const uint8_t*>(data[R::size]) + place.begin / 8;
-  uintptr_t addresses = 0;
-#pragma unroll
-  for (int list = 0; list < R::size; ++list) addresses |= reinterpret_cast<uintptr_t>(data[list]);
   Op op = constants;
   if constexpr (requires { op.load_constants(); }) op.load_constants();
-  apply_chunk<R>(op, data, bits, (addresses & 15) == 0, place.begin, static_cast<int>(place.end - place.begin),
-                 typename R::indices{});
+  apply_chunk<R>(op, data, bits, head_of<R>(data, typename R::indices{}), place.begin,
+                 static_cast<int>(place.end - place.begin), typename R::indices{});
 }
 
 template <class R, class Op, bool kMasked, int N>
@@ -166,7 +178,8 @@ int apply(const Op& op, const Slice<R::size>* slices, int64_t count, const Exec&
   return launch_lists<R, Op, false>(op, slices, count, exec);
 }
 
-// Slices carry the packed mask behind the row; vectors without a set bit are neither loaded nor stored.
+// Slices carry the packed mask behind the row; vectors on which op does not act are neither loaded nor
+// stored.
 template <class R, class Op>
 int apply_masked(const Op& op, const Slice<R::size + 1>* slices, int64_t count, const Exec& exec) {
   return launch_lists<R, Op, true>(op, slices, count, exec);

@@ -15,6 +15,8 @@ template <class... T>
 struct Row {
   static constexpr int size = sizeof...(T);
   static constexpr int smallest = static_cast<int>(std::min({sizeof(T)...}));
+  static constexpr int largest = static_cast<int>(std::max({sizeof(T)...}));
+  static constexpr int bytes = static_cast<int>((sizeof(T) + ...));  // of a scalar of every list
   using indices = std::index_sequence_for<T...>;
   template <size_t I>
   using at = std::tuple_element_t<I, std::tuple<T...>>;
@@ -50,5 +52,9 @@ UNLEARN_HD void apply_at(const Op& op, bool keep, std::index_sequence<I...>, P*.
 // Ops that act where the mask is clear say so with a member `on_cleared`.
 template <class Op>
 constexpr bool kOnCleared = requires { Op::on_cleared; };
+
+// Ops whose results do not depend on what was there say so with a member `overwrites`.
+template <class Op>
+constexpr bool kOverwrites = requires { Op::overwrites; };
 
 }  // namespace unlearn_ext

@@ -116,7 +116,7 @@ template <class A>
 struct ClearMasked {
   using acc_type = A;
   static constexpr int writes = 1;
-  static constexpr bool on_cleared = true;
+  static constexpr bool on_cleared = true, overwrites = true;
   UNLEARN_HD void operator()(A& grad) const { grad = A(0); }
 };
 

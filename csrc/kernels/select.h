@@ -33,6 +33,7 @@ struct SelectState {
   Cursor<A> cursor[2];
   int64_t total;    // keys counted
   double fraction;  // of the way from the first rank to the second
+  int64_t tied;     // keys that share the first rank's, once its last digit is known
 };
 
 // Ties are shared out by chunks of scores. A tensor adds at most one chunk to the kTieChunks of an undivided list.

@@ -7,6 +7,7 @@
 #   emulate-asan  the same under both sanitizers, one schedule
 #   race          CUDA kernels in the checker under ThreadSanitizer, one schedule: races inside a block
 #   race-inter    the same, races between blocks
+#   traffic       CUDA kernels in the checker, their memory accesses counted and held to traffic.json
 #   gpu           CUDA kernels on the GPU of this machine
 # The races are looked for on reduced sizes: UNLEARN_REDUCED=0 asks for all of them, 1 or 2 in any mode for part.
 set -euo pipefail
@@ -16,7 +17,7 @@ case ${1:-} in
   --build) run_it=; shift ;;
   --run) build_it=; shift ;;
 esac
-mode=${1:?usage: run.sh [--build|--run] plain|asan|emulate|emulate-asan|race|race-inter|gpu [text]}
+mode=${1:?usage: run.sh [--build|--run] plain|asan|emulate|emulate-asan|race|race-inter|traffic|gpu [text]}
 shift
 sanitize=
 case $mode in
@@ -25,6 +26,7 @@ case $mode in
   emulate) backend=emulate ;;
   emulate-asan) backend=emulate sanitize=address,undefined ;;
   race | race-inter) backend=emulate sanitize=thread ;;
+  traffic) backend=traffic ;;
   gpu) backend=gpu ;;
   *) echo "run.sh: unknown mode $mode" >&2; exit 2 ;;
 esac
@@ -40,6 +42,9 @@ if [ "$build_it" ]; then
   cmake --build "$build" --parallel "${JOBS:-$(nproc)}"
 fi
 [ "$run_it" ] || exit 0
+if [ $mode = traffic ]; then
+  exec "${PYTHON:-python3}" "$here/traffic.py" --program "${UNLEARN_TEST_PROGRAM:-$build/test_kernels}" "$@"
+fi
 
 export ASAN_OPTIONS=detect_stack_use_after_return=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
 run=()

@@ -22,12 +22,12 @@ std::vector<int64_t> many() {
 struct Shape {
   const char* name;
   std::vector<int64_t> sizes;
-  int64_t offset;
+  int64_t offset, apart = 0;  // from an aligned address: of the lists, and of the last of them from the others
 };
 const std::vector<Shape>& shapes() {
   static const std::vector<Shape> all = {
       {"no tensor", {}, 0},  {"many", many(), 0},    {"many, misaligned", many(), 3}, {"edges", kEdges, 0},
-      {"one empty", {0}, 0}, {"one scalar", {1}, 0}, {"edges, misaligned", kEdges, 1}};
+      {"one empty", {0}, 0}, {"one scalar", {1}, 0}, {"edges, apart", kEdges, 2, 1},  {"edges, misaligned", kEdges, 1}};
   return all;
 }
 template <class F>
@@ -75,7 +75,7 @@ template <Backend B, class T>
 void fisher(const Shape& shape, const Exec& exec, double weight, double decay, int power) {
   using A = acc_t<T>;
   List<A> fisher(shape.sizes, shape.offset, values<A>(0, 2));
-  List<T> grads(shape.sizes, shape.offset, values<T>(-3, 3));
+  List<T> grads(shape.sizes, shape.offset + shape.apart, values<T>(-3, 3));
   const auto slices = slices_of(fisher, grads);
   CHECK(fisher_accumulate<B>(Format<T>::dtype, slices.data(), static_cast<int64_t>(slices.size()), weight, decay, power,
                              exec) == 0,
@@ -180,7 +180,8 @@ template <Backend B, class T>
 void dampen(const Shape& shape, const Exec& exec, const Dampening<double>& c) {
   using A = acc_t<T>;
   List<T> params(shape.sizes, shape.offset, any_bits<T>);
-  List<A> full(shape.sizes, shape.offset, importances<A>()), forget(shape.sizes, shape.offset, importances<A>());
+  List<A> full(shape.sizes, shape.offset, importances<A>()),
+      forget(shape.sizes, shape.offset + shape.apart, importances<A>());
   for (size_t t = 0; t < full.now.size(); ++t)  // on the boundary and next to it
     for (int64_t i = 0; i + 2 < full.now[t].size(); i += 5) {
       const A edge = static_cast<A>(static_cast<A>(c.alpha) * full.now[t][i]);
@@ -262,7 +263,8 @@ template <Backend B, class T>
 void sgd(const Shape& shape, const Exec& exec, const SgdConstants& c) {
   using A = acc_t<T>;
   const bool momentum = c.momentum != 0;
-  List<T> params(shape.sizes, shape.offset, values<T>(-2, 2)), grads(shape.sizes, shape.offset, values<T>(-1, 1));
+  List<T> params(shape.sizes, shape.offset, values<T>(-2, 2)),
+      grads(shape.sizes, shape.offset + shape.apart, values<T>(-1, 1));
   List<A> buffers(shape.sizes, shape.offset, values<A>(-1, 1));
   List<uint8_t> mask = masks(shape.sizes, shape.offset);
   scramble(params, mask), scramble(grads, mask), scramble(buffers, mask);
@@ -306,7 +308,8 @@ const Case masked_sgd_case("masked_sgd", [] {
 template <Backend B, class T>
 void adamw(const Shape& shape, const Exec& exec, const AdamwConstants& c, int step, int step_type) {
   using A = acc_t<T>;
-  List<T> params(shape.sizes, shape.offset, values<T>(-2, 2)), grads(shape.sizes, shape.offset, values<T>(-1, 1));
+  List<T> params(shape.sizes, shape.offset, values<T>(-2, 2)),
+      grads(shape.sizes, shape.offset + shape.apart, values<T>(-1, 1));
   List<A> averages(shape.sizes, shape.offset, values<A>(-1, 1)), squares(shape.sizes, shape.offset, values<A>(0.01, 1));
   List<uint8_t> mask = masks(shape.sizes, shape.offset);
   scramble(params, mask), scramble(grads, mask), scramble(averages, mask), scramble(squares, mask);

@@ -19,6 +19,13 @@
 #include <vector>
 
 #include "fiber.h"
+#include "traffic.h"
+
+#ifdef SIMT_TRAFFIC
+constexpr bool kSimtTraffic = true;
+#else
+constexpr bool kSimtTraffic = false;
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -34,7 +41,7 @@ struct dim3 {
 namespace simt {
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0, barriers = 0, warp_ops = 0;
+  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0, barriers = 0, warp_ops = 0, mmas = 0;
 };
 inline Stats& stats() {
   static Stats s;
@@ -266,6 +273,7 @@ inline void release_barrier_if_complete() {
   if (config().order == Order::rand) std::shuffle(m.at_barrier.begin(), m.at_barrier.end(), m.rng);
   for (Thread* t : m.at_barrier) push_ready(t);
   m.at_barrier.clear();
+  if constexpr (kSimtTraffic) traffic::end_of_block();
   m.votes_of_last = m.votes;
   m.votes = 0;
   ++m.turn;
@@ -299,6 +307,8 @@ inline void finish_if_complete(Rendezvous& r, const Warp& warp) {
   if (!r.arrived || r.arrived != (r.mask & warp.alive)) return;
   r.op(r);
   ++stats().warp_ops;
+  if constexpr (kSimtTraffic)
+    if (r.arrived == warp.alive) traffic::warp_synchronised(r.who[__builtin_ctz(r.arrived)]->linear / 32);
   Thread* lanes[32];
   int n = 0;
   for (uint32_t m = r.arrived; m; m &= m - 1) lanes[n++] = r.who[__builtin_ctz(m)];
@@ -395,6 +405,7 @@ SIMT_RUNTIME void* shared_alloc(const void* key, size_t bytes) {
   __asan_poison_memory_region(raw + kZone + bytes, body - bytes + kZone);
 #endif
   machine.shared.push_back({key, raw + kZone, bytes});
+  if constexpr (kSimtTraffic) traffic::shared_array(raw + kZone, bytes);
   return raw + kZone;
 }
 inline void* shared_dynamic() { return shared_alloc(&g_start_sync, machine.dynamic_bytes); }
@@ -471,6 +482,7 @@ SIMT_RUNTIME void run_block(uint64_t index) {
 #endif
   m.running = &m.main;
   schedule();
+  if constexpr (kSimtTraffic) traffic::end_of_block();
 #ifdef SIMT_TSAN
   if (config().race_inter) {  // a fresh context per block: the stacks must forget the old one
     __tsan_destroy_fiber(m.block_context);
@@ -512,6 +524,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(vo
                                                                  : order[i]);
   }
   happens_after(g_end_sync);
+  if constexpr (kSimtTraffic) traffic::end_of_launch();
 }
 
 }  // namespace simt

@@ -12,7 +12,8 @@
 
 #include <sys/mman.h>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_TRAFFIC)  // ThreadSanitizer's instrumentation without ThreadSanitizer: traffic.h
+#elif defined(__SANITIZE_ADDRESS__)
 #define SIMT_ASAN 1
 #elif defined(__SANITIZE_THREAD__)
 #define SIMT_TSAN 1

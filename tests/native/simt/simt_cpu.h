@@ -210,6 +210,7 @@ float element_of(uint32_t x, [[maybe_unused]] int high) {
 template <auto F, int kDepth>
 void mma_op(Rendezvous& r) {
   need_all_lanes(r);
+  ++stats().mmas;
   constexpr int kPer = kDepth / 8;  // elements of a register
   float A[16][kDepth], B[kDepth][8], D[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -279,6 +280,11 @@ void cp_async(void* to, const void* from, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) & (kBytes - 1))
     fail("cp.async: not aligned to its " + std::to_string(kBytes) + " bytes");
+#ifdef SIMT_TRAFFIC
+  if (valid) traffic::touch(from, kBytes, traffic::Access::load);
+  traffic::touch(to, kBytes, traffic::Access::store);
+  const traffic::Uncounted filled_in_advance;
+#endif
   std::memset(to, kPoison, kBytes);
   Quiet q;
   cur->copies.push_back({to, valid ? from : nullptr, kBytes, cur->copy_group});
@@ -311,6 +317,9 @@ T read_modify_write(T* p, F f) {
   using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   static_assert(sizeof(T) == sizeof(U));
   order_atomic(p);
+#ifdef SIMT_TRAFFIC
+  traffic::touch(p, sizeof(T), traffic::Access::atomic);
+#endif
   U bits = __atomic_load_n(reinterpret_cast<U*>(p), __ATOMIC_RELAXED), updated;
   T old;
   do {
