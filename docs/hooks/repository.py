@@ -1,8 +1,8 @@
 """Files of the repository that pages link to become pages of the site, and links to them hold.
 
 A page says ``[texts](../bench/results/methods/texts.md)`` as the repository has it, so that it can be read
-there as well. The site has no folder beside docs/: what is linked is put below ``repository/``, source files as
-pages of code, and README.md is the home page.
+there as well. The site has no folder beside docs/: what is linked is put below ``repository/``, source files
+as pages of code, and README.md is the home page.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def linked(path: str, text: str) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link["target"]))
         if not (ROOT / target).is_file():
             return link[0]
-        return f"{link['before']}{posixpath.relpath(site_path(target), here)}{link['anchor'] or ''}{link['after']}"
+        there = posixpath.relpath(site_path(target), here)
+        return f"{link['before']}{there}{link['anchor'] or ''}{link['after']}"
 
     return LINK.sub(moved, text)
 
@@ -79,7 +80,7 @@ def _page_text(path: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README.md, what the navigation has below ``repository/``, and whatever these and the pages link to."""
+    """Add README.md, what the navigation has below ``repository/``, and what they and the pages link to."""
     wanted = ["README.md", *map(repository_path, re.findall(r"repository/[\w./-]+\.md", str(config.nav)))]
     for file in files.documentation_pages():
         wanted += targets(repository_path(file.src_uri), file.content_string)

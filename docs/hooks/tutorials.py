@@ -1,8 +1,8 @@
 """Tutorials: Python files in percent format, run as notebooks, shown with what they printed.
 
 In the repository a tutorial is a file with ``# %%`` before each cell, which editors open as a notebook and
-diffs can be read of. Here it becomes a notebook, is run from the first cell to the last, and is shown as a page;
-the notebook lies beside it. A cell that raises ends the build.
+diffs can be read of. Here it becomes a notebook, is run from the first cell to the last, and is shown as a
+page; the notebook lies beside it. A cell that raises ends the build.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Correct wrong labels
 #
-# An annotator took two thirds of the sevens for ones. The network has learnt it so. The labels have been corrected;
-# the network should be too, without training it again, and without touching what was right.
+# An annotator took two thirds of the sevens for ones. The network has learnt it so. The labels have been
+# corrected; the network should be too, without training it again, and without touching what was right.
 #
 # ## The damage
 
@@ -50,9 +50,9 @@ before
 # %% [markdown]
 # ## The correction
 #
-# `corrected` holds the images in question with the labels they should have had; `retain` everything else. Gradient
-# masking scores every neuron by the gradients of the corrected samples, keeps the 20 % that answer for them, and trains
-# those alone. Every other weight keeps its bits: not nearly, but bit for bit.
+# `corrected` holds the images in question with the labels they should have had; `retain` everything else.
+# Gradient masking scores every neuron by the gradients of the corrected samples, keeps the 20 % that answer
+# for them, and trains those alone. Every other weight keeps its bits: not nearly, but bit for bit.
 
 # %%
 corrected = DataLoader(TensorDataset(train_x[mislabelled], truth[mislabelled]), 32)
@@ -87,8 +87,8 @@ assert result.changed <= 0.25
 # %% [markdown]
 # ## Was the choice of neurons worth anything?
 #
-# Ask the control: as many neurons, drawn by lot. On small networks it often does about as well. What the choice still
-# buys is a known, small set of changed weights.
+# Ask the control: as many neurons, drawn by lot. On small networks it often does about as well. What the
+# choice still buys is a known, small set of changed weights.
 
 # %%
 by_lot = copy.deepcopy(original)
@@ -106,6 +106,6 @@ accuracies(by_lot)
 # %% [markdown]
 # ## What is not promised
 #
-# The corrected samples have been learnt; that the wrong labels have left no trace is another claim, and nobody
-# measured it here. [All figures](../../bench/RESULTS.md) for wrong labels are beside those of retraining, in which the wrong
-# labels never were.
+# The corrected samples have been learnt; that the wrong labels have left no trace is another claim, and
+# nobody measured it here. [All figures](../../bench/RESULTS.md) for wrong labels are beside those of
+# retraining, in which the wrong labels never were.

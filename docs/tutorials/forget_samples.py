@@ -1,16 +1,18 @@
 # %% [markdown]
 # # Forget samples
 #
-# Sixty people withdraw their consent. Each of them gave one image, of any digit: no class disappears, sixty records do.
+# Sixty people withdraw their consent. Each of them gave one image, of any digit: no class disappears, sixty
+# records do.
 #
-# That is another request than a class. If the network has understood digits, it reads these sixty rightly whether it
-# ever saw them or not, and there is nothing to take back but what it knows *beyond* understanding. So the question is
-# not "does it get them wrong now" but "does it treat them as it treats images that it never saw".
+# That is another request than a class. If the network has understood digits, it reads these sixty rightly
+# whether it ever saw them or not, and there is nothing to take back but what it knows *beyond*
+# understanding. So the question is not "does it get them wrong now" but "does it treat them as it treats
+# images that it never saw".
 #
 # ## A network that knows its data by heart
 #
-# A fifth of the labels is wrong here, so that a label can only be known from having been seen: what is learnt by heart
-# shows.
+# A fifth of the labels is wrong here, so that a label can only be known from having been seen: what is
+# learnt by heart shows.
 
 # %%
 import warnings
@@ -46,7 +48,9 @@ def train(dataset, seed=0, epochs=100):
 
 model = train(train_set)
 forget_set, retain_set = ux.data.split(train_set, ids=range(60))
-forget, retain, validation, test = (DataLoader(part, 64) for part in (forget_set, retain_set, validation_set, test_set))
+forget, retain, validation, test = (
+    DataLoader(part, 64) for part in (forget_set, retain_set, validation_set, test_set)
+)
 
 
 def figures(network):
@@ -63,8 +67,8 @@ before = figures(model)
 before
 
 # %% [markdown]
-# The sixty are answered far better than unseen images, and an attacker who sees the answers can tell them apart (*attack*
-# is the area under its ROC curve; 0.5 is chance).
+# The sixty are answered far better than unseen images, and an attacker who sees the answers can tell them
+# apart (*attack* is the area under its ROC curve; 0.5 is chance).
 #
 # ## What a full retraining would give
 
@@ -77,8 +81,8 @@ retrained
 #
 # ## Dampening is the wrong tool
 #
-# SSD looks for weights that serve the forget set more than everything else. Sixty images of all digits have none of
-# their own. It finds out, says so, and leaves the model as it was.
+# SSD looks for weights that serve the forget set more than everything else. Sixty images of all digits have
+# none of their own. It finds out, says so, and leaves the model as it was.
 
 # %%
 with warnings.catch_warnings(record=True) as said:
@@ -91,9 +95,10 @@ assert figures(model) == before
 # %% [markdown]
 # ## A second-order step
 #
-# `ux.newton` goes along the direction that makes the sixty less likely and the others not, measured with the
-# curvature of the kept data (Kronecker factors), and exactly as far as makes the sixty like the validation set. That is
-# data the network never saw and no test data: the method reads it. What it may cost is bounded; beyond that it refuses.
+# `ux.newton` goes along the direction that makes the sixty less likely and the others not, measured with
+# the curvature of the kept data (Kronecker factors), and exactly as far as makes the sixty like the
+# validation set. That is data the network never saw and no test data: the method reads it. What it may cost
+# is bounded; beyond that it refuses.
 
 # %%
 result = ux.newton(model, forget, retain, validation=validation)
@@ -110,8 +115,8 @@ assert abs(after["attack"] - 0.5) < abs(before["attack"] - 0.5)
 # %% [markdown]
 # ## What is not promised
 #
-# - With sixty samples every share is uncertain by six points or so; one run with one seed is an example, not a figure.
-#   [Measured over seeds and networks](../../bench/results/methods/samples-newton.md), the step carried out 5 of 6
-#   requests on networks that were not looked at while it was made, and refused one.
+# - With sixty samples every share is uncertain by six points or so; one run with one seed is an example,
+#   not a figure. [Measured over seeds and networks](../../bench/results/methods/samples-newton.md), the
+#   step carried out 5 of 6 requests on networks that were not looked at while it was made, and refused one.
 # - Forgotten samples are learnt again faster than new ones.
 # - The attack here is a weak one. [Judging unlearning](../judging.md) has one that trains many networks.
