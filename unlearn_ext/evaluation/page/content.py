@@ -7,6 +7,8 @@ from typing import Any
 
 from unlearn_ext.evaluation.page import charts
 from unlearn_ext.evaluation.page.numbers import figure, number
+from unlearn_ext.evaluation.page.table_csv import csv_url
+from unlearn_ext.evaluation.page.verdicts import verdicts
 
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -26,7 +28,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         ``anchor`` (also the template's name), ``title`` and ``content``, in their order.
     """
     made = [
-        ("results", "Results", results(document)),
+        ("results", "Results", {**results(document), **_beside(document)}),
         ("accuracy", "Accuracy, and the gap to retraining", _accuracy(document)),
         ("audit", "Against many retrained networks", _audit(document)),
         ("losses", "Losses of forget and unseen samples", _losses(document)),
@@ -37,6 +39,10 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {"anchor": anchor, "title": title, "content": content} for anchor, title, content in made if content
     ]
+
+
+def _beside(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"verdicts": verdicts(document), "csv": csv_url(document)}
 
 
 def lead(document: Mapping[str, Any]) -> dict[str, Any]:
