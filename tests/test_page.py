@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from browser import chromium, watched
 
 from unlearn_ext.evaluation import page
 from unlearn_ext.evaluation.comparison import Comparison
@@ -252,7 +253,7 @@ def test_a_sentence_per_method_says_whether_it_was_reached(table):
     for sentence in (
         f"ssd reached its goal within its budget: {figures}",
         f"newton did not reach its goal within its budget, and left the model as it was: {figures}",
-        f"unsir has no goal of its own, so nothing says whether it was reached: {figures}",
+        f"unsir ran without a goal, so nothing says whether it was reached: {figures}",
         '<b>&"x_y did not run: RuntimeError: <script>alert(1)</script>.',
         f"pgu reached its goal with 1 of 2 seeds; with the others the model is as it was: {figures}",
         f"npo reached its goal within its budget (1 of 2 seeds did not run): {figures}",
@@ -260,7 +261,27 @@ def test_a_sentence_per_method_says_whether_it_was_reached(table):
         assert sentence in text
     kinds = re.findall(r'<li class="(\w+)">', html)
     assert kinds == ["reached", "missed", "open", "failed", "partly", "reached"]
-    assert page.verdicts(table.to_dict())[0]["label"] == "ssd"
+    assert "newton came closest" not in text
+
+
+def test_a_method_that_left_the_model_as_it_was_did_not_come_closest(table):
+    original, retrained, ssd, _, control = table.rows
+    refused = replace(ssd, label="newton", reached=False)
+    near = {**ssd.measures, "gap": Measure(0.001)}
+    text = words(
+        Comparison(
+            (original, retrained, ssd, replace(refused, measures=near), control), COLUMNS, FACTS
+        ).to_html()
+    )
+    assert "ssd came closest to retraining: 1.2 points" in text
+    text = words(Comparison((original, retrained, refused, control), COLUMNS, FACTS).to_html())
+    assert "came closest" not in text
+
+
+def test_a_refusal_is_told_without_the_name_twice(table):
+    failed = row("unsir", "method", [], why="unsir: whole classes only")
+    (verdict,) = page.verdicts(Comparison((failed,), COLUMNS, FACTS).to_dict())
+    assert verdict == {"label": "unsir", "kind": "failed", "text": "did not run: whole classes only."}
 
 
 # ---- the figures to keep
@@ -463,3 +484,56 @@ def test_templates_and_style_are_package_data():
     wanted = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert wanted == covered
     assert {"page.css", "page.html"} <= {path.name for path in covered}
+
+
+# ---- as a reader sees it
+
+
+def as_in_the_demo(table):
+    """The columns that the demo has, wide figures in each."""
+    wide = Measure(0.5421, low=0.4401, high=0.6432, note="over-unlearned")
+    names = (*COLUMNS[:4], "mia_auc", "mia_tpr", "js", "activation_distance", *COLUMNS[6:])
+    rows = []
+    for entry in table.rows:
+        measures = {**entry.measures, "mia_auc": wide, "mia_tpr": wide, "activation_distance": Measure(0.123)}
+        rows.append(replace(entry, measures=measures if entry.why is None else {}))
+    rows.append(replace(rows[2], label="gradient_masking", reached=False))
+    return Comparison(tuple(rows), names, FACTS)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_the_screen_in_light_and_dark(table, scheme, tmp_path):
+    path = tmp_path / "page.html"
+    shown = as_in_the_demo(table)
+    shown.to_html(path)
+    with chromium() as browser:
+        for width in (1200, 400):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            errors, foreign = watched(page)
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            sizes = "e => [e.scrollWidth, e.clientWidth]"
+            needed, there = page.locator(".scroller[aria-label=Results]").evaluate(sizes)
+            assert width < 1200 or needed <= there  # on a telephone the table scrolls by itself
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            paper = themes()[scheme]["paper"]
+            assert ground == f"rgb({', '.join(str(int(paper[at : at + 2], 16)) for at in (1, 3, 5))})"
+            picture = page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+            assert len(picture) > 20_000
+            assert not errors
+            assert not foreign
+            page.close()
+
+
+def test_the_download_downloads(table, tmp_path):
+    path = tmp_path / "page.html"
+    table.to_html(path)
+    with chromium() as browser:
+        page = browser.new_page(accept_downloads=True)
+        page.goto(path.as_uri())
+        with page.expect_download() as download:
+            page.locator("a[download]").click()
+        assert download.value.suggested_filename == "figures.csv"
+        download.value.save_as(tmp_path / "figures.csv")
+    with open(tmp_path / "figures.csv", encoding="utf-8-sig", newline="") as file:
+        assert [line["label"] for line in csv.DictReader(file)] == list(table.labels)

@@ -55,7 +55,11 @@ def lead(document: Mapping[str, Any]) -> dict[str, Any]:
         ``facts``, and ``best`` with ``controls`` where there is a reference.
     """
     facts = document["facts"]
-    methods = [entry for entry in document["table"] if entry["kind"] == "method"]
+    # A method that left the model as it was is as close as doing nothing, and nothing to recommend.
+    missed = {verdict["label"] for verdict in verdicts(document) if verdict["kind"] == "missed"}
+    methods = [
+        entry for entry in document["table"] if entry["kind"] == "method" and entry["label"] not in missed
+    ]
     gaps = [(gap, entry) for entry in methods if (gap := _value(entry, "gap")) is not None]
     reference = _entry(document, "reference")
     said: dict[str, Any] = {

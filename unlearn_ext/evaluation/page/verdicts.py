@@ -22,8 +22,8 @@ def verdicts(document: Mapping[str, Any]) -> list[dict[str, str]]:
         document: What ``Comparison.to_dict()`` returns.
 
     Returns:
-        ``label``; ``kind``: ``"reached"``, ``"missed"``, ``"partly"`` (with some seeds), ``"open"`` (no goal
-        of its own) or ``"failed"``; and ``text``, the sentence that goes on from the label.
+        ``label``; ``kind``: ``"reached"``, ``"missed"``, ``"partly"`` (with some seeds), ``"open"``
+        (without a goal) or ``"failed"``; and ``text``, the sentence that goes on from the label.
     """
     said = []
     for entry in document["table"]:
@@ -45,11 +45,12 @@ def verdicts(document: Mapping[str, Any]) -> list[dict[str, str]]:
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     ran = [row for row in rows if row["why"] is None]
     if not ran:
-        return "failed", f"did not run: {rows[0]['why'].rstrip('.')}"
+        why = rows[0]["why"].removeprefix(f"{rows[0]['label']}: ").rstrip(".")
+        return "failed", f"did not run: {why}"
     asked = [row["reached"] for row in ran if row["reached"] is not None]
     missing = f" ({len(rows) - len(ran)} of {len(rows)} seeds did not run)" if len(ran) < len(rows) else ""
     if not asked:
-        return "open", f"has no goal of its own, so nothing says whether it was reached{missing}"
+        return "open", f"ran without a goal, so nothing says whether it was reached{missing}"
     if all(asked):
         return "reached", f"reached its goal within its budget{missing}"
     if any(asked):
