@@ -43,7 +43,8 @@ help:
 	@echo "make bench             the benchmarks; rewrites bench/RESULTS.md"
 	@echo "make gpu               build, prove and measure on a GPU, offline, in under ten minutes; ARGS='--data FILE' for"
 	@echo "                       CIFAR-10, ARGS=--dry-run goes through it without a GPU"
-	@echo "make lint, format      ruff, mypy, clang-format"
+	@echo "make docs              this documentation as a site in build/site; tutorials are run"
+	@echo "make lint, format      ruff, mypy, clang-format; make mypy: types alone"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
 	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
@@ -55,6 +56,8 @@ help:
 	@echo "make check-traffic     bytes, sectors and passes of the CUDA kernels, counted on the CPU, against their budgets;"
 	@echo "                       ARGS='[text] [--arrays] [--update]', which rewrites tests/native/traffic.json"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
+	@echo "make setup, build      what every target does first: tools into the environment, the compiled module"
+	@echo "make clean             removes what was built"
 
 setup: $(READY)
 build: $(BUILT)
@@ -158,3 +161,14 @@ wheel: $(READY)
 	PYTHON=$(PY) .ci/wheel dist
 	UNLEARN_BUILD=off $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	ls -l dist
+
+# The documentation, into build/site: tutorials are run, links checked, and nothing is fetched but the tools.
+DOCUMENTED := $(PREFIX)/.unlearn_ext_docs
+.PHONY: docs
+docs: build $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
+$(DOCUMENTED): pyproject.toml $(READY)
+	$(PY) -m pip install -q $$($(PY) .ci/requirements.py docs)
+	@touch $@

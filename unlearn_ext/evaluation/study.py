@@ -182,9 +182,11 @@ class Study:
         except Exception as error:
             _log.debug("%s, seed %d failed", job.label, seed, exc_info=True)
             return replace(row, why=reason_of(error))
+        reached = getattr(result, "reached", None)
         return replace(
             row,
-            measures=self._figures(subject, seed, job.kind, seconds, getattr(result, "reached", None)),
+            reached=reached,
+            measures=self._figures(subject, seed, job.kind, seconds, reached),
             phases=dict(result.seconds) if result is not None else {},
             layers={} if job.kind == "reference" else self._layers(subject),
             loss_counts=self._loss_counts(subject),
