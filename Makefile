@@ -56,6 +56,7 @@ help:
 	@echo "make check-traffic     bytes, sectors and passes of the CUDA kernels, counted on the CPU, against their budgets;"
 	@echo "                       ARGS='[text] [--arrays] [--update]', which rewrites tests/native/traffic.json"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
+	@echo "make check-faults      errors, interrupts and kills at every place of every call (hours; ARGS='--sample 5': minutes)"
 	@echo "make setup, build      what every target does first: tools into the environment, the compiled module"
 	@echo "make clean             removes what was built"
 
@@ -172,3 +173,11 @@ docs: build $(DOCUMENTED)
 $(DOCUMENTED): pyproject.toml $(READY)
 	$(PY) -m pip install -q $$($(PY) .ci/requirements.py docs)
 	@touch $@
+
+# ---- Faults: what `make test` samples, at every place. ARGS='--sample N' tries N places of each call on each model.
+
+.PHONY: check-faults
+check-faults: build
+	$(PY) tests/faults/everything.py $(ARGS)
+	$(PY) tests/faults/kill_writers.py
+	$(PY) -m pytest -q -n 0 -m slow -s tests/faults
