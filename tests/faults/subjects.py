@@ -3,6 +3,7 @@
 from fault_models import POINTS, Marked, sets
 
 import unlearn_ext as ux
+from unlearn_ext.evaluation import audit
 
 QUICK = {
     "ssd": {},
@@ -62,6 +63,30 @@ def _compare(model, folder):
     )
 
 
+def _until(name, **settings):
+    def call(model, folder):
+        return ux.unlearn(name, model, *sets(), task=Marked(), until=0.5, budget=1.0, epochs=2, **settings)
+
+    return call
+
+
+def _audit(model, folder):
+    forget, retain = sets()
+    kind = type(model)
+    return audit(
+        {"ascent": ("gradient_ascent", {"epochs": 1}), "finetune": ("finetune", {"epochs": 1})},
+        forget=forget,
+        retain=retain,
+        validation=retain,
+        make_model=kind,
+        train=lambda made, data: None,
+        model=model,
+        n_models=4,
+        task=Marked(),
+        bootstrap=2,
+    )
+
+
 def _saved(make):
     def call(model, folder):
         POINTS("write")
@@ -88,6 +113,10 @@ SUBJECTS = {
     ),
     "accuracy": lambda model, folder: ux.metrics.accuracy(model, sets()[0], task=Marked()),
     "compare": _compare,
+    "audit": _audit,
+    "finetune, until": _until("finetune"),
+    "gradient_masking, until": _until("gradient_masking"),
+    "pgu, until": _until("pgu"),
     "Importance.save": _saved(lambda model, folder: _fisher()(model, folder)),
     "KroneckerFactors.save": _saved(lambda model, folder: ux.kfac_factors(model, sets()[1], task=Marked())),
     "ActivationGram.save": _saved(lambda model, folder: ux.activation_gram(model, sets()[1], task=Marked())),

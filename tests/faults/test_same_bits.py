@@ -7,7 +7,7 @@ from torch import nn
 
 import unlearn_ext as ux
 
-# What trains by torch's own kernels, which split their sums among the threads: across numbers of threads these
+# What trains by torch's own kernels, which split sums among the threads: across numbers of threads these
 # agree to rounding only.
 ROUNDED = {
     "gradient_masking",
