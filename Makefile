@@ -180,4 +180,5 @@ $(DOCUMENTED): pyproject.toml $(READY)
 check-faults: build
 	$(PY) tests/faults/everything.py $(ARGS)
 	$(PY) tests/faults/kill_writers.py
+	$(PY) tests/faults/op_fuzz.py
 	$(PY) -m pytest -q -n 0 -m slow -s tests/faults

@@ -169,7 +169,8 @@ def masked_adamw_(
             f"{op}: step must be float32 or float64, got {checks.dtype_name(step.dtype)}",
         )
     value = float(step)
-    require(value >= 1, f"{op}: step must be at least 1, got {checks.number(value)}")
+    told = checks.number(value) if isinstance(step, Tensor) else str(step)
+    require(value >= 1, f"{op}: step must be at least 1, got {told}")
     require_non_negative(op, lr=lr)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         require(0 <= beta < 1, f"{op}: {name} must be in [0, 1), got {checks.number(beta)}")
