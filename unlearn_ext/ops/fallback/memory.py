@@ -68,6 +68,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
     Returns:
         Whether they do, exactly. Only strides that interleave take a look at every element.
     """
+    if not tensor.numel():
+        return False
     axes = sorted((stride, size - 1) for stride, size in _axes(tensor) if size > 1)
     if any(stride == 0 for stride, _ in axes):
         return True
