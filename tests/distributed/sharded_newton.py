@@ -30,7 +30,7 @@ def factors(kind, settings=None, sharding=None):
         model, make, loss = small(), images, ux.losses.cross_entropy
     else:
         model, make, loss = language_model(kind, **(settings or {})), texts, ux.tasks.CausalLM().loss
-    parts = shares(make, world, [[3, 2], [], [1]])
+    parts = shares(make, world, [[3, 2], [], [1]] if kind == "small" else [[3, 2], [4, 1], [1]])
     sharded = shard(copy.deepcopy(model), **(sharding or {}))
     before = parameters_of(sharded)
     found = ux.kfac_factors(sharded, own(parts), loss_fn=loss)

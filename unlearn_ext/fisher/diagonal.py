@@ -145,20 +145,25 @@ def fisher_diagonal(
     if fsdp_modules(model):
         from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
 
-        _check_of_shards(process_group, checkpoint)
-        return sharded_diagonal(
-            model,
-            batches,
-            judge,
-            process_group if isinstance(process_group, MeshRanks) else MeshRanks(model, "fisher_diagonal"),
-            estimator=estimator,
-            power=power,
-            params=params,
-            include=include,
-            exclude=exclude,
-            generator=generator,
-            progress=progress,
-        )
+        if ranks_of(process_group, "fisher_diagonal").are_many and not isinstance(process_group, MeshRanks):
+            refuse_group_of_shards("fisher_diagonal")
+        mesh = process_group if isinstance(process_group, MeshRanks) else MeshRanks(model, "fisher_diagonal")
+        with mesh.failing_together():
+            return sharded_diagonal(
+                model,
+                batches,
+                judge,
+                mesh,
+                estimator=estimator,
+                power=power,
+                params=params,
+                include=include,
+                exclude=exclude,
+                generator=generator,
+                progress=progress,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+            )
     ranks = ranks_of(process_group, "fisher_diagonal")
     chosen = checked_parameters(model, params, include, exclude)
     check_parameters(chosen)
@@ -207,7 +212,7 @@ def fisher_diagonal(
         def so_far() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
             nonlocal gradients
             gradients.finish()
-            tally.coverage = _with_all(tally.coverage, gradients.coverage)
+            tally.coverage = with_all_of(tally.coverage, gradients.coverage)
             gradients = new_engine()
             return fisher, asdict(tally)
 
@@ -230,7 +235,7 @@ def fisher_diagonal(
                 check_finite("loss", gradients.accumulate(batch, n), index)
                 tally.add(n)
         gradients.finish()
-    tally.coverage = _with_all(tally.coverage, gradients.coverage)
+    tally.coverage = with_all_of(tally.coverage, gradients.coverage)
     if ranks.are_many:
         tally = _joined(ranks, tally)
         ranks.sum_("importances", fisher.values())
@@ -278,25 +283,24 @@ def _joined(ranks: Ranks, mine: _Tally) -> _Tally:
         sum(each.n_samples for each in found),
         sum(each.n_batches for each in found),
         max(each.batch_size for each in found),
-        functools.reduce(_with_all, [each.coverage for each in found]),
+        functools.reduce(with_all_of, [each.coverage for each in found]),
     )
 
 
-def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+def with_all_of(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+    """Join how two parts of the data have been computed.
+
+    Args:
+        a: Coverage of one.
+        b: Coverage of the other.
+
+    Returns:
+        The coverage of both.
+    """
     # A part without data has covered nothing, and says nothing of how another has.
     names = dict.fromkeys([*a, *b])
     both = [{name: each.get(name, other.get(name, "")) for name in names} for each, other in ((a, b), (b, a))]
     return joined_coverage(*both)
-
-
-def _check_of_shards(process_group: Group, checkpoint: object) -> None:
-    if ranks_of(process_group, "fisher_diagonal").are_many and not isinstance(process_group, MeshRanks):
-        refuse_group_of_shards("fisher_diagonal")
-    if checkpoint is not None:
-        raise NotImplementedError(
-            "fisher_diagonal: checkpoint must be None for a model that fully_shard has sharded; keep the "
-            "finished importances with torch.distributed.checkpoint"
-        )
 
 
 class _BatchGradients:

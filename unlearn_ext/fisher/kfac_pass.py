@@ -75,7 +75,8 @@ def kfac_factors(
         progress: Show a progress bar on a terminal, where tqdm is installed.
         process_group: Ranks that call this together, each with its own share of the data, perhaps none; the
             totals are those of all data, with the same bits on every rank. Each rank draws labels from a
-            stream of its own. See ``fisher_diagonal``.
+            stream of its own. See ``fisher_diagonal``. None for a model that ``fully_shard`` has sharded, of
+            which all ranks of its mesh call this: the factors are whole on every rank.
         checkpoint: A file for the progress of the pass, which goes on where it was interrupted; see
             ``fisher_diagonal``.
         checkpoint_every: Batches from one writing to the next.
@@ -86,6 +87,8 @@ def kfac_factors(
     Raises:
         ValueError: If ``data`` is empty or a one-shot iterator, or no layer can be covered; if ``checkpoint``
             is damaged, or of other data, weights or settings.
+        NotImplementedError: Of a sharded model, if its factors would take more than 16 GiB, or ``checkpoint``
+            is given.
         FloatingPointError: If an output of the model or a total is NaN or infinite.
 
     Source:

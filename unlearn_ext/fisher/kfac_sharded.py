@@ -130,6 +130,7 @@ class ShardedWatch(Watch):
         self, model: nn.Module, task: Task, batch: Batch, ranks: MeshRanks, *, is_drawn: bool
     ) -> None:
         self._ranks = ranks
+        self._leaves = ranks.sharded.leaves()
         self._seen: dict[nn.Module, list[_Use]] = {}
         super().__init__(model, task, batch, is_drawn=is_drawn)
 
@@ -195,7 +196,7 @@ class ShardedWatch(Watch):
     def _backward(self, loss: Tensor, chosen: Mapping[str, tuple[WatchedLayer, str]]) -> None:
         sharded = self._ranks.sharded
         with self._ranks.in_collectives():
-            lockstep = ShardedLockstep(sharded, sharded.leaves(), list(chosen))
+            lockstep = ShardedLockstep(sharded, self._leaves, list(chosen))
             lockstep.gradients(loss, lambda name, grad: self._check(*chosen[name], grad), (), None)
             reshard(sharded.model)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,10 +15,11 @@ from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed import MeshRanks
 from unlearn_ext.distributed.fsdp import ShardedModel
 from unlearn_ext.distributed.fsdp_steps import steps
-from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
-from unlearn_ext.fisher.engine import PerSample
+from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_all_of, with_drawn_targets
+from unlearn_ext.fisher.engine import PerSample, forget
 from unlearn_ext.fisher.importance import Estimator, Importance, loss_name
 from unlearn_ext.fisher.sharded import ShardedLockstep, unwritten_shards
+from unlearn_ext.resume import SharedProgress, State
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches
 
@@ -34,6 +37,8 @@ def sharded_diagonal(
     exclude: Patterns,
     generator: torch.Generator | None,
     progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
 ) -> Importance:
     """Estimate the diagonal of a sharded model, on all ranks of its mesh at once; see ``fisher_diagonal``.
 
@@ -49,6 +54,8 @@ def sharded_diagonal(
         exclude: See ``fisher_diagonal``.
         generator: For the draws of ``"mc"``, this rank's own.
         progress: Show a progress bar.
+        checkpoint: The file, to whose name every rank adds its number.
+        checkpoint_every: Steps from one writing to the next.
 
     Returns:
         Importances of the ranks' data together; tensors sharded like the parameters.
@@ -67,8 +74,23 @@ def sharded_diagonal(
         )
     names = list(checked_parameters(model, params, include, exclude))
     sharded = ranks.begin("importances")
-    counts = torch.zeros(2, dtype=torch.int64)  # samples, batches
-    largest = 0
+    counts = torch.zeros(3, dtype=torch.int64)  # samples, batches, the largest batch
+    coverage: dict[str, str] = {}
+    kept = SharedProgress(
+        who,
+        checkpoint,
+        checkpoint_every,
+        model=model,
+        settings={
+            "estimator": estimator,
+            "power": power,
+            "params": names,
+            "loss": loss_name(judge),
+            "task": repr(judge),
+        },
+        ranks=ranks,
+    )
+    ranks.exchange("progress", None)
     with sharded.resharded(), borrowed(model), unwritten_shards(sharded):
         for name in names:  # borrowed puts the flags back
             if not sharded.shards[name].requires_grad:
@@ -76,17 +98,30 @@ def sharded_diagonal(
         leaves = sharded.leaves()
         device = leaves[names[0]].device
         fisher = {name: sharded.zeros_like(name) for name in names}
-        lockstep = ShardedLockstep(sharded, leaves, names)
-        gradients = PerSample(
-            model,
-            judge.loss,
-            {name: leaves[name] for name in names},
-            fisher,
-            power,
-            select=judge.select if judge.has_own_select else None,
-            lockstep=lockstep,
-        )
-        for step in steps(sharded, data, judge, device, description="importance", progress=progress):
+        if kept.found is not None:
+            totals, facts = kept.found
+            counts, coverage = torch.tensor(facts["counts"]), dict(facts["coverage"])
+            for name, total in fisher.items():
+                local_of(total).copy_(totals[name])
+
+        def new_engine() -> tuple[ShardedLockstep, PerSample]:
+            if kept.is_kept:
+                forget(model)
+            lockstep = ShardedLockstep(sharded, leaves, names)
+            own = judge.select if judge.has_own_select else None
+            chosen = {name: leaves[name] for name in names}
+            return lockstep, PerSample(
+                model, judge.loss, chosen, fisher, power, select=own, lockstep=lockstep
+            )
+
+        def so_far() -> State:
+            facts = {"counts": counts.tolist(), "coverage": coverage}
+            return {name: local_of(total) for name, total in fisher.items()}, facts
+
+        lockstep, gradients = new_engine()
+        left = kept.begin(data, generator if estimator == "mc" else None)
+        ranks.exchange("data", None)
+        for step in steps(sharded, left, judge, device, description="importance", progress=progress):
             batch = step.batch
             with ranks.in_collectives():
                 if estimator == "mc":
@@ -95,14 +130,21 @@ def sharded_diagonal(
                 values = gradients.accumulate(batch, step.n)
             _check_finite_everywhere(lockstep, values, step.index)
             if step.is_live:
-                counts += torch.tensor([step.n, 1])
-                largest = max(largest, step.n)
-        n_samples, n_batches = sharded.reduced(counts, dist.ReduceOp.SUM).tolist()
+                counts += torch.tensor([step.n, 1, 0])
+                counts[2] = max(int(counts[2]), step.n)
+            if kept.is_due():
+                gradients.finish()
+                coverage = with_all_of(coverage, gradients.coverage)
+                kept.write(so_far())
+                lockstep, gradients = new_engine()
+        gradients.finish()
+        coverage = with_all_of(coverage, gradients.coverage)
+        kept.write(so_far(), is_finished=True)
+        n_samples, n_batches = sharded.reduced(counts[:2], dist.ReduceOp.SUM).tolist()
         if not n_samples:
             raise ValueError(f"{who}: data must hold at least one sample on some rank, got none")
-        gradients.finish()
-        largest = lockstep.most(largest)
-        coverage = _joined_coverage(sharded, gradients.coverage)
+        largest = lockstep.most(int(counts[2]))
+        coverage = _joined_coverage(sharded, coverage)
     for name, total in fisher.items():
         own = local_of(total)
         own.div_(n_samples)

@@ -173,7 +173,8 @@ def gradient_masking(
         exclude: Parameters that may not change, likewise.
         process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
             step is that of the batches of all ranks together; every rank ends with the same weights, which is
-            verified. Random choices are each rank's own. See ``docs/processes.md``.
+            verified. Random choices are each rank's own. See ``docs/processes.md``. None for a model that
+            ``fully_shard`` has sharded, of which all ranks of its mesh call this: ``docs/sharded.md``.
 
     Returns:
         The record. Its history begins with what was selected, layer by layer.
@@ -328,7 +329,8 @@ def salun(
         exclude: Parameters that may not change, likewise.
         process_group: Ranks that call this together, each with its own share of every set, perhaps none. A
             step is that of the batches of all ranks together; every rank ends with the same weights, which is
-            verified. Random choices are each rank's own. See ``docs/processes.md``.
+            verified. Random choices are each rank's own. See ``docs/processes.md``. None for a model that
+            ``fully_shard`` has sharded, of which all ranks of its mesh call this: ``docs/sharded.md``.
 
     Returns:
         The record.

@@ -135,7 +135,8 @@ def newton(
         generator: For the draws of the factors.
         progress: Show a progress bar on a terminal, where tqdm is installed.
         process_group: Ranks that call this together, each with its own share of every set, perhaps none; see
-            ``fisher_diagonal``. Every rank ends with the same weights, which is verified.
+            ``fisher_diagonal``. Every rank ends with the same weights, which is verified. None for a model
+            that ``fully_shard`` has sharded, of which all ranks of its mesh call this: ``docs/sharded.md``.
 
     Returns:
         The record of the run, with ``reached``, and what was measured before and after.

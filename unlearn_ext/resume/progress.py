@@ -60,10 +60,7 @@ class Progress:
         settings: Mapping[str, Any],
         ranks: Ranks,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"{who}: checkpoint_every must be an integer, got {every!r}")
-        if every < 1:
-            raise ValueError(f"{who}: checkpoint_every must be >= 1, got {every}")
+        check_every(who, every)
         self._who, self._every = who, every
         self._store: Store | None = None
         self._facts: dict[str, Any] = {}
@@ -84,14 +81,17 @@ class Progress:
         }
         read = self._store.read()
         if read is not None:
-            self._tensors, self._stored = read
-            self._check()
-            totals = {
-                name.removeprefix("total/"): tensor
-                for name, tensor in self._tensors.items()
-                if name.startswith("total/")
-            }
-            self.found = totals, self._stored["counts"]
+            self._take_up(*read)
+
+    def _take_up(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self._tensors, self._stored = tensors, facts
+        self._check()
+        totals = {
+            name.removeprefix("total/"): tensor
+            for name, tensor in self._tensors.items()
+            if name.startswith("total/")
+        }
+        self.found = totals, self._stored["counts"]
 
     @property
     def is_kept(self) -> bool:
@@ -127,24 +127,12 @@ class Progress:
         if self._store is None:
             yield from enumerate(read_batches(data, device, description=description, progress=progress))
             return
-        own = [*generators_of(data), *([] if generator is None else [generator])]
-        begun = {f"begun/{name}": state for name, state in states(own).items()}
-        if self.found is not None:
-            begun = {name: self._tensors[name] for name in self._tensors if name.startswith("begun/")}
-            set_states({name.removeprefix("begun/"): state for name, state in begun.items()}, own)
-        raw = _Raw(data)
-        done = self._go_on(raw, own)
+        raw, done = self._begin(data, generator)
         if self._stored.get("is_finished"):
             return
 
         def write(index: int, *, is_finished: bool) -> None:
-            assert self._store is not None
-            totals, counts = save()
-            tensors = {f"total/{name}": tensor for name, tensor in totals.items()}
-            tensors |= {f"now/{name}": state for name, state in states(own).items()} | begun
-            facts = {"batches": index, "chain": raw.chain, "counts": counts, "is_finished": is_finished}
-            tensors |= {} if is_finished else raw.position()
-            self._store.write(tensors, {**self._facts, **facts})
+            self._write(raw, save(), {"batches": index, "is_finished": is_finished})
 
         index = done
         with waiting() as interrupt:
@@ -158,7 +146,25 @@ class Progress:
                     interrupt.deliver()
             write(raw.n_read, is_finished=True)
 
-    def _go_on(self, raw: _Raw, generators: Sequence[torch.Generator]) -> int:
+    def _begin(self, data: Batches, generator: torch.Generator | None) -> tuple[Raw, int]:
+        # The data and all random generators as at the beginning, or where they were; how many are done.
+        self._own = [*generators_of(data), *([] if generator is None else [generator])]
+        self._begun = {f"begun/{name}": state for name, state in states(self._own).items()}
+        if self.found is not None:
+            self._begun = {name: self._tensors[name] for name in self._tensors if name.startswith("begun/")}
+            set_states({name.removeprefix("begun/"): state for name, state in self._begun.items()}, self._own)
+        raw = Raw(data)
+        return raw, self._go_on(raw, self._own)
+
+    def _write(self, raw: Raw, state: State, facts: Mapping[str, Any]) -> None:
+        assert self._store is not None
+        totals, counts = state
+        tensors = {f"total/{name}": tensor for name, tensor in totals.items()}
+        tensors |= {f"now/{name}": state for name, state in states(self._own).items()} | self._begun
+        tensors |= {} if facts["is_finished"] else raw.position()
+        self._store.write(tensors, {**self._facts, **facts, "chain": raw.chain, "counts": counts})
+
+    def _go_on(self, raw: Raw, generators: Sequence[torch.Generator]) -> int:
         # Brings data and random states to where the interrupted run was; how many batches are done.
         if self.found is None:
             return 0
@@ -200,11 +206,36 @@ class Progress:
             )
 
 
+def check_every(who: str, every: object) -> None:
+    """Refuse what is no number of batches.
+
+    Args:
+        who: The function that makes the pass.
+        every: What was given.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is less than 1.
+    """
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"{who}: checkpoint_every must be an integer, got {every!r}")
+    if every < 1:
+        raise ValueError(f"{who}: checkpoint_every must be >= 1, got {every}")
+
+
 _END = object()
 
 
-class _Raw:
-    """The batches as the loader gives them, and a checksum of all that have been read."""
+class Raw:
+    """The batches as the loader gives them, and a checksum of all that have been read.
+
+    Args:
+        data: Re-iterable batches.
+
+    Attributes:
+        chain: The checksum.
+        n_read: How many.
+    """
 
     def __init__(self, data: Batches) -> None:
         self._data = data

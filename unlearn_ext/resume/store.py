@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,33 @@ class Store:
         Raises:
             ValueError: If there are files, and none of them is whole.
         """
+        return next(self.whole(), None)
+
+    def whole(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Read what is whole of the file and the one before.
+
+        Yields:
+            Tensors and facts, the file's first; nothing where there is no file.
+
+        Raises:
+            ValueError: If there are files, and none of them is whole.
+        """
         problems: list[str] = []
+        n_whole = 0
         for path in (self.path, self.path.with_name(f"{self.path.name}.old")):
             if not path.exists():
                 continue
             try:
                 tensors, told = _FILE.load(path)
-                return tensors, json.loads(told["facts"])
+                facts = json.loads(told["facts"])
             except (ValueError, KeyError, RuntimeError, OverflowError) as error:
                 problems.append(f"{path}: {type(error).__name__}: {error}")
-                self._is_whole = False
-        if problems:
+                self._is_whole = self._is_whole and path != self.path
+                continue
+            n_whole += 1
+            yield tensors, facts
+        if problems and not n_whole:
             raise ValueError(
                 f"{self._who}: checkpoint must be whole, got damaged files ({'; '.join(problems)}); delete "
                 "them to start anew"
             )
-        return None
