@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -71,6 +72,10 @@ def masking(model, data):
     return weights(model)
 
 
+def logits_of(outputs):
+    return outputs["out"] if isinstance(outputs, dict) else outputs
+
+
 def optimizer(model, data):
     before, draw = weights(model), generator()
     masks = {n: torch.rand(p.shape, generator=draw) < 0.5 for n, p in parameters_by_name(model).items()}
@@ -80,7 +85,7 @@ def optimizer(model, data):
     for _ in range(2):
         own.zero_grad()
         for x, y in data["retain"]:
-            F.cross_entropy(model(x).float(), y).backward()
+            F.cross_entropy(logits_of(model(x)).float(), y).backward()
         ux.optim.clip_grad_norm_(model.named_parameters(), 0.1, masks)
         own.step()
     after = weights(model)
@@ -133,6 +138,14 @@ class Bfloat16(nn.Sequential):
         return super().forward(x.bfloat16())
 
 
+class Segmenter(nn.Sequential):
+    """Answers as torchvision's segmentation models do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return OrderedDict(out=logits, aux=0.5 * logits)
+
+
 def compiled(model):
     return torch.compile(model, backend="aot_eager")
 
@@ -169,6 +182,7 @@ MAKES = {
     "accelerate": accelerated("no"),
     "accelerate, bf16": accelerated("bf16"),
     "lightning": lightning,
+    "torchvision": lambda model: Segmenter(*model),
 }
 # The largest error of any tensor, as a share of its norm; what is decided on a figure may fall otherwise in
 # half precision, where only what the job itself asserts is asked.
@@ -189,6 +203,74 @@ def test_a_model_is_what_is_in_it(trained, make, job):
     for name, value in expected.items():
         error = float((found[name].float() - value).norm()) / max(float(value.norm()), 1e-9)
         assert error <= HALF.get(make, EXACT), name
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_ddp(trained, one_rank):
+    """Of one rank; tests/distributed has many, beside one process with all data."""
+    plain, data = trained
+
+    def wrapped():
+        return nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+
+    for job in (fisher_diagonal, optimizer, metrics):
+        expected, found = job(copy.deepcopy(plain), data), job(wrapped(), data)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+    sets = data["forget"], data["retain"]
+    alone, together = copy.deepcopy(plain), wrapped()
+    ux.ssd(alone, *sets, alpha=1.0)
+    ux.ssd(together, *sets, alpha=1.0, process_group=one_rank)
+    assert all(torch.equal(value, weights(together)[name]) for name, value in weights(alone).items())
+    before = weights(together)
+    for call in (
+        lambda: ux.ssd(together, *sets),
+        lambda: ux.newton(together, *sets, validation=data["validation"]),
+        lambda: ux.gradient_masking(together, *sets),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"must not be wrapped in .*; pass what it wraps, model\.module"
+        ):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in weights(together).items())
+
+
+@pytest.mark.parametrize("name, size", [("test_resnet", 32), ("test_efficientnet", 32), ("test_vit", 160)])
+def test_models_of_timm(name, size):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, in_chans=1).eval()
+    x, y = torch.randn(12, 1, size, size), torch.arange(12) % 4
+    found = ux.fisher_diagonal(model, [(x[:3], y[:3])])
+    assert set(found.coverage.values()) == {"fused"}
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for image, label in zip(x[:3], y[:3], strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for key, grad in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total[key] += grad.square() / 3
+    for key, value in total.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * float(value.max()), msg=key)
+    if name != "test_resnet":
+        return
+    data = {"some": [(x[:6], y[:6])], "others": [(x[6:], y[6:])], "validation": [(x, y)]}
+    data |= {"forget": data["some"], "retain": data["others"]}
+    for job in (masking, optimizer):
+        job(copy.deepcopy(model), data)
+    other, sets = copy.deepcopy(model), {"validation": data["validation"]}
+    budgets = dict.fromkeys(("budget", "validation_budget", "class_budget"), 1.0)
+    head = "fc.weight"
+    result = ux.newton(
+        other, *(data[name] for name in ("some", "others")), **sets, **budgets, generator=generator(),
+        until=lambda found: not torch.equal(weights(found)[head], weights(model)[head]),
+    )  # fmt: skip
+    assert result.reached
 
 
 # Frozen weights in a form of their own, and trainable adapters beside them.
