@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -480,3 +482,17 @@ def test_graphs_are_forgotten(of_graphs, method):
     assert before >= 0.9
     assert after <= 0.5
     assert kept >= 0.7
+
+
+def test_the_page_names_tests_that_there_are():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "support.md").read_text(encoding="utf-8")
+    file, found = "", []
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", page):
+        file = path or file
+        found.append((file, name))
+    assert len(found) > 30
+    missing = [
+        pair for pair in found if f"def {pair[1]}(" not in (root / pair[0]).read_text(encoding="utf-8")
+    ]
+    assert not missing
