@@ -42,7 +42,7 @@ ALLOWED = {
     },
     "evaluation": {"methods", "evaluation.metrics", "tasks", "results", "_internal"},
     "hf": {"evaluation", "ops", "optim", "_internal"},
-    "integrations": {"hf", "methods", "ops", "tasks", "_internal"},
+    "integrations": {"hf", "methods", "ops", "tasks", "results", "_internal"},
     "demo": {"evaluation", "evaluation.metrics", "fisher", "methods", "tasks", "results", "_internal"},
     "cli": {"__init__", "demo", "evaluation", "methods", "ops", "tasks", "_internal"},
     "__main__": {"cli"},

@@ -16,6 +16,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.modules import eager
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
+from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
 from unlearn_ext.resume import Progress
@@ -180,6 +181,19 @@ def kfac_factors(
     return watch.result(n_samples, gradients)
 
 
+@contextmanager
+def readable() -> Iterator[None]:
+    """Run models so that their layers call hooks and gradients of single tensors can be asked for.
+
+    Compiled code calls no hooks of its layers, and reentrant checkpoints refuse ``torch.autograd.grad``.
+
+    Yields:
+        Nothing.
+    """
+    with eager(), checkpoints.patched():
+        yield
+
+
 @dataclass
 class WatchedLayer:
     """A layer that has factors.
@@ -271,7 +285,7 @@ class Watch:
                 self._layers[module].uses.append((inputs.detach(), get_gradient_edge(output)))
 
         with ExitStack() as stack:
-            stack.enter_context(eager())  # compiled code calls no hooks of its layers
+            stack.enter_context(readable())
             for module, layer in self._layers.items():
                 layer.uses.clear()
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

@@ -4,6 +4,6 @@
 put the methods of this package into two benchmarks.
 """
 
-from unlearn_ext.integrations import huggingface, lightning
+from unlearn_ext.integrations import huggingface, lightning, open_unlearning, supreme
 
-__all__ = ["huggingface", "lightning"]
+__all__ = ["huggingface", "lightning", "open_unlearning", "supreme"]

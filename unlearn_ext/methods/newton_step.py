@@ -17,6 +17,7 @@ from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
+from unlearn_ext.fisher.kfac_pass import readable
 from unlearn_ext.fisher.sharded_gradients import sharded_mean_gradients
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
@@ -210,7 +211,7 @@ def _mean_gradient(
         return [means[plain] for plain in names]
     totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
     weight = torch.zeros((), dtype=torch.float64, device=device_of(model))
-    with borrowed(model):
+    with borrowed(model), readable():
         for batch in read_batches(data, device_of(model)):
             if task.count(batch) == 0:
                 continue

@@ -295,7 +295,8 @@ class ConstrainedOptimizer(Optimizer):
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(self._error("params", "hold every parameter once", "a repeated one"))
         for index, param in enumerate(group["params"]):
-            if param.dtype not in STATE_DTYPES:
+            is_fixed = not (param.is_floating_point() or param.is_complex())  # of a quantised layer
+            if param.dtype not in STATE_DTYPES and not is_fixed:
                 condition = "be float32, float64, float16 or bfloat16"
                 raise TypeError(self._error(f"params[{self._label(group, index)}]", condition, param.dtype))
 
