@@ -25,7 +25,9 @@ def fisher_accumulate_(
     require_non_negative(op, decay=decay)
     checks.require_power(op, power)
     require_lists(
-        op, TensorList("fisher", fisher, "accumulators", written=True), TensorList("grads", grads, "parameters")
+        op,
+        TensorList("fisher", fisher, "accumulators", written=True),
+        TensorList("grads", grads, "parameters"),
     )
     with as_given(fisher):
         reference.fisher_accumulate_(fisher, grads, weight=weight, decay=decay, power=power)
@@ -51,7 +53,8 @@ def selective_dampen_(
     require_non_negative(op, beta_min=beta_min)
     require(
         beta_max >= beta_min,
-        f"{op}: beta_max must be at least beta_min = {checks.number(beta_min)}, got {checks.number(beta_max)}",
+        f"{op}: beta_max must be at least beta_min = {checks.number(beta_min)}, got "
+        f"{checks.number(beta_max)}",
     )
     require_lists(
         op,
@@ -89,16 +92,16 @@ def selected_counts(
     for alpha in alphas:
         require_non_negative(op, alphas=alpha)
     _require_importances(op, importance_full, importance_forget)
-    for full in importance_full:
+    for one in importance_full:
         device = importance_full[0].device
         require(
-            full.device == device,
-            f"{op}: importance_full must be on one device, got {device} and {full.device}",
+            one.device == device,
+            f"{op}: importance_full must be on one device, got {device} and {one.device}",
         )
     with as_given():
         if needs_cpu(importance_full):
-            lists = copies(importance_full, importance_forget)
-            return reference.selected_counts(*lists, alphas).to(importance_full[0].device)
+            full, forget = copies(importance_full, importance_forget)
+            return reference.selected_counts(full, forget, alphas).to(importance_full[0].device)
         return reference.selected_counts(importance_full, importance_forget, alphas)
 
 
@@ -114,6 +117,6 @@ def ratio_quantile(
     )
     with as_given():
         if needs_cpu(importance_full):
-            lists = copies(importance_full, importance_forget)
-            return reference.ratio_quantile(*lists, q).to(importance_full[0].device)
+            full, forget = copies(importance_full, importance_forget)
+            return reference.ratio_quantile(full, forget, q).to(importance_full[0].device)
         return reference.ratio_quantile(importance_full, importance_forget, q)
