@@ -72,7 +72,7 @@ def run(*command):
     why = next(filter(None, [*said, *lines[-1:]]), f"exit status {process.returncode}")
     needs_compiler = re.search(r"CMAKE_C(XX|UDA)_COMPILER|Python_INCLUDE_DIRS|Development", " ".join(said))
     raise CannotBuildError(
-        f"the build failed: {why[:200]}",
+        f"the build failed: {why[:200].rstrip('.')}",
         "install a C++20 compiler (g++ 11, clang 14 or later) and Python's headers" if needs_compiler else "",
     )
 

@@ -2,8 +2,10 @@
 
 # ruff: noqa: D103 (what the kernels do stands in the modules that call them)
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unlearn_ext.ops import reference
@@ -101,8 +103,24 @@ def selected_counts(
     with as_given():
         if needs_cpu(importance_full):
             full, forget = copies(importance_full, importance_forget)
-            return reference.selected_counts(full, forget, alphas).to(importance_full[0].device)
-        return reference.selected_counts(importance_full, importance_forget, alphas)
+            return _counts(full, forget, alphas).to(importance_full[0].device)
+        return _counts(importance_full, importance_forget, alphas)
+
+
+def _counts(full: Sequence[Tensor], forget: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
+    device = full[0].device if full else torch.device("cpu")
+    counts = torch.zeros((len(alphas), len(full)), dtype=torch.int64, device=device)
+    for t, (below, above) in enumerate(zip(full, forget, strict=True)):
+        if below.dtype == torch.float64:
+            counts[:, t] = reference.selected_counts([below], [above], alphas)[:, 0]
+            continue
+        # As the reference, which converts for every threshold.
+        finite = below.isfinite() & above.isfinite()
+        wide_below, wide_above = below[finite].double(), above[finite].double()
+        for a, alpha in enumerate(alphas):
+            rounded = float(torch.tensor(alpha, dtype=torch.float32, device="cpu"))
+            counts[a, t] = (wide_above > rounded * wide_below).sum()
+    return counts
 
 
 def ratio_quantile(
@@ -118,5 +136,18 @@ def ratio_quantile(
     with as_given():
         if needs_cpu(importance_full):
             full, forget = copies(importance_full, importance_forget)
-            return reference.ratio_quantile(full, forget, q).to(importance_full[0].device)
-        return reference.ratio_quantile(importance_full, importance_forget, q)
+            return _quantile(full, forget, q).to(importance_full[0].device)
+        return _quantile(importance_full, importance_forget, q)
+
+
+def _quantile(full: Sequence[Tensor], forget: Sequence[Tensor], q: float) -> Tensor:
+    ratios = [(above / below).flatten() for above, below in zip(forget, full, strict=True)]
+    finite = torch.cat([ratio[ratio.isfinite()] for ratio in ratios]) if ratios else torch.empty(0)
+    if finite.numel() == 0:
+        return reference.ratio_quantile(full, forget, q)  # which says so
+    # As the reference, which sorts.
+    position = q * (finite.numel() - 1)
+    lower = math.floor(position)
+    upper = min(lower + 1, finite.numel() - 1)
+    low, high = (finite.kthvalue(k + 1).values.double() for k in (lower, upper))
+    return torch.lerp(low, high, position - lower).to(finite.dtype)
