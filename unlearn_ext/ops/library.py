@@ -103,14 +103,21 @@ if _C is None:
     # It defines the same ops again, which ends the process: nothing may load it from here on.
     sys.modules[_MODULE] = None  # type: ignore[assignment]
 
+
+def _said_of_cuda(reason: str) -> str:
+    mend = "" if torch.version.hip else f" UNLEARN_CUDA=ON with {_mend({})} mends it."
+    kind = "ROCm" if torch.version.hip else "CUDA"
+    return (
+        f"unlearn_ext: ops on {kind} devices run on plain PyTorch kernels, which are slower: the library was "
+        f"built without CUDA ({reason}).{mend}"
+    )
+
+
 # Registrations end with it.
 _LIBRARY = (
     fallback.define(SCHEMAS)
     if _C is None
-    else fallback.fill_in(
-        "unlearn_ext: ops on CUDA devices run on plain PyTorch kernels, which are slower: the library was "
-        f"built without CUDA ({_C.build_info()['cuda_reason']}). UNLEARN_CUDA=ON with {_mend({})} mends it."
-    )
+    else fallback.fill_in(_said_of_cuda(_C.build_info()["cuda_reason"]))
 )
 
 OPS = torch.ops.unlearn_ext
