@@ -146,7 +146,7 @@ clean:
 
 .PHONY: check-fallback check-install wheel
 FALLBACK_TESTS := tests/test_op_edges.py tests/test_signatures.py tests/test_reference.py tests/test_ops.py tests/test_errors.py \
-  tests/test_saliency.py tests/methods/test_ssd.py
+  tests/test_fallback.py tests/test_library.py tests/test_saliency.py tests/test_readme.py
 
 # Lists of thousands and of large tensors are for the compiled kernels.
 check-fallback: $(READY)

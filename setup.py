@@ -1,7 +1,7 @@
-"""Builds the compiled library by running CMake, where it can; everything else is in pyproject.toml and CMakeLists.txt.
+"""Builds the compiled library by running CMake, where it can; the rest is in pyproject.toml, CMakeLists.txt.
 
-UNLEARN_BUILD=auto|require|off: without a compiler, or after an error of the build, ``auto`` (the default) goes on to a
-package whose ops run on plain PyTorch; ``require`` makes it an error; ``off`` builds nothing.
+UNLEARN_BUILD=auto|require|off: without a compiler, or after an error of the build, ``auto`` (the default)
+goes on to a package whose ops run on plain PyTorch; ``require`` makes it an error; ``off`` builds nothing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ if MODE not in MODES:
     raise SystemExit(f"unlearn_ext: UNLEARN_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Why the library cannot be compiled here, and what to do first; subprocesses have said the rest."""
 
     def __init__(self, reason, mend=""):
@@ -45,7 +45,7 @@ def torch_version():
     try:
         import torch
     except (ImportError, OSError) as error:
-        raise CannotBuild(
+        raise CannotBuildError(
             f"torch cannot be imported where the package is built ({error}); pip's build isolation hides an "
             "installed one"
         ) from error
@@ -71,9 +71,9 @@ def run(*command):
     ]
     why = next(filter(None, [*said, *lines[-1:]]), f"exit status {process.returncode}")
     needs_compiler = re.search(r"CMAKE_C(XX|UDA)_COMPILER|Python_INCLUDE_DIRS|Development", " ".join(said))
-    raise CannotBuild(
-        f"the build failed: {why[:200]}",
-        "install a C++20 compiler (g++ 11 or clang 14, or later) and Python's headers" if needs_compiler else "",
+    raise CannotBuildError(
+        f"the build failed: {why[:200].rstrip('.')}",
+        "install a C++20 compiler (g++ 11, clang 14 or later) and Python's headers" if needs_compiler else "",
     )
 
 
@@ -85,8 +85,12 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         try:
             self.compile_into(package)
-        except (CannotBuild, OSError) as raised:
-            error = raised if isinstance(raised, CannotBuild) else CannotBuild(f"the build failed: {raised}")
+        except (CannotBuildError, OSError) as raised:
+            error = (
+                raised
+                if isinstance(raised, CannotBuildError)
+                else CannotBuildError(f"the build failed: {raised}")
+            )
             if MODE == "require":
                 raise SystemExit(f"unlearn_ext: {error}. {error.mend}".rstrip(". ")) from error
             self.go_without(package, error)
@@ -99,10 +103,10 @@ class CMakeBuild(build_ext):
         """Configure, build and install."""
         torch = torch_version()
         if not shutil.which("cmake"):
-            raise CannotBuild("CMake was not found", "`pip install cmake ninja`")
+            raise CannotBuildError("CMake was not found", "`pip install cmake ninja`")
         generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
         if generator != "Ninja" and not shutil.which("make"):
-            raise CannotBuild("neither ninja nor make was found", "`pip install ninja`")
+            raise CannotBuildError("neither ninja nor make was found", "`pip install ninja`")
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
         build = ROOT / "build" / f"{python}-torch{torch}{'' if generator == 'Ninja' else '-make'}"
         cuda = os.environ.get("UNLEARN_CUDA")
@@ -119,7 +123,7 @@ class CMakeBuild(build_ext):
     def go_without(self, package, error):
         """Say why once, here and to whoever imports the package."""
         print(
-            f"unlearn_ext: nothing was compiled, the ops will run on plain PyTorch, which is slower: {error}. "
+            f"unlearn_ext: nothing was compiled, the ops run on plain PyTorch, which is slower: {error}. "
             f"{error.mend + ', then i' if error.mend else 'I'}nstall again with UNLEARN_BUILD=require and "
             "--no-build-isolation.",
             file=sys.stderr,

@@ -123,9 +123,7 @@ def _model(wrap):
 def _sets(wrap):
     labels = torch.arange(48) % 3
     inputs = torch.randn(48, 6, generator=torch.Generator().manual_seed(1)) + 3 * torch.eye(3, 6)[labels]
-    return [
-        [(wrap(inputs[chosen]), wrap(labels[chosen]))] for chosen in (labels == 0, labels != 0)
-    ]
+    return [[(wrap(inputs[chosen]), wrap(labels[chosen]))] for chosen in (labels == 0, labels != 0)]
 
 
 def _on_both(run):

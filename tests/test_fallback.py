@@ -1,7 +1,5 @@
 """The kernels in plain PyTorch: what they compute and refuse, where they serve, and what is said of them."""
 
-import functools
-import operator
 import re
 import subprocess
 import sys
@@ -16,7 +14,6 @@ from op_cases import (
     assert_same_bits,
     assert_within,
     compiled,
-    copied,
     laid_out,
     tensors_of,
 )
@@ -56,7 +53,9 @@ def test_every_schema_has_a_kernel():
 
 
 def _samples():
-    return [(case, variant) for case in CASES for variant in case.variants if variant not in ("many", "large")]
+    return [
+        (case, variant) for case in CASES for variant in case.variants if variant not in ("many", "large")
+    ]
 
 
 @pytest.mark.parametrize("case, variant", _samples(), ids=str)
@@ -130,7 +129,10 @@ def test_memory_shared_between_dtypes_is_found():
     halves = base.view(torch.float16)[1::4]  # the second quarter of every number
 
     def shared(other):
-        extents = [memory.extent_of("a", 0, halves, written=True), memory.extent_of("b", 0, other, written=False)]
+        extents = [
+            memory.extent_of("a", 0, halves, written=True),
+            memory.extent_of("b", 0, other, written=False),
+        ]
         return memory.first_shared(extents) is not None
 
     assert shared(base)
@@ -166,7 +168,15 @@ def test_every_op_has_a_kernel_on_every_device(case):
 def test_ops_and_methods_run_on_devices_of_somebody_elses():
     # In a process of its own: a device stays registered.
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "foreign_device.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            ROOT / "tests" / "foreign_device.py",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Installing: with a build that fails, without tools, without a build. The sources here are small stand-ins."""
+"""Installing: with a build that fails, without tools, without a build. The sources are small stand-ins."""
 
 import json
 import os
@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the sources")
 pytest.importorskip("setuptools.command.bdist_wheel", reason="needs setuptools 70.1 to make wheels")
 
-FAILS = 'cmake_minimum_required(VERSION 3.24)\nproject(planted NONE)\nmessage(FATAL_ERROR "a planted error")\n'
+FAILS = """
+cmake_minimum_required(VERSION 3.24)
+project(planted NONE)
+message(FATAL_ERROR "a planted error")
+"""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which library of ops is taken, what is said where it is not the compiled one, and that the package works then."""
+"""Which library of ops is taken, what is said where it is not the compiled one, and that ops work then."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def bare(tmp_path):
 
 WORKS = """
 import sys, warnings
-sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]  # which would find the checkout's library
+sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]  # of the checkout
 import torch
 from unlearn_ext import ops
 fisher = [torch.ones(3)]
@@ -69,7 +69,7 @@ def test_plain_kernels_on_purpose_are_no_warning(bare):
 
 @pytest.fixture
 def loading(tmp_path, monkeypatch):
-    """Loads with some files beside the package and some environment; returns what was found and what was said."""
+    """Loads with some files beside the package and some environment: what is found, and what is said."""
 
     def load(built=None, choice=None, found=None):
         monkeypatch.setattr(library, "_PACKAGE", tmp_path)

@@ -29,6 +29,7 @@ from op_cases import (
     assert_within,
     bits,
     bound,
+    compiled,
     convolved,
     copied,
     doors,
@@ -878,6 +879,7 @@ def _memory_calls(device):
     }
 
 
+@compiled
 @pytest.mark.parametrize("name", ["vectors", "sequences", "patches", "tables"])
 def test_neither_gradients_of_samples_nor_patches_are_stored(name, device):
     op, fisher, tensors, kwargs, n_scalars = _memory_calls(device)[name]

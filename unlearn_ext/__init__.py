@@ -1,6 +1,7 @@
 """Fast machine unlearning for PyTorch.
 
-Importing the package loads its compiled operators, so that ``torch.ops.unlearn_ext`` is there from then on.
+Importing the package loads its operators, so that ``torch.ops.unlearn_ext`` is there from then on: compiled,
+or in plain PyTorch where they are not.
 """
 
 from unlearn_ext import (

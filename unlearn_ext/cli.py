@@ -325,7 +325,10 @@ def _sets(returned: Any) -> tuple[Batches, Batches, Batches]:  # noqa: ANN401 - 
 def _info() -> str:
     build = ops.build_info()
     compiled = build["kernels"] == "compiled"
-    missing = {"kernels": f"plain PyTorch: {build['reason']}", "compiled ones": f"{build['mend']} brings them"}
+    missing = {
+        "kernels": f"plain PyTorch: {build['reason']}",
+        "compiled ones": f"{build['mend']} brings them",
+    }
     lines = {
         "unlearn_ext": unlearn_ext.__version__,
         **({"kernels": "compiled"} if compiled else missing),

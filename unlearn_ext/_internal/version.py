@@ -19,7 +19,7 @@ def version() -> str:
         text = ""
     # tomllib is not in Python 3.10.
     project = text.partition("[project]")[2].partition("\n[")[0]
-    named = dict(re.findall(r'^(name|version) = "([^"]+)"', project, re.MULTILINE))
+    named: dict[str, str] = dict(re.findall(r'^(name|version) = "([^"]+)"', project, re.MULTILINE))
     if named.get("name") == "unlearn_ext" and "version" in named:
         return named["version"]
     try:

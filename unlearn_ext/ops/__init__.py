@@ -1,13 +1,14 @@
 """The functional ops: typed, documented doors to ``torch.ops.unlearn_ext``.
 
-Importing this package loads the compiled library and registers the ops with PyTorch. Every op takes tensors
-of any strides, works on the CPU and on CUDA devices, and gives the same bits from run to run and for any
+Importing this package loads the compiled library and registers the ops with PyTorch; where it is missing,
+and on devices it has no kernels for, they have kernels in plain PyTorch (``unlearn_ext.ops.fallback``).
+Every op takes tensors of any strides. The compiled kernels give the same bits from run to run and for any
 number of threads. An op whose name ends in ``_`` writes in place, returns nothing and ignores autograd:
 parameters that require a gradient are written without ``torch.no_grad()``. ``unlearn_ext.ops.reference``
 holds the same ops in plain PyTorch.
 
-Tensors are checked in C++, behind both ``torch.ops.unlearn_ext`` and ``unlearn_ext._C``; the functions here
-only bring their arguments into the form of the schema.
+Tensors are checked by the kernels, behind both ``torch.ops.unlearn_ext`` and ``unlearn_ext._C``; the
+functions here only bring their arguments into the form of the schema.
 """
 
 from unlearn_ext.ops import fakes as fakes

@@ -1,8 +1,8 @@
 """The library of ops: compiled, or else in plain PyTorch, and what is said of the one that was chosen.
 
 The environment variable ``UNLEARN_OPS`` decides: ``auto`` (the default) takes the compiled library where it
-loads, and says in one warning where it does not; ``compiled`` makes it an error; ``reference`` takes the kernels
-in plain PyTorch, without a warning.
+loads, and says in one warning where it does not; ``compiled`` makes it an error; ``reference`` takes the
+kernels in plain PyTorch, without a warning.
 """
 
 import importlib
@@ -27,7 +27,7 @@ _CHOICES = ("auto", "compiled", "reference")
 
 
 def _recorded() -> dict[str, str]:
-    """Read what the build left: for what it compiled, or why it did not."""
+    # What the build left: for what it compiled, or why it did not.
     try:
         found = json.loads(_PACKAGE.joinpath("_build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,33 +39,25 @@ def _release(of: str) -> list[str]:
     return of.partition("+")[0].split(".")[:2]
 
 
-def _mismatch(built: dict[str, str]) -> str:
-    """Say of a library for another torch what it is for: it may load, and then crash."""
-    if "torch" not in built or _release(built["torch"]) == _release(torch.__version__):
-        return ""
-    return (
-        f"it was built for torch {built['torch']} and Python {built.get('python')} "
-        f"(CUDA: {built.get('cuda')}), and this is torch {torch.__version__} and Python "
-        f"{platform.python_version()}"
-    )
+def _built_for(built: dict[str, str]) -> str:
+    here = f"torch {torch.__version__} and Python {platform.python_version()}"
+    if "torch" not in built:
+        return f"it is not built for {here}"
+    there = f"torch {built['torch']} and Python {built.get('python')} (CUDA: {built.get('cuda')})"
+    return f"it was built for {there}, and this is {here}"
+
+
+def _is_for_another_torch(built: dict[str, str]) -> bool:
+    return "torch" in built and _release(built["torch"]) != _release(torch.__version__)
 
 
 def _why_missing(error: ImportError, built: dict[str, str]) -> str:
     if "reason" in built:
         return built["reason"]
     if isinstance(error, ModuleNotFoundError) and error.name == _MODULE:
-        return (
-            "this installation has no compiled library for "
-            f"torch {torch.__version__} and Python {platform.python_version()}"
-        )
-    here = f"torch {torch.__version__} and Python {platform.python_version()}"
-    why = (
-        f"it was built for torch {built['torch']} and Python {built.get('python')} (CUDA: {built.get('cuda')}), "
-        f"and this is {here}"
-        if "torch" in built
-        else f"it is not built for {here}"
-    )
-    return f"{_MODULE} cannot be imported ({error}): {why}"
+        here = f"torch {torch.__version__} and Python {platform.python_version()}"
+        return f"this installation has no compiled library for {here}"
+    return f"{_MODULE} cannot be imported ({error}): {_built_for(built)}"
 
 
 def _mend(built: dict[str, str]) -> str:
@@ -79,22 +71,19 @@ def _mend(built: dict[str, str]) -> str:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Load the compiled library.
-
-    Returns:
-        It, or None and why.
-    """
+    # The compiled library, or None and why.
     choice = os.environ.get("UNLEARN_OPS", "") or "auto"
     if choice not in _CHOICES:
         raise ValueError(f"UNLEARN_OPS must be one of {', '.join(_CHOICES)}, got {choice!r}")
     if choice == "reference":
         return None, "UNLEARN_OPS=reference"
     built = _recorded()
-    why, cause = _mismatch(built), None
-    if why:
-        why = f"{_MODULE} is left alone: {why}"
+    cause: ImportError | None = None
+    if _is_for_another_torch(built):
+        # It may load, and then crash.
+        why = f"{_MODULE} is left alone: {_built_for(built)}"
     else:
-        # torch comes first: the compiled library links against libraries that only torch's own import can find.
+        # torch comes first: the library links against libraries that only torch's own import can find.
         try:
             return importlib.import_module(_MODULE), ""
         except ImportError as error:
@@ -102,8 +91,8 @@ def _load() -> tuple[ModuleType | None, str]:
     if choice == "compiled":
         raise ImportError(f"{why}; {_mend(built)} mends it") from cause
     warnings.warn(
-        f"unlearn_ext: the ops run on plain PyTorch kernels, which are slower: {why}. {_mend(built)} mends it; "
-        "UNLEARN_OPS=reference in the environment says that it is meant, and silences this.",
+        f"unlearn_ext: the ops run on plain PyTorch kernels, which are slower: {why}. {_mend(built)} mends "
+        "it; UNLEARN_OPS=reference in the environment says that it is meant, and silences this.",
         stacklevel=3,
     )
     return None, why
@@ -114,14 +103,21 @@ if _C is None:
     # It defines the same ops again, which ends the process: nothing may load it from here on.
     sys.modules[_MODULE] = None  # type: ignore[assignment]
 
+
+def _said_of_cuda(reason: str) -> str:
+    mend = "" if torch.version.hip else f" UNLEARN_CUDA=ON with {_mend({})} mends it."
+    kind = "ROCm" if torch.version.hip else "CUDA"
+    return (
+        f"unlearn_ext: ops on {kind} devices run on plain PyTorch kernels, which are slower: the library was "
+        f"built without CUDA ({reason}).{mend}"
+    )
+
+
 # Registrations end with it.
 _LIBRARY = (
     fallback.define(SCHEMAS)
     if _C is None
-    else fallback.fill_in(
-        "unlearn_ext: ops on CUDA devices run on plain PyTorch kernels, which are slower: the library was built "
-        f"without CUDA ({_C.build_info()['cuda_reason']}). UNLEARN_CUDA=ON with {_mend({})} mends it."
-    )
+    else fallback.fill_in(_said_of_cuda(_C.build_info()["cuda_reason"]))
 )
 
 OPS = torch.ops.unlearn_ext
@@ -131,11 +127,11 @@ def build_info() -> dict[str, Any]:
     """Say which kernels the ops have, how they were built and what they chose on this computer.
 
     Returns:
-        A dict with ``kernels`` (``compiled``, or ``reference`` for those in plain PyTorch), ``reason`` (why not
-        compiled) and ``mend`` (the command that would), both empty if compiled; ``version``, ``torch`` and
-        ``python`` (versions built for), ``cuda`` (bool), ``cuda_reason`` (why CUDA is or is not in the build),
-        ``cuda_architectures``, ``cpu_capability`` (chosen at run time), ``cpu_capabilities`` (compiled in),
-        ``compiler`` and ``schemas`` (of every op).
+        A dict with ``kernels`` (``compiled``, or ``reference`` for those in plain PyTorch), ``reason`` (why
+        not compiled) and ``mend`` (the command that would), both empty if compiled; ``version``, ``torch``
+        and ``python`` (versions built for), ``cuda`` (bool), ``cuda_reason`` (why CUDA is or is not in the
+        build), ``cuda_architectures``, ``cpu_capability`` (chosen at run time), ``cpu_capabilities``
+        (compiled in), ``compiler`` and ``schemas`` (of every op).
 
     Example:
         >>> from unlearn_ext import ops

@@ -196,7 +196,8 @@ def ratio_quantile(
     finite = torch.cat([ratio[ratio.isfinite()] for ratio in ratios]) if ratios else torch.empty(0)
     if finite.numel() == 0:
         raise ValueError(
-            "ratio_quantile: importance_full and importance_forget must have a finite ratio somewhere, got none"
+            "ratio_quantile: importance_full and importance_forget must have a finite ratio somewhere, "
+            "got none"
         )
     ordered = finite.double().sort().values
     position = q * (ordered.numel() - 1)

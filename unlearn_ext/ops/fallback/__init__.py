@@ -1,9 +1,9 @@
 """Kernels in plain PyTorch, for every device that has none of ours: ``reference`` behind the checks of C++.
 
-They work where the compiled library is missing, and beside it on devices it has no kernels for. What they write
-is what the compiled ones write, up to rounding, and they refuse the same calls in the same words. They are
-slower and take temporaries (samples in parts of bounded size), and torch's matrix products need not give the
-same bits for another number of threads.
+They work where the compiled library is missing, and beside it on devices it has no kernels for. What they
+write is what the compiled ones write, up to rounding, and they refuse the same calls in the same words. They
+are slower and take temporaries (samples in parts of bounded size), and torch's matrix products need not give
+the same bits for another number of threads.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _has_tensor(value: object) -> bool:
 
 
 def _selecting(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Run calls whose lists are all empty, which reach no device; hand on the others."""
+    # Calls whose lists are all empty reach no device: they run here, the others go on.
     stem, _, overload = name.partition(".")
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 

@@ -1,7 +1,7 @@
 """The checks of csrc/torch in Python: what an op refuses, before anything is written, and in which words.
 
-Only for the kernels in plain PyTorch. The compiled ones check for themselves; tests/test_fallback.py holds the
-two against each other, message by message.
+Only for the kernels in plain PyTorch. The compiled ones check for themselves; tests/test_fallback.py holds
+the two against each other, message by message.
 """
 
 # ruff: noqa: DOC501 (every function raises ValueError, or TypeError for a dtype)
@@ -225,9 +225,9 @@ class TensorList:
     Attributes:
         name: Of the argument.
         tensors: The tensors.
-        holds: ``parameters`` (any float), ``like`` (the parameters' dtype), ``accumulators`` (float32, float64
-            with float64 parameters), ``importances`` (float32 or float64, the same in all such lists) or
-            ``bits`` (packed masks).
+        holds: ``parameters`` (any float), ``like`` (the parameters' dtype), ``accumulators`` (float32,
+            float64 with float64 parameters), ``importances`` (float32 or float64, the same in all such lists)
+            or ``bits`` (packed masks).
         written: Whether the op writes them.
     """
 

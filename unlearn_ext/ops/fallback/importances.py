@@ -2,8 +2,10 @@
 
 # ruff: noqa: D103 (what the kernels do stands in the modules that call them)
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unlearn_ext.ops import reference
@@ -25,7 +27,9 @@ def fisher_accumulate_(
     require_non_negative(op, decay=decay)
     checks.require_power(op, power)
     require_lists(
-        op, TensorList("fisher", fisher, "accumulators", written=True), TensorList("grads", grads, "parameters")
+        op,
+        TensorList("fisher", fisher, "accumulators", written=True),
+        TensorList("grads", grads, "parameters"),
     )
     with as_given(fisher):
         reference.fisher_accumulate_(fisher, grads, weight=weight, decay=decay, power=power)
@@ -51,7 +55,8 @@ def selective_dampen_(
     require_non_negative(op, beta_min=beta_min)
     require(
         beta_max >= beta_min,
-        f"{op}: beta_max must be at least beta_min = {checks.number(beta_min)}, got {checks.number(beta_max)}",
+        f"{op}: beta_max must be at least beta_min = {checks.number(beta_min)}, got "
+        f"{checks.number(beta_max)}",
     )
     require_lists(
         op,
@@ -89,17 +94,33 @@ def selected_counts(
     for alpha in alphas:
         require_non_negative(op, alphas=alpha)
     _require_importances(op, importance_full, importance_forget)
-    for full in importance_full:
+    for one in importance_full:
         device = importance_full[0].device
         require(
-            full.device == device,
-            f"{op}: importance_full must be on one device, got {device} and {full.device}",
+            one.device == device,
+            f"{op}: importance_full must be on one device, got {device} and {one.device}",
         )
     with as_given():
         if needs_cpu(importance_full):
-            lists = copies(importance_full, importance_forget)
-            return reference.selected_counts(*lists, alphas).to(importance_full[0].device)
-        return reference.selected_counts(importance_full, importance_forget, alphas)
+            full, forget = copies(importance_full, importance_forget)
+            return _counts(full, forget, alphas).to(importance_full[0].device)
+        return _counts(importance_full, importance_forget, alphas)
+
+
+def _counts(full: Sequence[Tensor], forget: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
+    device = full[0].device if full else torch.device("cpu")
+    counts = torch.zeros((len(alphas), len(full)), dtype=torch.int64, device=device)
+    for t, (below, above) in enumerate(zip(full, forget, strict=True)):
+        if below.dtype == torch.float64:
+            counts[:, t] = reference.selected_counts([below], [above], alphas)[:, 0]
+            continue
+        # As the reference, which converts for every threshold.
+        finite = below.isfinite() & above.isfinite()
+        wide_below, wide_above = below[finite].double(), above[finite].double()
+        for a, alpha in enumerate(alphas):
+            rounded = float(torch.tensor(alpha, dtype=torch.float32, device="cpu"))
+            counts[a, t] = (wide_above > rounded * wide_below).sum()
+    return counts
 
 
 def ratio_quantile(
@@ -114,6 +135,19 @@ def ratio_quantile(
     )
     with as_given():
         if needs_cpu(importance_full):
-            lists = copies(importance_full, importance_forget)
-            return reference.ratio_quantile(*lists, q).to(importance_full[0].device)
-        return reference.ratio_quantile(importance_full, importance_forget, q)
+            full, forget = copies(importance_full, importance_forget)
+            return _quantile(full, forget, q).to(importance_full[0].device)
+        return _quantile(importance_full, importance_forget, q)
+
+
+def _quantile(full: Sequence[Tensor], forget: Sequence[Tensor], q: float) -> Tensor:
+    ratios = [(above / below).flatten() for above, below in zip(forget, full, strict=True)]
+    finite = torch.cat([ratio[ratio.isfinite()] for ratio in ratios]) if ratios else torch.empty(0)
+    if finite.numel() == 0:
+        return reference.ratio_quantile(full, forget, q)  # which says so
+    # As the reference, which sorts.
+    position = q * (finite.numel() - 1)
+    lower = math.floor(position)
+    upper = min(lower + 1, finite.numel() - 1)
+    low, high = (finite.kthvalue(k + 1).values.double() for k in (lower, upper))
+    return torch.lerp(low, high, position - lower).to(finite.dtype)

@@ -1,7 +1,5 @@
 """The checks of csrc/torch in Python, of the ops that take one layer: see checks.py."""
 
-# ruff: noqa: DOC501 (every function raises ValueError, or TypeError for a dtype)
-
 import math
 from collections.abc import Sequence
 
@@ -244,9 +242,7 @@ def require_patches(
     """
     n_dims = len(kernel_size)
     kernel_size, stride, padding, dilation = map(list, (kernel_size, stride, padding, dilation))
-    require(
-        1 <= n_dims <= _MAX_SPATIAL, f"{op}: kernel_size must have 1 to 3 entries, got {kernel_size}"
-    )
+    require(1 <= n_dims <= _MAX_SPATIAL, f"{op}: kernel_size must have 1 to 3 entries, got {kernel_size}")
     require(
         inputs.dim() == n_dims + 2,
         f"{op}: inputs must have shape [N, C, {n_dims} spatial], got {sizes(inputs)}",

@@ -34,7 +34,9 @@ def _add_outer_powers(fisher: Tensor, inputs: Tensor, grads: Tensor, weight: flo
     In float64, which holds every power of a float32 number: the diagonal takes one product of matrices.
     """
     n = inputs.shape[0]
-    rows, columns = (tensor.reshape(n, tensor.shape[-1]).double().abs() ** power for tensor in (grads, inputs))
+    rows, columns = (
+        tensor.reshape(n, tensor.shape[-1]).double().abs() ** power for tensor in (grads, inputs)
+    )
     fisher += (weight * (rows.T @ columns)).to(fisher.dtype)
 
 
@@ -117,7 +119,7 @@ def fisher_embedding_(
         # One row per sample and row of the table that it looked up: no table per sample, as in the reference.
         entries = (samples * n_rows + indices.long())[looked_up]
         grads = grad_outputs[looked_up].to(fisher.dtype)
-        found, places = entries.unique(return_inverse=True)
+        found, places = torch.unique(entries, return_inverse=True)
         gradients = grads.new_zeros(found.numel(), width).index_add_(0, places, grads)
         powers = gradients.abs() ** power
         totals = torch.zeros_like(fisher).index_add_(0, found % max(1, n_rows), powers)

@@ -72,7 +72,7 @@ def topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list
 
 
 def _topk(scores: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:
-    """Mark what lies beyond the k-th score, and of those equal to it the first ones."""
+    # What lies beyond the k-th score, and of those equal to it the first ones.
     if k == 0 or not scores:
         return [reference.pack_mask(torch.zeros_like(score, dtype=torch.bool)) for score in scores]
     joined = torch.cat([score.flatten() for score in scores])
@@ -88,7 +88,7 @@ def _topk(scores: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:
         last = joined.masked_fill(is_nan, math.inf).kthvalue(k).values
         chosen, equal = joined < last, joined == last
     chosen |= equal & (equal.cumsum(0) <= k - chosen.sum())
-    return [reference.pack_mask(part) for part in chosen.split([score.numel() for score in scores])]
+    return [reference.pack_mask(part) for part in torch.split(chosen, [score.numel() for score in scores])]
 
 
 def apply_mask_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -146,6 +146,11 @@ def masked_sgd_(
         )
 
 
+def _require_step(op: str, step: int | Tensor) -> None:
+    told = checks.number(float(step)) if isinstance(step, Tensor) else str(step)
+    require(float(step) >= 1, f"{op}: step must be at least 1, got {told}")
+
+
 def masked_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -168,9 +173,9 @@ def masked_adamw_(
             step.dtype in (torch.float32, torch.float64),
             f"{op}: step must be float32 or float64, got {checks.dtype_name(step.dtype)}",
         )
-    value = float(step)
-    told = checks.number(value) if isinstance(step, Tensor) else str(step)
-    require(value >= 1, f"{op}: step must be at least 1, got {told}")
+    is_elsewhere = isinstance(step, Tensor) and step.device.type != "cpu"
+    if not is_elsewhere:
+        _require_step(op, step)
     require_non_negative(op, lr=lr)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         require(0 <= beta < 1, f"{op}: {name} must be in [0, 1), got {checks.number(beta)}")
@@ -183,6 +188,13 @@ def masked_adamw_(
         TensorList("grads", grads, "like"),
         TensorList("masks", masks, "bits"),
     )
+    if isinstance(step, Tensor) and is_elsewhere:
+        for param in params:
+            require(
+                param.device == step.device,
+                f"{op}: step must be on {param.device} like its parameters or on the cpu, got {step.device}",
+            )
+        _require_step(op, step)
     with as_given([*params, *exp_avgs, *exp_avg_sqs]):
         reference.masked_adamw_(
             params,

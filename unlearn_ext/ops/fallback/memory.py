@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Where an address is one of memory. Elsewhere it may name a buffer, and two are compared only within one storage.
+# Where an address is one of memory. Elsewhere it may name a buffer: two are compared only within one storage.
 _ADDRESSED = ("cpu", "cuda")
 
 
@@ -52,10 +52,10 @@ def extent_of(name: str, index: int, tensor: Tensor, *, written: bool) -> Extent
     width = tensor.element_size()
     if tensor.device.type in _ADDRESSED:
         memory: object = None
-        begin = int(tensor.const_data_ptr())
+        begin = int(tensor.const_data_ptr())  # type: ignore[attr-defined]
     else:
         memory = tensor.untyped_storage()._cdata
-        begin = tensor.storage_offset() * width
+        begin = int(tensor.storage_offset()) * width
     return Extent(name, index, tensor, written, memory, begin, begin + _span(tensor) * width)
 
 
@@ -76,7 +76,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     reach = 0
     for stride, steps in axes:
         if stride <= reach:
-            return _offsets(tensor).unique().numel() < tensor.numel()
+            return len(torch.unique(_offsets(tensor))) < tensor.numel()
         reach += stride * steps
     return False
 
@@ -113,7 +113,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _offsets(tensor: Tensor) -> Tensor:
-    """Where the elements lie, counted in elements from the first: int64 on the CPU."""
+    # Where the elements lie, counted in elements from the first: int64 on the CPU.
     offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in _axes(tensor):
         offsets = (offsets[:, None] + torch.arange(size, device="cpu") * stride).flatten()
@@ -121,7 +121,7 @@ def _offsets(tensor: Tensor) -> Tensor:
 
 
 def _share(a: Extent, b: Extent) -> bool:
-    """Say whether two extents that intersect have a byte in common."""
+    # Whether two extents that intersect have a byte in common.
     if _is_dense(a.tensor) and _is_dense(b.tensor):
         return True
     begin, end = max(a.begin, b.begin), min(a.end, b.end)

@@ -24,7 +24,8 @@ class _Precise:
     def __enter__(self) -> None:
         with self.lock:
             if self.inside == 0:
-                backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                mkldnn: Any = torch.backends.mkldnn
+                backends = (torch.backends.cuda.matmul, mkldnn.matmul)
                 self.before = [
                     (backend, backend.fp32_precision)
                     for backend in backends
@@ -115,4 +116,4 @@ def parts(scalars_per_sample: int, *tensors: Tensor) -> Iterator[tuple[Tensor, .
     """
     bytes_each = max(1, scalars_per_sample) * max(4, tensors[0].element_size())
     step = max(1, _PART_BYTES // bytes_each)
-    yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
+    yield from zip(*(torch.split(tensor, step) for tensor in tensors), strict=True)
