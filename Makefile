@@ -138,7 +138,7 @@ DOCUMENTED := $(PREFIX)/.unlearn_ext_docs
 .PHONY: docs
 docs: build $(DOCUMENTED)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(PY) -m http.server -d build/site"
 
 $(DOCUMENTED): pyproject.toml $(READY)
 	$(PY) -m pip install -q $$($(PY) .ci/requirements.py docs)

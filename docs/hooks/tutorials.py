@@ -85,9 +85,9 @@ def page(notebook: Mapping[str, Any], name: str) -> str:
             continue
         parts.append(f"```python\n{cell['source']}\n```")
         parts += filter(None, map(_output, cell["outputs"]))
-    title, *rest = parts
-    title += f"\n\nThis page was run when it was built; [the notebook]({name}) is the same with its outputs."
-    return "\n\n".join([title, *rest]) + "\n"
+    title, _, rest = "\n\n".join(parts).partition("\n\n")
+    note = f"This page was run when it was built; [the notebook]({name}) is the same with its outputs."
+    return f"{title}\n\n{note}\n\n{rest}\n"
 
 
 def _output(output: Mapping[str, Any]) -> str:
