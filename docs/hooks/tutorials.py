@@ -61,7 +61,12 @@ def executed(path: Path) -> nbformat.NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell{number}"  # random ones would change from build to build
     # One thread: the networks are too small to share out, and the sums come out the same on any computer.
-    given = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    given = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # bars of tqdm that no page could show
+    }
     client = nbclient.NotebookClient(
         notebook, timeout=TIMEOUT_S, kernel_name="python3", config=Config(KernelManager={"transport": "ipc"})
     )
