@@ -43,7 +43,7 @@ help:
 	@echo "make bench             the benchmarks; rewrites bench/RESULTS.md"
 	@echo "make gpu               build, prove and measure on a GPU, offline, in under ten minutes; ARGS='--data FILE' for"
 	@echo "                       CIFAR-10, ARGS=--dry-run goes through it without a GPU"
-	@echo "make docs              this documentation as a site in build/site; tutorials are run"
+	@echo "make docs              the documentation as a site in build/site; tutorials are run"
 	@echo "make lint, format      ruff, mypy, clang-format; make mypy: types alone"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
@@ -168,7 +168,7 @@ DOCUMENTED := $(PREFIX)/.unlearn_ext_docs
 .PHONY: docs
 docs: build $(DOCUMENTED)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(PY) -m http.server -d build/site"
 
 $(DOCUMENTED): pyproject.toml $(READY)
 	$(PY) -m pip install -q $$($(PY) .ci/requirements.py docs)

@@ -61,7 +61,12 @@ def executed(path: Path) -> nbformat.NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell{number}"  # random ones would change from build to build
     # One thread: the networks are too small to share out, and the sums come out the same on any computer.
-    given = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    given = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # bars of tqdm that no page could show
+    }
     client = nbclient.NotebookClient(
         notebook, timeout=TIMEOUT_S, kernel_name="python3", config=Config(KernelManager={"transport": "ipc"})
     )
@@ -85,9 +90,9 @@ def page(notebook: Mapping[str, Any], name: str) -> str:
             continue
         parts.append(f"```python\n{cell['source']}\n```")
         parts += filter(None, map(_output, cell["outputs"]))
-    title, *rest = parts
-    title += f"\n\nThis page was run when it was built; [the notebook]({name}) is the same with its outputs."
-    return "\n\n".join([title, *rest]) + "\n"
+    title, _, rest = "\n\n".join(parts).partition("\n\n")
+    note = f"This page was run when it was built; [the notebook]({name}) is the same with its outputs."
+    return f"{title}\n\n{note}\n\n{rest}\n"
 
 
 def _output(output: Mapping[str, Any]) -> str:

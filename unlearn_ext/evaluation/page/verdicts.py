@@ -9,8 +9,8 @@ from unlearn_ext.evaluation.page.numbers import number
 
 # What is told of a method besides, by column; nothing where it was not measured.
 _TOLD = (
-    ("forget", "percent", "{} % of the forget set right"),
-    ("retain", "percent", "{} % of the retain set"),
+    ("forget", "percent", "{}\N{NO-BREAK SPACE}% of the forget set right"),
+    ("retain", "percent", "{}\N{NO-BREAK SPACE}% of the retain set"),
     ("gap", "points", "{} points from retraining"),
 )
 
