@@ -43,15 +43,22 @@ help:
 	@echo "make bench             the benchmarks; rewrites bench/RESULTS.md"
 	@echo "make gpu               build, prove and measure on a GPU, offline, in under ten minutes; ARGS='--data FILE' for"
 	@echo "                       CIFAR-10, ARGS=--dry-run goes through it without a GPU"
-	@echo "make lint, format      ruff, mypy, clang-format"
+	@echo "make docs              this documentation as a site in build/site; tutorials are run"
+	@echo "make lint, format      ruff, mypy, clang-format; make mypy: types alone"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
 	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
 	@echo "make check-static      registers, occupancy and instructions of the CUDA kernels against their budgets; needs"
 	@echo "                       nvcc, no GPU; ARGS=--update rewrites tests/native/budget.json"
+	@echo "make check-fallback    the ops on their kernels in plain PyTorch: what runs where nothing is compiled"
+	@echo "make check-install     the source archive, installed and used where there is no compiler"
+	@echo "make wheel             the source archive and two wheels in dist: compiled for this torch, and for any platform"
 	@echo "make check-traffic     bytes, sectors and passes of the CUDA kernels, counted on the CPU, against their budgets;"
 	@echo "                       ARGS='[text] [--arrays] [--update]', which rewrites tests/native/traffic.json"
 	@echo "make check-cuda-build  CUDA build: compiles and links, spills are errors; needs nvcc, no GPU"
+	@echo "make check-faults      errors, interrupts and kills at every place of every call (hours; ARGS='--sample 5': minutes)"
+	@echo "make setup, build      what every target does first: tools into the environment, the compiled module"
+	@echo "make clean             removes what was built"
 
 setup: $(READY)
 build: $(BUILT)
@@ -73,7 +80,7 @@ $(LINTED): pyproject.toml $(READY)
 	@touch $@
 
 $(BUILT): $(SOURCES) $(READY)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	UNLEARN_BUILD=require $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && echo "$(BUILD_KEY)" >$@
 
 # In a process per core where pytest-xdist is; ARGS='-n 0' in one.
@@ -134,3 +141,43 @@ check-cuda-build: $(READY)
 
 clean:
 	rm -rf build dist unlearn_ext/_C.*.so unlearn_ext/_build_info.json unlearn_ext.egg-info
+
+# ---- Without the compiled library, and packages to hand on
+
+.PHONY: check-fallback check-install wheel
+FALLBACK_TESTS := tests/test_op_edges.py tests/test_signatures.py tests/test_reference.py tests/test_ops.py tests/test_errors.py \
+  tests/test_saliency.py tests/methods/test_ssd.py
+
+# Lists of thousands and of large tensors are for the compiled kernels.
+check-fallback: $(READY)
+	UNLEARN_OPS=reference $(PY) -m pytest -q $(FALLBACK_TESTS) -k "not many and not large and not compiles and not opcheck" $(ARGS)
+
+check-install: $(READY)
+	.ci/install_check $(PY)
+
+wheel: $(READY)
+	$(PY) -m pip install -q $$($(PY) .ci/requirements.py wheel)
+	rm -rf dist
+	$(PY) -W ignore setup.py -q sdist -d dist
+	PYTHON=$(PY) .ci/wheel dist
+	UNLEARN_BUILD=off $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	ls -l dist
+
+# The documentation, into build/site: tutorials are run, links checked, and nothing is fetched but the tools.
+DOCUMENTED := $(PREFIX)/.unlearn_ext_docs
+.PHONY: docs
+docs: build $(DOCUMENTED)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
+$(DOCUMENTED): pyproject.toml $(READY)
+	$(PY) -m pip install -q $$($(PY) .ci/requirements.py docs)
+	@touch $@
+
+# ---- Faults: what `make test` samples, at every place. ARGS='--sample N' tries N places of each call on each model.
+
+.PHONY: check-faults
+check-faults: build
+	$(PY) tests/faults/everything.py $(ARGS)
+	$(PY) tests/faults/kill_writers.py
+	$(PY) -m pytest -q -n 0 -m slow -s tests/faults

@@ -285,6 +285,7 @@ def measure(
     tasks: Iterable[Callable[[int], Task]],
     names: Sequence[str] | None,
     seeds: Sequence[int],
+    retrain: bool = True,
 ) -> Iterator[Record]:
     """Run everything on everything.
 
@@ -293,6 +294,7 @@ def measure(
         tasks: Each makes a task from a seed.
         names: Methods; all by default.
         seeds: Of the network and of the method alike.
+        retrain: Whether to train the references, which takes as long as training the originals.
 
     Yields:
         Records, original and retrained network first.
@@ -304,19 +306,24 @@ def measure(
             original, seconds = problem.learn(task.known, seed, task.by_heart)
             start = Record(problem.name, task.kind, task.target, seed, ORIGINAL, seconds=seconds)
             start.accuracies = {name: accuracy(original, data) for name, data in task.measures.items()}
-            retrained, seconds = problem.learn(task.retain, seed, task.by_heart)
-            goal = Record(problem.name, task.kind, task.target, seed, REFERENCE, seconds=seconds)
-            goal.accuracies = {name: accuracy(retrained, data) for name, data in task.measures.items()}
+            goal = None
+            if retrain:
+                retrained, seconds = problem.learn(task.retain, seed, task.by_heart)
+                goal = Record(problem.name, task.kind, task.target, seed, REFERENCE, seconds=seconds)
+                goal.accuracies = {name: accuracy(retrained, data) for name, data in task.measures.items()}
             for record in (start, goal):
-                record.gap = _gap(record, goal)
-                yield record
+                if record is not None:
+                    record.gap = _gap(record, goal)
+                    yield record
             for name, runner in runners(names).items():
                 record = _kept_or_run(name, runner, original, task, problem, seed)
                 record.gap = None if record.error else _gap(record, goal)
                 yield record
 
 
-def _gap(record: Record, goal: Record) -> float:
+def _gap(record: Record, goal: Record | None) -> float | None:
+    if goal is None:
+        return None
     return statistics.fmean(abs(record.accuracies[name] - goal.accuracies[name]) for name in goal.accuracies)
 
 
@@ -324,8 +331,11 @@ def _kept_or_run(
     name: str, runner: Runner, original: nn.Module, task: Task, problem: Problem, seed: int
 ) -> Record:
     weights = hashlib.sha256(next(original.parameters()).detach().cpu().numpy().tobytes()).hexdigest()[:8]
+    given = "" if problem.n_retain is None else f" of {problem.n_retain}"
     path = (
-        KEPT / problem.name / f"{task.name} {seed} {name} {_code_of(name)} {weights}.json".replace(" ", "-")
+        KEPT
+        / problem.name
+        / f"{task.name}{given} {seed} {name} {_code_of(name)} {weights}.json".replace(" ", "-")
     )
     if path.exists():
         return Record(**json.loads(path.read_text()))
@@ -376,7 +386,8 @@ def tables(records: Sequence[Record]) -> str:
                 rows.append([method, *[""] * (len(header) - 2), f"0 of {len(runs)}: {runs[0].error}"])
                 continue
             row = [method, *(_spread([r.accuracies[name] for r in done]) for name in names)]
-            row.append(_spread([r.gap for r in done if r.gap is not None]))
+            gaps = [r.gap for r in done if r.gap is not None]
+            row.append(_spread(gaps) if gaps else "")
             if is_class:
                 kept = [_within(record, start[record.target, record.seed]) for record in done]
                 row.append(f"{sum(kept)} of {len(kept)}")
@@ -510,7 +521,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ssd", action="store_true", help="selective synaptic dampening over its settings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--network", choices=sorted(cifar.NETWORKS), help="for CIFAR-10")
     parser.add_argument("--epochs", type=int, help="of the CIFAR-10 network")
+    parser.add_argument("--no-retrain", action="store_true", help="without retrained networks beside")
     parser.add_argument("--retain", type=int, help="how much of the other classes methods get")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     options = parser.parse_args(arguments)
@@ -522,6 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         recipe = cifar.CPU if device.type == "cpu" else cifar.GPU
+        if options.network is not None:
+            recipe = next(r for r in (cifar.CPU, cifar.GPU, cifar.HALF) if r.network == options.network)
         if options.epochs is not None:
             recipe = replace(recipe, epochs=options.epochs)
         problem = cifar10(options.data, device, recipe, options.retain)
@@ -536,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made.append(lambda seed: random_task(problem, seed))
     if "mislabelled" in options.tasks:
         made.append(lambda seed: mislabelled_task(problem, seed))
-    records = list(measure(problem, made, options.methods, options.seeds))
+    records = list(measure(problem, made, options.methods, options.seeds, not options.no_retrain))
     _save(options.out / problem.name, [asdict(record) for record in records], tables(records))
     return 0
 

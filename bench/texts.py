@@ -8,7 +8,12 @@ million parameters learns 12 texts of each of 20 made-up users, and public sente
     users   the same of five users
     ten     ten texts of ten users; unseen texts are other sentences about the 20 users
 
-Methods run with their defaults. What is kept under ``build/texts`` is not measured again.
+Methods run with their defaults. Every cell (request, seed, method) is kept under ``build/texts`` as soon as
+it is measured, by what it is of: texts, recipe, settings, version of PyTorch. The same command goes on where
+an interrupted run was, and ``--kept`` writes the pages of what there is.
+
+    python -m bench.texts --seeds 0 1 2           # all of it: 12 networks, 81 runs of methods
+    python -m bench.texts --seeds 0 1 2 --kept    # the pages, after several processes have shared the cells
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
 import json
+import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -30,18 +36,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.text_models import KEPT, RECIPE, learnt
+from bench import table, text_models
+from bench.text_models import RECIPE, learnt
+from bench.texts_page import REQUESTS, page
 from bench.user_texts import Texts, batches, decoded, make_texts
 from unlearn_ext import METHODS
 from unlearn_ext.methods.until import measure, perplexity_rise
 from unlearn_ext.metrics import language
 
 RESULT = Path(__file__).parent / "results" / "methods" / "texts"
-REQUESTS = {
-    "user": "All texts of one user",
-    "users": "All texts of five users",
-    "ten": "Ten texts of ten users",
-}
 SHOWN = (
     "newton",
     "ssd",
@@ -114,6 +117,7 @@ def held_against(found: dict[str, float], original: dict[str, float], aim: dict[
         "kept": rise <= KEPT_WITHIN,
         "attack by loss at chance": attacked["loss"],
         "attack by min_k at chance": attacked["min_k"],
+        "auc loss off": found["auc loss"] - aim["auc loss"],
     }
 
 
@@ -135,136 +139,106 @@ def run_method(name: str, original: nn.Module, sets: Sets, seed: int) -> tuple[n
             result = METHODS[name](
                 model, batches(sets["forget"]), batches(kept), generator=generator, **settings
             )
-        except (ValueError, NotImplementedError, FloatingPointError) as error:
+        except (TypeError, ValueError, RuntimeError, FloatingPointError) as error:
+            # The other cells of a long run are not to be lost by one: the page shows it, and why.
             note = f"{type(error).__name__}: {error}"
             return copy.deepcopy(original), {"seconds": time.perf_counter() - start, "note": note}
     note = "; ".join(str(entry.message) for entry in told)
     return model, {"seconds": time.perf_counter() - start, "reached": result.reached, "note": note}
 
 
-def remembered(name: str, take: Callable[[], dict]) -> dict:
-    """A result of an earlier, perhaps interrupted run, or a new one."""
-    path = KEPT / f"{name.replace(' ', '-')}.json"
-    if not path.exists():
-        found = take()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(found))
-        draft.replace(path)
-    found = json.loads(path.read_text())
-    shown = {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}
-    print(name, shown, found.get("note", ""), flush=True)
-    return found
+class Kept:
+    """Results of earlier, perhaps interrupted runs.
+
+    Args:
+        only: Measure nothing: what is not kept is left out.
+    """
+
+    def __init__(self, *, only: bool = False) -> None:
+        self._only = only
+        self._commit = _commit()
+
+    def get(self, name: str, of: object, take: Callable[[], dict]) -> dict | None:
+        """Return a cell's result: kept, or measured and kept now.
+
+        Args:
+            name: Of the cell.
+            of: All that it depends on, but for the package: a change of that is told by the cell's commit.
+            take: Measures it.
+
+        Returns:
+            The result; None where it is not kept and nothing is to be measured.
+        """
+        key = hashlib.sha256(json.dumps([RECIPE, torch.__version__, of]).encode()).hexdigest()[:12]
+        path = text_models.KEPT / f"{name.replace(' ', '-')}-{key}.json"
+        if not path.exists():
+            if self._only:
+                return None
+            found = {**take(), "commit": self._commit}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".draft")
+            draft.write_text(json.dumps(found))
+            draft.replace(path)
+        found = json.loads(path.read_text())
+        shown = {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}
+        print(name, shown, found.get("note", ""), flush=True)
+        return found
 
 
-def request(texts: Texts, kind: str, seed: int, methods: Iterable[str], *, floor: bool) -> list[dict]:
+def _commit() -> str:
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return told.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../unlearn_ext", "*.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def request(
+    texts: Texts, kind: str, seed: int, methods: Iterable[str], kept: Kept, *, floor: bool
+) -> list[dict]:
     """Forget with every method, and retrain."""
     sets = sets_of(texts, kind, seed)
     everything = [text for own in texts.known for text in own] + texts.public
-    kept = sets["others"] + sets["public"]
+    retained = sets["others"] + sets["public"]
 
-    def trained(data: list[str], own: int) -> dict:
-        model, seconds = learnt(data, own)
-        return {**figures(model, sets), "seconds": seconds}
+    def trained(name: str, data: list[str], own: int) -> dict | None:
+        def take() -> dict:
+            model, seconds = learnt(data, own)
+            return {**figures(model, sets), "seconds": seconds}
 
-    name = f"{kind} {seed}"
-    before = remembered(f"{name} original", functools.partial(trained, everything, seed))
-    aim = remembered(f"{name} retrained", functools.partial(trained, kept, seed + RETRAINED))
-    rows = [{"method": "original", **before}, {"method": "retrained", **aim}]
-    if floor:
-        other = remembered(f"{name} floor", functools.partial(trained, kept, seed + FLOOR))
-        rows.append({"method": "retrained, another seed", **other})
+        return kept.get(f"{kind} {seed} {name}", [sets, data, own], take)
 
     def row(method: str) -> dict:
         original, _ = learnt(everything, seed)
         model, facts = run_method(method, original, sets, seed)
         return {**figures(model, sets), **facts}
 
-    rows += [
-        {"method": method, **remembered(f"{name} {method}", functools.partial(row, method))}
-        for method in methods
+    before = trained("original", everything, seed)
+    aim = trained("retrained", retained, seed + RETRAINED)
+    if before is None or aim is None:
+        return []
+    rows = {"original": before, "retrained": aim}
+    if floor:
+        rows["retrained, another seed"] = trained("floor", retained, seed + FLOOR)
+    for method in methods:
+        settings = [sets, seed, SETTINGS.get(method, {})]
+        rows[method] = kept.get(f"{kind} {seed} {method}", settings, functools.partial(row, method))
+    return [
+        {"request": kind, "seed": seed, "method": method, **found, **held_against(found, before, aim)}
+        for method, found in rows.items()
+        if found is not None
     ]
-    return [{"request": kind, "seed": seed, **row, **held_against(row, before, aim)} for row in rows]
 
 
-COLUMNS: dict[str, tuple[str, str]] = {
-    "forget loss": ("forget loss", ".2f"),
-    "off, %": ("forget loss off", "+.1f"),
-    "forget acc.": ("forget accuracy", ".1f"),
-    "retain ppl., %": ("retain perplexity rise", "+.1f"),
-    "unseen loss": ("unseen loss", ".2f"),
-    "AUC loss": ("auc loss", ".2f"),
-    "zlib": ("auc zlib", ".2f"),
-    "Min-K": ("auc min_k", ".2f"),
-    "Min-K++": ("auc min_k++", ".2f"),
-    "extraction": ("extraction", ".2f"),
-    "seconds": ("seconds", ".0f"),
-}
-
-
-def page(record: dict) -> str:
-    """The results as Markdown."""
-    lines = [
-        "## Users' texts, forgotten by a language model",
-        "",
-        "A Llama of 1.1 million parameters knows 240 texts of 20 made-up users and 120 public sentences by",
-        "heart, byte by byte. Methods run with their defaults (newton and SSD get validation texts, RMU its",
-        "layer). *Off*: forget loss (nats per byte) against the model retrained without the texts; *retain",
-        "ppl.*: by how much the perplexity on all retained texts rises over the original's; *AUC*: telling",
-        "forgotten from unseen texts of their kind by loss, loss over zlib, Min-K% and Min-K%++ (k = 0.2);",
-        "0.5 is chance. *Extraction*: share of a text that is completed from what precedes it.",
-        "*Passes*: forget loss within 5 %, retain perplexity within 2 %, AUC by loss and by Min-K% in .45 to",
-        ".55; a bar that the retrained model itself misses (by the luck of few texts) is shown all the same.",
-        "Means over seeds; seconds are of a busy machine.",
-        "",
-        *(f"- {name}: {value}" for name, value in record["facts"].items()),
-    ]
-    for kind, title in REQUESTS.items():
-        rows = [row for row in record["rows"] if row["request"] == kind]
-        if not rows:
-            continue
-        seeds = sorted({row["seed"] for row in rows})
-        lines += ["", f"### {title} (seeds {', '.join(map(str, seeds))})", ""]
-        head = ["method", *COLUMNS, "passes"]
-        lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method]
-            cells = [method, *(_mean(own, key, form) for key, form in COLUMNS.values()), _passes(own)]
-            lines.append(f"| {' | '.join(cells)} |")
-        notes = {row["method"]: row["note"] for row in rows if row.get("reached") is False or _failed(row)}
-        lines += ["", *(f"- {method}: {note}" for method, note in notes.items())] if notes else []
-    return "\n".join([*lines, ""])
-
-
-def _failed(row: dict) -> bool:
-    return row.get("note", "").split(":")[0].endswith("Error")
-
-
-def _mean(rows: list[dict], key: str, form: str) -> str:
-    values = [row[key] for row in rows if key in row]
-    return format(statistics.fmean(values), form) if values else ""
-
-
-def _passes(rows: list[dict]) -> str:
-    if rows[0]["method"] == "original":
-        return ""
-    told = []
-    for row in rows:
-        missed = [
-            what
-            for what, key in (
-                ("forget loss", "near"),
-                ("retain", "kept"),
-                ("AUC loss", "attack by loss at chance"),
-                ("AUC Min-K", "attack by min_k at chance"),
-            )
-            if not row[key]
-        ]
-        if row.get("reached") is False or _failed(row):
-            told.append("refused")
-        else:
-            told.append("yes" if not missed else f"no: {', '.join(missed)}")
-    return "; ".join(told)
+def write(record: dict) -> None:
+    """Write the pages: a draft first, so that interrupted runs, and several at once, leave whole ones."""
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page(record))):
+        draft = RESULT.with_suffix(f".draft-{os.getpid()}")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(RESULT.with_suffix(suffix))
+    table.write_results()
 
 
 def main() -> None:
@@ -274,14 +248,13 @@ def main() -> None:
     parser.add_argument("--requests", nargs="+", default=list(REQUESTS), choices=REQUESTS)
     parser.add_argument("--methods", nargs="+", default=list(SHOWN))
     parser.add_argument("--floor", action="store_true", help="retrain with another seed too")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, show what is kept")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    texts = make_texts()
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    texts, kept = make_texts(), Kept(only=options.kept)
     record: dict = {
         "facts": {
-            "commit": commit.stdout.strip() or "unknown",
             "torch": torch.__version__,
             "device": f"CPU, {options.threads} thread",
             "python (public sentences)": platform.python_version(),
@@ -290,12 +263,12 @@ def main() -> None:
         },
         "rows": [],
     }
-    for kind in options.requests:
-        for seed in options.seeds:
-            record["rows"] += request(texts, kind, seed, options.methods, floor=options.floor)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    RESULT.with_suffix(".md").write_text(page(record), encoding="utf-8")
+    # Every request with one seed before any with the next: what an interrupted run leaves is whole tables.
+    for seed in options.seeds:
+        for kind in options.requests:
+            record["rows"] += request(texts, kind, seed, options.methods, kept, floor=options.floor)
+            if record["rows"]:
+                write(record)
     print(page(record))
 
 

@@ -9,11 +9,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-from unlearn_ext import _C
 from unlearn_ext.ops import reference
+
+try:
+    from unlearn_ext import _C
+except ImportError:
+    _C = None
+
+# With UNLEARN_OPS=reference the tests of the ops run on the kernels in plain PyTorch, as without a compiler.
+COMPILED = _C is not None
+# Takes arguments in the form of the schema.
+DIRECT = _C if COMPILED else torch.ops.unlearn_ext
+compiled = pytest.mark.skipif(not COMPILED, reason="of the compiled library, which is not there")
+any_number_of_threads = pytest.mark.skipif(
+    not COMPILED, reason="plain PyTorch's products may depend on the number of threads"
+)
 
 Args = list
 Kwargs = dict
@@ -79,6 +93,11 @@ class OpCase:
     def direct(self) -> Callable:
         """The op behind pybind11's door."""
         return getattr(_C, self.name)
+
+    @property
+    def doors(self) -> dict[str, Callable]:
+        """Both doors, or the one that is there."""
+        return {"torch.ops": self.overload} | ({"_C": self.direct} if COMPILED else {})
 
     @property
     def reference(self) -> Callable:
@@ -304,6 +323,13 @@ def random_mask(shape, device: str, generator: torch.Generator, density: float =
 def orthonormal(d: int, k: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
     columns = torch.linalg.qr(torch.randn((d, d), generator=generator, dtype=torch.float64)).Q[:, :k]
     return columns.to(dtype).to(device)
+
+
+def doors(first, name: str = "", *, ids: tuple[str, str] = ("torch.ops", "_C")) -> list:
+    """Parameters for both doors: modules, or of each the function of that name."""
+    direct = getattr(_C, name, None) if name else _C
+    first = getattr(first, name) if name else first
+    return [pytest.param(first, id=ids[0]), pytest.param(direct, id=ids[1], marks=compiled)]
 
 
 # Samples and tolerances, op by op.

@@ -1,20 +1,15 @@
 """Calls that must fail: the class of the error, its message, and that nothing is written by either door."""
 
-import json
 import math
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, LAYER_OPS, bits, mapped, tensors_of
+from op_cases import CASES, LAYER_OPS, bits, compiled, mapped, tensors_of
 
-from unlearn_ext import _C, ops
+from unlearn_ext import ops
 
 NAN, INF = math.nan, math.inf
 CASE_OF = {case.schema: case for case in CASES}
@@ -550,9 +545,11 @@ def _bad_calls():
 BAD_CALLS = list(_bad_calls())
 
 
+each_door = pytest.mark.parametrize("door", ["torch.ops", pytest.param("_C", marks=compiled)])
+
+
 def _doors(schema):
-    case = CASE_OF[schema]
-    return {"torch.ops": case.overload, "_C": case.direct}
+    return CASE_OF[schema].doors
 
 
 @pytest.mark.parametrize("schema", VALID)
@@ -561,7 +558,7 @@ def test_the_calls_that_the_bad_ones_are_made_from_succeed(schema):
         door(**VALID[schema]())
 
 
-@pytest.mark.parametrize("door", ["torch.ops", "_C"])
+@each_door
 @pytest.mark.parametrize("bad", BAD_CALLS, ids=str)
 def test_bad_calls_fail_and_write_nothing(bad, door):
     arguments = bad.arguments()
@@ -597,10 +594,10 @@ def test_sparse_tensors_are_refused(schema):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("door", ["torch.ops", "_C"])
+@each_door
 @pytest.mark.parametrize("schema", [name for name in VALID if name not in ("pack_mask", "unpack_mask")])
 def test_tensors_of_one_row_must_be_on_one_device(schema, door):
-    if not torch.cuda.is_available() or not _C.build_info()["cuda"]:
+    if not torch.cuda.is_available() or not ops.build_info()["cuda"]:
         pytest.skip("needs a CUDA device")
     valid = VALID[schema]()
     on_gpu = mapped(torch.Tensor.cuda, valid)
@@ -614,49 +611,3 @@ def test_tensors_of_one_row_must_be_on_one_device(schema, door):
             _doors(schema)[door](**arguments)
         for tensor, old in zip(tensors_of(arguments), before, strict=True):
             assert torch.equal(bits(tensor), old)
-
-
-# ---- A library that does not load
-
-
-def _import_ops(folder):
-    # An editable installation would find the compiled library of the checkout.
-    code = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
-        "import unlearn_ext.ops"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def bare_package(tmp_path):
-    """The ops and what they are built on alone, without the compiled library beside them."""
-    package = tmp_path / "unlearn_ext"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    for part in ("ops", "_internal"):
-        shutil.copytree(Path(ops.__file__).parents[1] / part, package / part)
-    return package
-
-
-def test_a_missing_library_is_one_error_that_says_how_to_build_it(bare_package):
-    run = _import_ops(bare_package.parent)
-    last = run.stderr.strip().splitlines()[-1]
-    assert run.returncode != 0
-    assert last.startswith("ImportError: unlearn_ext._C cannot be imported (")
-    assert f"torch {torch.__version__}" in last
-    assert "`pip install --no-build-isolation .`" in last
-
-
-def test_a_library_built_for_another_torch_is_named(bare_package):
-    built = {"torch": "2.11.0+cu130", "python": "3.12.1", "cuda": "ON"}
-    (bare_package / "_build_info.json").write_text(json.dumps(built))
-    suffix = next(path for path in Path(_C.__file__).name.split(".", 1)[1:])
-    (bare_package / f"_C.{suffix}").write_bytes(b"not a library")
-    last = _import_ops(bare_package.parent).stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: unlearn_ext._C cannot be imported (")
-    assert "was built for torch 2.11.0+cu130 and Python 3.12.1 (CUDA: ON)" in last
-    assert f"this is torch {torch.__version__}" in last
-    assert "`pip install --no-build-isolation .`" in last

@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "_C": set(),
     "_internal": set(),
-    "ops": {"_C", "_internal"},
+    "ops": {"_C", "_internal", "ops.reference"},
     "ops.reference": set(),
     "tasks": set(),
     "distributed": {"tasks", "_internal"},
@@ -42,6 +42,7 @@ ALLOWED = {
     },
     "evaluation": {"methods", "evaluation.metrics", "tasks", "results", "_internal"},
     "hf": {"evaluation", "ops", "optim", "_internal"},
+    "integrations": {"hf", "methods", "ops", "tasks", "_internal"},
     "demo": {"evaluation", "evaluation.metrics", "fisher", "methods", "tasks", "results", "_internal"},
     "cli": {"__init__", "demo", "evaluation", "methods", "ops", "tasks", "_internal"},
     "__main__": {"cli"},
@@ -59,9 +60,11 @@ PUBLIC = {
 ALLOWED |= PUBLIC
 ALLOWED["__init__"] = {
     *PUBLIC,
+    "_internal",
     "evaluation",
     "fisher",
     "hf",
+    "integrations",
     "masks",
     "methods",
     "ops",

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from op_cases import doors
 from torch.autograd import forward_ad
 
-from unlearn_ext import _C, ops
+from unlearn_ext import ops
 
-DOORS = [pytest.param(torch.ops.unlearn_ext, id="dispatcher"), pytest.param(_C, id="direct")]
+DOORS = doors(torch.ops.unlearn_ext, ids=("dispatcher", "direct"))
 
 
 @pytest.fixture(params=DOORS)

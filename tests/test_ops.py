@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from layer_calls import LAYERS
 from op_cases import (
     CASES,
+    DIRECT,
     FLOATS,
     LAYER_OPS,
     LAYOUTS,
@@ -22,6 +23,7 @@ from op_cases import (
     SIZES,
     WIDE,
     accumulator_dtype,
+    any_number_of_threads,
     assert_gaps_untouched,
     assert_same_bits,
     assert_within,
@@ -29,6 +31,7 @@ from op_cases import (
     bound,
     convolved,
     copied,
+    doors,
     importance,
     laid_out,
     mapped,
@@ -41,7 +44,7 @@ from op_cases import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from unlearn_ext import _C, ops
+from unlearn_ext import ops
 from unlearn_ext.ops import reference
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.schema)
@@ -86,8 +89,8 @@ def test_agrees_with_the_specification_in_float64(case, variant, dtype, device, 
 @pytest.mark.parametrize("case, variant", [(c, v) for c in CASES for v in c.variants], ids=_id)
 def test_both_doors_give_the_same_bits(case, variant, device, generator):
     args, kwargs = case.sample(device, case.dtypes[0], generator, variant)
-    doors = [getattr(ops, case.name), case.overload, case.direct]
-    results = [case.run(door, copied(args), kwargs) for door in doors]
+    every = [getattr(ops, case.name), *case.doors.values()]
+    results = [case.run(door, copied(args), kwargs) for door in every]
     for outputs in results[1:]:
         assert len(outputs) == len(results[0])
         for output, expected in zip(outputs, results[0], strict=True):
@@ -115,6 +118,7 @@ def test_strides_do_not_matter(case, variant, layout, dtype, device, generator):
     assert_gaps_untouched([args[i] for i in case.written])
 
 
+@any_number_of_threads
 @pytest.mark.parametrize(
     "case, dtype", [(c, d) for c in CASES for d in c.dtypes if d != torch.float64], ids=_id
 )
@@ -244,7 +248,7 @@ def test_writes_leaves_that_require_grad(case, device, generator):
     variant, dtype = _first(case)
     args, kwargs = case.sample(device, dtype, generator, variant)
     expected = case.run(case.overload, copied(args), kwargs)
-    for door in (getattr(ops, case.name), case.direct):
+    for door in (getattr(ops, case.name), *case.doors.values()):
         leaves = copied(args)
         for i in case.written:
             for tensor in tensors_of(leaves[i]):
@@ -274,7 +278,7 @@ def test_runs_on_inference_tensors(case, device, generator):
     variant, dtype = _first(case)
     args, kwargs = case.sample(device, dtype, generator, variant)
     expected = case.run(case.overload, copied(args), kwargs)
-    for door in (getattr(ops, case.name), case.direct):
+    for door in (getattr(ops, case.name), *case.doors.values()):
         with torch.inference_mode():
             outputs = case.run(door, copied(args), kwargs)
         for output, wanted in zip(outputs, expected, strict=True):
@@ -326,7 +330,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other(generator):
 # ---- Lists and memory
 
 
-@pytest.mark.parametrize("door", [ops.fisher_accumulate_, _C.fisher_accumulate_], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops, "fisher_accumulate_"))
 def test_one_call_takes_tensors_of_several_dtypes(door, device, generator):
     dtypes = [torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float32, torch.float64]
     grads = [normal((9, 5), dtype, device, generator) for dtype in dtypes]
@@ -377,7 +381,7 @@ def test_sequences_other_than_lists_are_fine(device):
     assert [param.tolist() for param in params] == [[0.5] * 3, [0.5] * 2]
 
 
-@pytest.mark.parametrize("door", [ops.fisher_accumulate_, _C.fisher_accumulate_], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops, "fisher_accumulate_"))
 @pytest.mark.parametrize(
     "views",
     [
@@ -414,7 +418,7 @@ def _lazily_negated(n, device):
     return view
 
 
-@pytest.mark.parametrize("door", [ops, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops))
 @pytest.mark.parametrize("n", [1, 4])
 def test_lazily_negated_gradients_are_read_with_their_sign(n, door, device):
     params = torch.zeros(n, device=device)
@@ -423,7 +427,7 @@ def test_lazily_negated_gradients_are_read_with_their_sign(n, door, device):
     assert params.tolist() == list(range(1, n + 1))
 
 
-@pytest.mark.parametrize("door", [ops, _C], ids=["torch.ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops))
 @pytest.mark.parametrize("n", [1, 4])
 def test_lazily_negated_parameters_are_refused(n, door, device):
     params = _lazily_negated(n, device)
@@ -631,6 +635,7 @@ def test_samples_add_up_in_any_order_and_in_any_batches(case, variant, device, g
         assert_within([fisher], expected, bounds)
 
 
+@any_number_of_threads
 @each_layer_sample
 def test_diagonals_have_the_same_bits_for_any_number_of_threads(case, variant, device, generator):
     args, kwargs = case.sample(device, torch.float32, generator, variant)
@@ -731,7 +736,7 @@ def test_constants_of_a_fisher_convolution_may_be_ints_and_pairs(convolution, li
     grads = normal((2, 4, *size), torch.float32, device, generator)
     diagonals = [torch.zeros(4, 3, 2, 3, device=device) for _ in range(3)]
     ops.fisher_conv_(diagonals[0], inputs, grads, **convolution)
-    _C.fisher_conv_(diagonals[1], inputs, grads, **schema)
+    DIRECT.fisher_conv_(diagonals[1], inputs, grads, **schema)
     reference.fisher_conv_(diagonals[2], inputs, grads, **convolution)
     assert_same_bits(diagonals[0], diagonals[1])
     assert torch.allclose(diagonals[0], diagonals[2], rtol=1e-5, atol=1e-5)
@@ -746,7 +751,7 @@ def test_a_diagonal_may_lie_between_the_values_that_are_read(device, generator):
     assert_same_bits(base[:, 1::3], expected[:, 1::3])
 
 
-@pytest.mark.parametrize("door", [ops, _C], ids=["ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops))
 def test_lazily_negated_diagonals_are_written(door, device):
     fisher = _lazily_negated(4, device)
     before, ones = fisher.clone(), torch.ones(2, 4, device=device)
@@ -780,7 +785,7 @@ WRITING = [
 
 
 @pytest.mark.parametrize("name", WRITING)
-@pytest.mark.parametrize("door", [ops, _C], ids=["ops", "_C"])
+@pytest.mark.parametrize("door", doors(ops))
 def test_ops_that_write_one_tensor_take_lazily_negated_ones(door, name, device, generator):
     # torch's fallback for them reads freed memory after an op that returns nothing.
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unlearn_ext::{name}", "Negative")
@@ -1172,7 +1177,7 @@ def test_topk_orders_infinities_subnormals_and_signs(dtype, largest, device):
 @pytest.mark.parametrize("k", [0, 1, 5])
 def test_topk_refuses_nan_on_the_cpu(dtype, k):
     scores = [torch.ones(2, dtype=dtype), torch.tensor([1.0, NAN, 2.0], dtype=dtype)]
-    for door in (ops.topk_mask, _C.topk_mask):
+    for door in (ops.topk_mask, DIRECT.topk_mask):
         with pytest.raises(ValueError, match=r"^topk_mask: scores\[1\] must not be NaN, got "):
             door(scores, k)
 
@@ -1546,7 +1551,7 @@ def test_convolution_arguments_may_be_ints_and_pairs(ints, lists, device, genera
     grams = [torch.zeros(d, d, device=device) for _ in range(3)]
     ops.gram_conv_accumulate_(grams[0], inputs, **ints)
     names = ("kernel_size", "stride", "padding", "dilation")
-    _C.gram_conv_accumulate_(grams[1], inputs, **dict(zip(names, lists, strict=True)))
+    DIRECT.gram_conv_accumulate_(grams[1], inputs, **dict(zip(names, lists, strict=True)))
     reference.gram_conv_accumulate_(grams[2], inputs, **ints)
     assert_same_bits(grams[0], grams[1])
     assert torch.allclose(grams[0], grams[2], rtol=1e-5, atol=1e-5)

@@ -1,17 +1,25 @@
 """The page: valid, self-contained, and saying what the numbers say."""
 
 import copy
+import csv
+import io
+import itertools
+import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from browser import chromium, watched
 
 from unlearn_ext.evaluation import page
 from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import NOTICE
 from unlearn_ext.evaluation.metrics.measures import Measure
+from unlearn_ext.evaluation.page import charts
 from unlearn_ext.evaluation.rows import LOSS_EDGES, Row
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
@@ -122,9 +130,10 @@ def test_nothing_is_loaded_and_nothing_runs(table):
     html = table.to_html()
     checker = checked(html)
     assert not {"script", "link", "img", "iframe", "object", "embed", "video", "audio"} & set(checker.tags)
-    assert not [
-        entry for entry in checker.attributes if entry[1] in ("src", "href", "srcset") or entry[1][:2] == "on"
-    ]
+    links = [value for _, name, value in checker.attributes if name in ("src", "href", "srcset")]
+    assert len(links) == 1
+    assert links[0].startswith("data:text/csv;")  # a file to keep, of what stands on the page
+    assert not [name for _, name, _ in checker.attributes if name.startswith("on")]
     assert not re.search(r"https?://|//\w+\.|@import|url\(|@font-face", html)
 
 
@@ -223,6 +232,198 @@ def test_figures(measure, unit, shown):
     assert page.figure(measure, unit) == shown
 
 
+# ---- what became of each method
+
+
+def test_a_sentence_per_method_says_whether_it_was_reached(table):
+    original, retrained, ssd, broken, control = table.rows
+    methods = [
+        replace(ssd, reached=True),
+        replace(ssd, label="newton", reached=False),
+        replace(ssd, label="unsir", reached=None),
+        broken,
+        replace(ssd, label="pgu", reached=True),
+        replace(ssd, label="pgu", seed=1, reached=False),
+        replace(ssd, label="npo", reached=True),
+        replace(ssd, label="npo", seed=1, why="RuntimeError: gone", measures={}),
+    ]
+    html = Comparison((original, retrained, *methods, control), COLUMNS, {**FACTS, "seeds": [0, 1]}).to_html()
+    text = words(html)
+    figures = "1.2 % of the forget set right, 97.5 % of the retain set, 1.2 points from retraining."
+    for sentence in (
+        f"ssd reached its goal within its budget: {figures}",
+        f"newton did not reach its goal within its budget, and left the model as it was: {figures}",
+        f"unsir ran without a goal, so nothing says whether it was reached: {figures}",
+        '<b>&"x_y did not run: RuntimeError: <script>alert(1)</script>.',
+        f"pgu reached its goal with 1 of 2 seeds; with the others the model is as it was: {figures}",
+        f"npo reached its goal within its budget (1 of 2 seeds did not run): {figures}",
+    ):
+        assert sentence in text
+    kinds = re.findall(r'<li class="(\w+)">', html)
+    assert kinds == ["reached", "missed", "open", "failed", "partly", "reached"]
+    assert "newton came closest" not in text
+
+
+def test_a_method_that_left_the_model_as_it_was_did_not_come_closest(table):
+    original, retrained, ssd, _, control = table.rows
+    refused = replace(ssd, label="newton", reached=False)
+    near = {**ssd.measures, "gap": Measure(0.001)}
+    text = words(
+        Comparison(
+            (original, retrained, ssd, replace(refused, measures=near), control), COLUMNS, FACTS
+        ).to_html()
+    )
+    assert "ssd came closest to retraining: 1.2 points" in text
+    text = words(Comparison((original, retrained, refused, control), COLUMNS, FACTS).to_html())
+    assert "came closest" not in text
+
+
+def test_a_refusal_is_told_without_the_name_twice(table):
+    failed = row("unsir", "method", [], why="unsir: whole classes only")
+    (verdict,) = page.verdicts(Comparison((failed,), COLUMNS, FACTS).to_dict())
+    assert verdict == {"label": "unsir", "kind": "failed", "text": "did not run: whole classes only."}
+
+
+# ---- the figures to keep
+
+
+def downloaded(html):
+    (url,) = re.findall(r'<a download="figures.csv" href="data:text/csv;charset=utf-8,([^"]*)"', html)
+    text = unquote(url, errors="strict")
+    assert text.startswith("\ufeff")
+    return list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
+
+
+def test_the_download_holds_the_figures_of_the_page(table):
+    rows = downloaded(table.to_html())
+    assert [line["label"] for line in rows] == list(table.labels)
+    assert [line["kind"] for line in rows] == ["original", "reference", "method", "method", "control"]
+    for line in rows:
+        for name, measure in table.measures(line["label"]).items():
+            found = line[name]
+            assert (float(found) if found else None) == measure.value  # every digit
+            assert line[f"{name}_why"] == (measure.why or "")
+    assert "retain_spread" not in rows[0]
+
+
+def test_the_download_quotes_what_has_to_be_and_computes_nothing(table):
+    names = ['comma, "quote"\nand line', "=SUM(A1:A9)", "@home", "-1", "grüße, 重み", "plain"]
+    rows = [replace(table.rows[2], label=name) for name in names]
+    note = Measure(0.5, low=0.25, high=0.75, note="like, the reference")
+    rows[0] = replace(rows[0], measures={**rows[0].measures, "mia_auc": note}, reached=True)
+    found = downloaded(Comparison(tuple(rows), COLUMNS, FACTS).to_html())
+    assert [line["label"] for line in found] == [names[0], "'=SUM(A1:A9)", "'@home", "'-1", *names[4:]]
+    assert [found[0][f"mia_auc{part}"] for part in ("", "_low", "_high", "_note")] == [
+        "0.5",
+        "0.25",
+        "0.75",
+        "like, the reference",
+    ]
+    assert [line["seeds_reached"] for line in found] == ["1 of 1", "", "", "", "", ""]
+    assert [line["mia_auc_note"] for line in found[1:]] == [""] * 5
+
+
+def test_the_download_has_the_spread_over_seeds(table):
+    rows = [row("ssd", "method", [0.9 + 0.02 * seed, *[0.0] * 8], seed=seed) for seed in (0, 1)]
+    (line,) = downloaded(Comparison(tuple(rows), COLUMNS, {**FACTS, "seeds": [0, 1]}).to_html())
+    assert float(line["retain"]) == pytest.approx(0.91)
+    assert float(line["retain_spread"]) == pytest.approx(0.02 / 2**0.5)
+
+
+# ---- colours
+
+
+def themes():
+    """The colours that the style sheet declares, by name, light and dark."""
+    style = (Path(page.__file__).parent / "page.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{([^}]*)\}", style)
+    found = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in (light, light + dark)]
+    assert set(found[0]) == set(found[1])
+    return {"light": found[0], "dark": found[1]}
+
+
+def linear(colour):
+    """Red, green and blue as shares of light, of ``#rrggbb`` as screens have it."""
+    values = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    return [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+
+
+def blended(over, under, opacity):
+    mixed = [
+        round(opacity * int(over[at : at + 2], 16) + (1 - opacity) * int(under[at : at + 2], 16))
+        for at in (1, 3, 5)
+    ]
+    return "#" + "".join(f"{value:02x}" for value in mixed)
+
+
+def contrast(one, other):
+    """WCAG 2: (L1 + 0.05) / (L2 + 0.05), L the relative luminance."""
+    darker, lighter = sorted(
+        sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear(c), strict=True)) for c in (one, other)
+    )
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_contrast_is_computed_as_wcag_has_it():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out(theme):
+    colours = themes()[theme]
+    darkest = float(charts.shade(1.0, 1.0))  # of the heat map, under its figures
+    grounds = [colours["paper"], colours["card"], blended(colours["heat"], colours["card"], darkest)]
+    for text, behind in [(text, ground) for text in ("ink", "soft") for ground in grounds[:2]]:
+        assert contrast(colours[text], behind) >= 4.5, (text, behind)
+    assert contrast(colours["ink"], grounds[2]) >= 4.5
+    for shape in ("retain", "forget", "gap", "other", "aim"):
+        assert contrast(colours[shape], colours["card"]) >= 3, shape
+
+
+# Machado, Oliveira & Fernandes 2009: what is seen without one kind of cones, in linear light.
+CONES = {
+    "red": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "green": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "blue": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+}
+TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+
+
+def product(matrix, vector):
+    return [sum(a * b for a, b in zip(line, vector, strict=True)) for line in matrix]
+
+
+def lab(light):
+    scaled = [v / w for v, w in zip(product(TO_XYZ, light), (0.9505, 1.0, 1.089), strict=True)]
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in scaled)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("lacking", CONES)
+def test_bars_can_be_told_apart_by_those_who_see_fewer_colours(theme, lacking):
+    colours = themes()[theme]
+    seen = {
+        name: lab([min(1.0, max(0.0, v)) for v in product(CONES[lacking], linear(colours[name]))])
+        for name in ("retain", "forget", "gap")
+    }
+    for one, other in itertools.combinations(seen, 2):
+        assert math.dist(seen[one], seen[other]) >= 15, (one, other)
+
+
 # ---- in notebooks and data frames
 
 
@@ -283,3 +484,56 @@ def test_templates_and_style_are_package_data():
     wanted = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert wanted == covered
     assert {"page.css", "page.html"} <= {path.name for path in covered}
+
+
+# ---- as a reader sees it
+
+
+def as_in_the_demo(table):
+    """The columns that the demo has, wide figures in each."""
+    wide = Measure(0.5421, low=0.4401, high=0.6432, note="over-unlearned")
+    names = (*COLUMNS[:4], "mia_auc", "mia_tpr", "js", "activation_distance", *COLUMNS[6:])
+    rows = []
+    for entry in table.rows:
+        measures = {**entry.measures, "mia_auc": wide, "mia_tpr": wide, "activation_distance": Measure(0.123)}
+        rows.append(replace(entry, measures=measures if entry.why is None else {}))
+    rows.append(replace(rows[2], label="gradient_masking", reached=False))
+    return Comparison(tuple(rows), names, FACTS)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_the_screen_in_light_and_dark(table, scheme, tmp_path):
+    path = tmp_path / "page.html"
+    shown = as_in_the_demo(table)
+    shown.to_html(path)
+    with chromium() as browser:
+        for width in (1200, 400):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            errors, foreign = watched(page)
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            sizes = "e => [e.scrollWidth, e.clientWidth]"
+            needed, there = page.locator(".scroller[aria-label=Results]").evaluate(sizes)
+            assert width < 1200 or needed <= there  # on a telephone the table scrolls by itself
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            paper = themes()[scheme]["paper"]
+            assert ground == f"rgb({', '.join(str(int(paper[at : at + 2], 16)) for at in (1, 3, 5))})"
+            picture = page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+            assert len(picture) > 20_000
+            assert not errors
+            assert not foreign
+            page.close()
+
+
+def test_the_download_downloads(table, tmp_path):
+    path = tmp_path / "page.html"
+    table.to_html(path)
+    with chromium() as browser:
+        page = browser.new_page(accept_downloads=True)
+        page.goto(path.as_uri())
+        with page.expect_download() as download:
+            page.locator("a[download]").click()
+        assert download.value.suggested_filename == "figures.csv"
+        download.value.save_as(tmp_path / "figures.csv")
+    with open(tmp_path / "figures.csv", encoding="utf-8-sig", newline="") as file:
+        assert [line["label"] for line in csv.DictReader(file)] == list(table.labels)

@@ -1,4 +1,4 @@
-"""The code of the README runs as it stands."""
+"""The code of the README runs as it stands, and what contributors are told to add to is there."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import unlearn_ext as ux
 
 README = Path(__file__).parents[1] / "README.md"
+CONTRIBUTING = README.with_name("CONTRIBUTING.md")
 
 
 def test_readme_code_runs_and_forgets(tmp_path, monkeypatch, capsys):
@@ -26,8 +27,8 @@ def test_readme_code_runs_and_forgets(tmp_path, monkeypatch, capsys):
     assert ux.metrics.accuracy(namespace["model"], namespace["forget"]) >= 0.9
 
 
-def test_what_can_be_added_is_named_where_the_readme_says():
-    section = README.read_text(encoding="utf-8").partition("## Adding to it")[2].partition("\n## ")[0]
+def test_what_can_be_added_is_named_where_contributors_are_told():
+    section = CONTRIBUTING.read_text(encoding="utf-8").partition("## Adding to it")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == ["method", "metric", "task", "layer rule", "op"]
     for kind, _, place, named in rows:
@@ -36,3 +37,11 @@ def test_what_can_be_added_is_named_where_the_readme_says():
         registry, path = re.search(r"`(\w+)`, `([\w/.]+)`", named).groups()
         text = (README.parent / path).read_text(encoding="utf-8")
         assert re.search(rf"\b{registry}\b.*=", text), f"{kind}: no {registry} in {path}"
+
+
+def test_links_of_the_pages_for_contributors_lead_somewhere():
+    for page in (README, CONTRIBUTING, README.with_name("SECURITY.md")):
+        links = re.findall(r'\]\(([^)\s#:]+)(?:#[^)]*)?\)|src="([^"]+)"', page.read_text(encoding="utf-8"))
+        assert links
+        for link in map("".join, links):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

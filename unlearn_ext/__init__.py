@@ -8,6 +8,7 @@ from unlearn_ext import (
     data,
     hf,
     importance,
+    integrations,
     losses,
     methods,
     metrics,
@@ -17,6 +18,7 @@ from unlearn_ext import (
     subspace,
     tasks,
 )
+from unlearn_ext._internal.version import version
 from unlearn_ext.evaluation.compare import compare
 from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.fisher.diagonal import fisher_diagonal
@@ -40,7 +42,7 @@ from unlearn_ext.methods import (
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.subspace.gram import ActivationGram, activation_gram
 
-__version__ = "0.1.0"
+__version__ = version()
 
 __all__ = [
     "METHODS",
@@ -59,6 +61,7 @@ __all__ = [
     "gradient_masking",
     "hf",
     "importance",
+    "integrations",
     "kfac_factors",
     "losses",
     "methods",

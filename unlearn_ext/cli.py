@@ -324,10 +324,13 @@ def _sets(returned: Any) -> tuple[Batches, Batches, Batches]:  # noqa: ANN401 - 
 
 def _info() -> str:
     build = ops.build_info()
+    compiled = build["kernels"] == "compiled"
+    missing = {"kernels": f"plain PyTorch: {build['reason']}", "compiled ones": f"{build['mend']} brings them"}
     lines = {
         "unlearn_ext": unlearn_ext.__version__,
-        "torch": f"{torch.__version__} (built against {build['torch']})",
-        "python": f"{sys.version.split()[0]} (built for {build['python']})",
+        **({"kernels": "compiled"} if compiled else missing),
+        "torch": f"{torch.__version__}" + (f" (built against {build['torch']})" if compiled else ""),
+        "python": f"{sys.version.split()[0]}" + (f" (built for {build['python']})" if compiled else ""),
         "compiler": build["compiler"],
         "CUDA build": f"{'yes' if build['cuda'] else 'no'}: {build['cuda_reason']}",
         "CUDA architectures": _listed(build["cuda_architectures"]) or "none",

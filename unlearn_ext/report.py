@@ -13,6 +13,8 @@ from unlearn_ext.evaluation.evidence import (
     evidence,
     forget_digest,
 )
+from unlearn_ext.evaluation.seal import read_record
+from unlearn_ext.evaluation.traces import files_written, purge
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 __all__ = [
@@ -25,8 +27,11 @@ __all__ = [
     "changed_per_layer",
     "environment",
     "evidence",
+    "files_written",
     "forget_digest",
     "layer_of",
+    "purge",
+    "read_record",
     "weights_digest",
     "write_text",
 ]

@@ -103,15 +103,18 @@ auto python_argument() {
 }
 
 // Whether a tensor is what kernels take it for: no subclass, wrapper of a transform, lazily negated or conjugated view,
-// and not on a device without memory. Any other goes through the dispatcher, which knows what to do with it.
+// and on a device that has kernels here. Any other goes through the dispatcher, which knows what to do with it.
 inline bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special = c10::python_ks | c10::functorch_transforms_ks |
                                           c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
                                                                c10::DispatchKey::ZeroTensor, c10::DispatchKey::Fake});
-#if !defined(UNLEARN_CUDA)
-  if (t.defined() && t.is_cuda()) return true;  // the op says what is missing before it reads anything
+  if (!t.defined()) return true;
+#if defined(UNLEARN_CUDA)
+  const bool has_kernels = t.is_cpu() || t.is_cuda();
+#else
+  const bool has_kernels = t.is_cpu();
 #endif
-  return !t.defined() || (!t.key_set().has_any(special) && (t.is_cpu() || t.is_cuda()));
+  return has_kernels && !t.key_set().has_any(special);
 }
 inline bool is_plain(const std::optional<at::Tensor>& t) { return !t || is_plain(*t); }
 inline bool is_plain(const std::vector<at::Tensor>& list) {

@@ -39,7 +39,10 @@ TORCH_LIBRARY(unlearn_ext, m) {
   Ops::define(m);
 }
 TORCH_LIBRARY_IMPL(unlearn_ext, CPU, m) { Ops::implement(m); }
+#if defined(UNLEARN_CUDA)
 TORCH_LIBRARY_IMPL(unlearn_ext, CUDA, m) { Ops::implement(m); }
+#endif
+// Other devices, and CUDA in a build without it, get kernels in plain PyTorch from unlearn_ext/ops/fallback.
 TORCH_LIBRARY_IMPL(unlearn_ext, BackendSelect, m) { Ops::select_backend(m); }
 TORCH_LIBRARY_IMPL(unlearn_ext, Autograd, m) { Ops::without_autograd(m, {"project_out", "project_onto"}); }
 

@@ -360,12 +360,11 @@ def refusal(make):
 def whole_models_only():
     model, data = shard(small()), own(shares(images, dist.get_world_size()))
     for call in (
-        lambda: ux.kfac_factors(model, data),
         lambda: ux.metrics.accuracy(model, data),
         lambda: ux.metrics.mia(model, forget=data, retain=data, test=data),
         lambda: ux.metrics.js_divergence(model, model, data),
         lambda: ux.metrics.language.probability(model, data),
-        lambda: ux.newton(model, data, data, validation=data),
+        lambda: ux.pgu(model, data, data),
         lambda: ux.methods.finetune(model, data, data),
     ):
         with pytest.raises(NotImplementedError, match="model must not be sharded, got"):

@@ -166,11 +166,17 @@ def masks():
         free = _gathered(found[name])
         assert torch.equal(value[~free], before[name][~free])
         assert not torch.equal(value[free], before[name][free]) or not free.any()
-    for score in ("grad", "taylor", "random"):
-        with pytest.raises(NotImplementedError, match="score must be one of ratio, grad_abs, fisher, obd"):
-            ux.saliency(sharded, own(forget), score=score)
-    with pytest.raises(NotImplementedError, match="granularity must be 'element'"):
-        ux.select_mask(scores, 0.3, granularity="neuron")
+    with pytest.raises(NotImplementedError, match="rule must be 'density'"):
+        ux.select_mask(scores, 0.3, rule="mass")
+    whole_scores = ux.masks.Scores(gathered, scores.groups, score="ratio")
+    for unit in ("neuron", "layer"):
+        for rule in ("density", "quantile", "mass"):
+            settings = {"granularity": unit, "rule": rule, "min_depth": 0.3, "reduction": "mean"}
+            found = ux.select_mask(scores, 0.4, **settings)
+            expected = ux.select_mask(whole_scores, 0.4, **settings)
+            for name, mask in found.items():
+                packed = ux.ops.unpack_mask(expected[name], gathered[name].shape)
+                assert torch.equal(_gathered(mask), packed), (unit, rule, name)
 
 
 def _gathered(mask):

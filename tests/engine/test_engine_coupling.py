@@ -265,3 +265,30 @@ def test_a_model_that_cannot_be_watched_runs_as_it_is():
 
     torch.manual_seed(0)
     assert_right(Shy(E, CLASSES), [(torch.randn(4, E), labels(4)) for _ in range(2)], fused=True)
+
+
+class RoundsByOrder(nn.Module):
+    """Rounds otherwise in channels-last order, as other kernels do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.orders = []
+
+    def forward(self, x):
+        is_last = x.is_contiguous(memory_format=torch.channels_last) and len(x) > 1
+        self.orders.append((len(x), is_last))
+        return self.head(self.conv(x).mean((2, 3))) * (1 + 1e-4 * is_last)
+
+
+def test_other_rounding_in_another_order_of_memory_is_no_influence(monkeypatch, recwarn):
+    monkeypatch.setattr(per_sample.PerSample, "_is_alike_formatted", lambda *_: True)
+    draws = torch.Generator().manual_seed(0)
+    data = [(torch.randn(6, 3, 5, 5, generator=draws), torch.tensor([0, 1] * 3)) for _ in range(3)]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = RoundsByOrder()
+    found = ux.fisher_diagonal(model, data)
+    assert (6, True) in model.orders
+    assert set(found.coverage.values()) == {"fused"}
+    assert not recwarn.list

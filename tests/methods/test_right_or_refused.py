@@ -96,6 +96,8 @@ def sharded():
     return fully_shard(network(), mesh=init_device_mesh("cpu", (1,)))
 
 
+KNOW_SHARDS = ("gradient_masking", "newton", "salun", "ssd")
+
 WRAPPED = {
     "DataParallel": (lambda: nn.DataParallel(network()), r"DataParallel; pass what it wraps, model\.module$"),
     "DDP": (in_ddp, r"DistributedDataParallel; pass what it wraps, model\.module, on one rank"),
@@ -112,8 +114,8 @@ WRAPPED = {
 @pytest.mark.parametrize("name", NAMES)
 def test_models_that_are_not_here_as_a_whole_are_refused(process_group, name, wrapper):
     make, message = WRAPPED[wrapper]
-    if (name, wrapper) == ("ssd", "FSDP2"):
-        pytest.skip("it knows such models, see tests/distributed/test_sharded_ssd.py")
+    if wrapper == "FSDP2" and name in KNOW_SHARDS:
+        pytest.skip("it knows such models, see tests/distributed/test_sharded_*.py")
     model, (forget, retain) = make(), sets()
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(NotImplementedError, match=message):
@@ -122,15 +124,27 @@ def test_models_that_are_not_here_as_a_whole_are_refused(process_group, name, wr
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "meta"])
+@pytest.mark.parametrize("name", ["gradient_masking", "newton", "salun"])
+def test_a_mesh_of_one_rank_is_one_process(process_group, name):
+    model, shards, (forget, retain) = network(), sharded(), sets()
+    if name == "salun":
+        model[1], shards[1] = nn.Identity(), nn.Identity()
+    settings = QUICK.get(name, {"validation": retain, "until": 0.0, "budget": 1.0, "class_budget": 1.0})
+    for one in (model, shards):
+        draws = torch.Generator().manual_seed(0)
+        result = ux.unlearn(name, one, forget, retain, generator=draws, **settings)
+        assert result.changed > 0
+    for own, part in zip(model.parameters(), shards.parameters(), strict=True):
+        torch.testing.assert_close(part.full_tensor(), own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", ["DDP", "meta"])
 def test_scores_and_gram_matrices_refuse_them_too(process_group, wrapper):
     make, message = WRAPPED[wrapper]
     forget, _ = sets()
-    refusal = "score must be one of ratio, grad_abs, fisher, obd" if wrapper == "FSDP2" else message
-    with pytest.raises(NotImplementedError, match=f"saliency.*{refusal}"):
+    with pytest.raises(NotImplementedError, match=f"saliency.*{message}"):
         ux.saliency(make(), forget, score="grad")
-    if wrapper == "FSDP2":  # which is known: tests/distributed/test_sharded_fisher.py
-        return
     with pytest.raises(NotImplementedError, match=f"activation_gram.*{message}"):
         ux.activation_gram(make(), forget)
 

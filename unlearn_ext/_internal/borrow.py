@@ -36,20 +36,28 @@ def restored(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     devices = {p.device.index for p, _, _ in parameters if p.device.type == "cuda"}
+
+    def put_back() -> None:
+        # train() first, for modules that do more in it than set the flag (merging adapters, say).
+        model.train(training[model])
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, requires_grad, grad in parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
     with random_states_kept(devices=devices), torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter, _, _ in parameters:
                 parameter.grad = None
             yield
         finally:
-            # train() first, for modules that do more in it than set the flag (merging adapters, say).
-            model.train(training[model])
-            for module, flag in training.items():
-                module.training = flag
-            for parameter, requires_grad, grad in parameters:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+            try:
+                put_back()
+            except BaseException:  # an interrupt, which may come at any moment, also in between
+                put_back()
+                raise
 
 
 class Buffers:
@@ -114,7 +122,11 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        buffers.put_back()
+        try:
+            buffers.put_back()
+        except BaseException:
+            buffers.put_back()
+            raise
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

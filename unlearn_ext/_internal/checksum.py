@@ -11,7 +11,8 @@ def checksum(tensor: Tensor) -> int:
     # through .data and raw memory do not advance. Each word is mixed with its position (the constants are
     # those of splitmix64, as signed integers), then summed modulo 2^64; pieces keep the temporaries small.
     words = tensor.detach().contiguous().flatten()
-    words = words.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # one byte: what quantised models keep
+    words = words.view(sizes.get(words.element_size(), torch.int64))
     total = 0
     piece = 1 << 20
     for start in range(0, words.numel(), piece):

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from unlearn_ext._internal.digests import update_digest
+
+_WRITTEN: ContextVar[list[Path] | None] = ContextVar("written", default=None)
+
+
+@contextmanager
+def noting_files() -> Iterator[list[Path]]:
+    """Note which files are written inside.
+
+    Yields:
+        Their real paths, each once.
+    """
+    outer = _WRITTEN.get()
+    noted: list[Path] = []
+    token = _WRITTEN.set(noted)
+    try:
+        yield noted
+    finally:
+        _WRITTEN.reset(token)
+        if outer is not None:
+            outer.extend(path for path in noted if path not in outer)
 
 
 @contextmanager
@@ -51,6 +75,8 @@ def replacing(path: str | os.PathLike[str], *, keep_old: bool = False) -> Iterat
         if keep_old and target.exists():
             os.replace(target, f"{target}.old")
         os.replace(draft, target)
+        if (noted := _WRITTEN.get()) is not None and target not in noted:
+            noted.append(target)
         if keep_old:
             _sync_folder(target.parent)
     except BaseException:
@@ -75,6 +101,33 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        update_digest(digest, tensors[name])
+    return digest.hexdigest()
+
+
+def names_in(text: str, n: int) -> list[str]:
+    """Read a list of names.
+
+    Args:
+        text: JSON.
+        n: How many there must be.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or len(set(map(str, names))) != n or len(names) != n:
+        raise ValueError(f"there must be {n} names, got {text[:100]}")
+    return [str(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -106,17 +159,23 @@ class FileKind:
         Args:
             path: The file.
             tensors: Any tensors, on any device.
-            facts: What else to keep, by any name but ``"format"``.
+            facts: What else to keep, by any name but ``"format"`` and ``"digest"``.
             keep_old: See ``replacing``.
 
         Raises:
             ImportError: If safetensors is not installed.
+            OSError: If the file cannot be written.
         """
         safetensors = self._safetensors()
         # Tensors that share memory are refused by the format, and so are strided ones.
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        told = {"format": self.mark, **facts}
+        told["digest"] = _digest(copies, told)
         with replacing(path, keep_old=keep_old) as draft:
-            safetensors.torch.save_file(copies, draft, metadata={"format": self.mark, **facts})
+            try:
+                safetensors.torch.save_file(copies, draft, metadata=told)
+            except safetensors.SafetensorError as error:  # its own class also for what the disk refuses
+                raise OSError(f"{self.owner}.save: {os.fspath(path)} cannot be written: {error}") from error
 
     def load(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read what ``save`` has written.
@@ -129,7 +188,8 @@ class FileKind:
 
         Raises:
             ImportError: If safetensors is not installed.
-            ValueError: If the file holds something else.
+            ValueError: If the file holds something else, or is damaged: what it holds has another digest than
+                when it was written (files of earlier versions have none).
         """
         safetensors = self._safetensors()
         # Read once: a file replaced meanwhile must not give the tensors of one and the facts of another.
@@ -140,9 +200,36 @@ class FileKind:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must be a safetensors file") from error
         facts = header.get("__metadata__", {})
-        if facts.pop("format", None) != self.mark:
+        if facts.get("format") != self.mark:
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}")
+        digest = facts.pop("digest", None)
+        if digest is not None and digest != _digest(tensors, facts):
+            raise ValueError(
+                f"{self.owner}.load: {os.fspath(path)} must be as it was written, got a damaged file"
+            )
+        del facts["format"]
         return tensors, facts
+
+    @contextmanager
+    def understood(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Refuse a file whose facts are not those that the owner writes.
+
+        Args:
+            path: The file.
+
+        Yields:
+            Nothing; inside, the facts are read.
+
+        Raises:
+            ValueError: If they cannot be.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}: {reason}"
+            ) from error
 
     def _safetensors(self) -> Any:  # noqa: ANN401 - an optional module
         try:

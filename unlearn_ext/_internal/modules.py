@@ -19,7 +19,20 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     Returns:
         True for that linear layer, whose weight is ``[inputs, outputs]``.
     """
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return kind_of(module) == "Conv1D" and hasattr(module, "nf")
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the name of a module's class.
+
+    Args:
+        module: A module.
+
+    Returns:
+        The name; of one that ``fully_shard`` was applied to that of the class it had before.
+    """
+    own, *bases = type(module).__mro__
+    return bases[1].__name__ if bases[0].__name__ == "FSDPModule" else own.__name__
 
 
 @contextmanager

@@ -32,14 +32,22 @@ def random_states_kept(*data: object, devices: Iterable[int] | None = None) -> I
     own = {id(generator): generator for entry in data for generator in generators_of(entry)}
     states = [(generator, generator.get_state()) for generator in own.values()]
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices):
-            yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         for generator, state in states:
             generator.set_state(state)
+
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices):
+            yield
+    finally:
+        try:
+            put_back()
+        except BaseException:  # an interrupt, which may come at any moment, also in between
+            put_back()
+            raise
 
 
 @contextmanager

@@ -5,21 +5,24 @@
     agree     the face of a function that takes ``process_group``: same model, same settings, same outcome
     shards    every rank its own batches of one loader
     fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them;
-              ``fsdp_steps`` has the batches that their ranks read in step
+              ``fsdp_steps`` has the batches that their ranks read in step, ``mesh`` the ranks themselves
 
 Nothing here starts processes or schedules anything: ``torchrun`` and ``torch.distributed`` do.
 """
 
-from unlearn_ext.distributed.agree import lockstep, lockstep_or_sharded
+from unlearn_ext.distributed.agree import lockstep, lockstep_on_mesh, lockstep_or_sharded
 from unlearn_ext.distributed.group import ALONE, Group, Ranks, ranks_of
+from unlearn_ext.distributed.mesh import MeshRanks
 from unlearn_ext.distributed.shards import Shards, shard_batches
 
 __all__ = [
     "ALONE",
     "Group",
+    "MeshRanks",
     "Ranks",
     "Shards",
     "lockstep",
+    "lockstep_on_mesh",
     "lockstep_or_sharded",
     "ranks_of",
     "shard_batches",

@@ -6,18 +6,20 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ParamSpec, TypeVar, cast
+from typing import NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.checksum import checksum
+from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import with_plain_names
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.distributed.group import Group, Ranks, ranks_of
+from unlearn_ext.distributed.mesh import MeshRanks
 from unlearn_ext.distributed.shards import Shards, warn_if_alone, warn_if_padded
 
 _Settings = ParamSpec("_Settings")
@@ -41,7 +43,7 @@ def lockstep(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Res
     Returns:
         The same function for its callers.
     """
-    return _together(function, may_be_sharded=False)
+    return _together(function)
 
 
 def lockstep_or_sharded(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
@@ -57,8 +59,22 @@ def lockstep_or_sharded(function: Callable[_Settings, _Result]) -> Callable[_Set
     return _together(function, may_be_sharded=True)
 
 
+def lockstep_on_mesh(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
+    """Do what ``lockstep`` does, and the same for the ranks of a sharded model's mesh.
+
+    Of a model that ``fully_shard`` has sharded the function gets the ``MeshRanks`` as its ``process_group``.
+
+    Args:
+        function: Takes ``process_group`` by keyword.
+
+    Returns:
+        The same function for its callers.
+    """
+    return _together(function, on_mesh=True)
+
+
 def _together(
-    function: Callable[_Settings, _Result], *, may_be_sharded: bool
+    function: Callable[_Settings, _Result], *, may_be_sharded: bool = False, on_mesh: bool = False
 ) -> Callable[_Settings, _Result]:
     signature = inspect.signature(function)
     who = function.__name__
@@ -73,15 +89,18 @@ def _together(
         except TypeError:  # which the function itself says better
             with ranks_of(group, who).failing_together():
                 return function(*args, **settings)
-        if group is None:
-            model = given.get("model")
-            is_sharded = isinstance(model, nn.Module) and bool(fsdp_modules(model))
+        model = given.get("model")
+        is_sharded = isinstance(model, nn.Module) and bool(fsdp_modules(model))
+        if group is None and not (is_sharded and on_mesh):
             if isinstance(model, nn.Module) and not may_be_sharded:
                 check_whole(model, who)
             for data in [] if is_sharded else _data_in(given):  # a sharded model's mesh is the group
                 warn_if_alone(who, data, stacklevel=2)
             return function(*args, **settings)
-        ranks = ranks_of(group, who)
+        if is_sharded and group is not None and (may_be_sharded or on_mesh):
+            refuse_group_of_shards(who)
+        is_mesh = is_sharded and on_mesh
+        ranks = MeshRanks(cast("nn.Module", model), who) if is_mesh else ranks_of(group, who)
         with ranks.failing_together():
             for data in _data_in(given):
                 warn_if_padded(who, data, stacklevel=4)
@@ -94,6 +113,21 @@ def _together(
             return function(*bound.args, **bound.kwargs)
 
     return together
+
+
+def refuse_group_of_shards(who: str) -> NoReturn:
+    """Refuse a process group beside a sharded model.
+
+    Args:
+        who: Whose message it is.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{who}: process_group must be None for a model that fully_shard has sharded, whose mesh says which "
+        "ranks there are"
+    )
 
 
 def check_whole(model: nn.Module, who: str) -> None:
@@ -162,7 +196,7 @@ def check_alike(ranks: Ranks, given: Mapping[str, object]) -> None:
         ValueError: On every rank, with what differs and where.
     """
     model = given.get("model")
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and not isinstance(ranks, MeshRanks):
         check_replicated(model, ranks.who)
     found = {name: _digest_of(value) for name, value in given.items() if name not in _MAY_DIFFER}
     all_of_them = ranks.exchange(f"start of {ranks.who}", found)
@@ -177,6 +211,8 @@ def check_alike(ranks: Ranks, given: Mapping[str, object]) -> None:
             f"{ranks.who}: {name} must be the same on all ranks, got {seen[0]} on rank 0 and "
             f"{seen[other]} on rank {other}"
         )
+    if isinstance(ranks, MeshRanks):
+        ranks.check_copies("at the start")
 
 
 def check_same_weights(ranks: Ranks, model: nn.Module, when: str = "") -> None:
@@ -192,6 +228,9 @@ def check_same_weights(ranks: Ranks, model: nn.Module, when: str = "") -> None:
         RuntimeError: Later, likewise.
     """
     if not ranks.are_many:
+        return
+    if isinstance(ranks, MeshRanks):
+        ranks.check_copies(when or "at the start")
         return
     digests = ranks.exchange(f"weights {when}", weights_fingerprint(model))
     if len(set(digests)) == 1:
@@ -232,8 +271,12 @@ def _digest_of(value: object) -> str:
     Returns:
         A text that can be compared.
     """
+    if isinstance(value, nn.Module) and fsdp_modules(value):
+        return f"parameters {[(name, tuple(p.shape), str(p.dtype)) for name, p in value.named_parameters()]}"
     if isinstance(value, nn.Module):
         return f"weights {weights_fingerprint(value)}"
+    if is_dtensor(value):
+        return f"{value.dtype}{list(value.shape)} {value.placements}"  # type: ignore[attr-defined]
     if isinstance(value, Tensor):
         return f"{value.dtype}{list(value.shape)} {_checksum(value)}"
     if isinstance(value, Mapping):

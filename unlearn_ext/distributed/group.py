@@ -53,6 +53,12 @@ class Ranks:
         self.world = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._known: BaseException | None = None
+        self._is_broken = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something has failed that nobody could be told of: no exchange can be counted on."""
+        return self._is_broken
 
     @property
     def are_many(self) -> bool:
@@ -101,9 +107,8 @@ class Ranks:
         known = list(tensors)
         forms = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in known]
         self._check_alike(step, forms, self.exchange(step, forms))
-        with self._broken_for_good():
-            assert self._group is not None
-            sum_in_order(known, self._group)
+        with self.in_collectives():
+            self._add_up(known)
 
     def total(self, step: str, *numbers: float) -> list[Any]:
         """Add numbers up over the ranks, in their order.
@@ -203,6 +208,22 @@ class Ranks:
             raise
         self.exchange(f"end of {self.who}", None)
 
+    @contextmanager
+    def in_collectives(self) -> Iterator[None]:
+        """Mark what fails inside as what nobody can be told of: the others are in a collective.
+
+        That has failed (a rank has died, or come too late), or, of a model's own pass, goes on without this
+        rank.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._known, self._is_broken = error, True
+            raise
+
     def _announce(self, error: Exception) -> None:
         # Where the others know already they have left, and nobody would answer.
         link: BaseException | None = error
@@ -238,18 +259,13 @@ class Ranks:
 
     def _gathered(self, message: _Message) -> list[_Message]:
         found: list[Any] = [None] * self.world
-        with self._broken_for_good():
+        with self.in_collectives():
             dist.all_gather_object(found, message, group=self._group)
         return found
 
-    @contextmanager
-    def _broken_for_good(self) -> Iterator[None]:
-        # A collective that has failed (a rank has died, or come too late) leaves nobody to tell.
-        try:
-            yield
-        except Exception as error:
-            self._known = error
-            raise
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
+        assert self._group is not None
+        sum_in_order(tensors, self._group)
 
 
 ALONE = Ranks(None, "")

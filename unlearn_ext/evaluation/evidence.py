@@ -13,15 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.files import write_text
-from unlearn_ext._internal.names import layer_name
+from unlearn_ext._internal.names import layer_name, parameters_by_name
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.evaluation.metrics.registry import REGISTRY
+from unlearn_ext.evaluation.seal import sealed
+from unlearn_ext.evaluation.traces import check_destroyable, destroy
 from unlearn_ext.results import NOTICE, UnlearnResult
 
 _SALT_BYTES = 16
@@ -91,7 +94,7 @@ def changed_per_layer(result: UnlearnResult, model: nn.Module) -> dict[str, floa
         Name of the module that owns the parameters to the share of its scalars that changed.
     """
     counts: dict[str, list[float]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_by_name(model).items():
         entry = counts.setdefault(layer_name(name), [0.0, 0.0])
         entry[0] += result.changed_per_parameter.get(name, 0.0) * parameter.numel()
         entry[1] += parameter.numel()
@@ -176,21 +179,25 @@ class Evidence:
     salt: bytes | None = field(default=None, repr=False)
     _objects: dict[str, object] = field(default_factory=dict, repr=False)
 
-    def to_json(self, path: str | Path | None = None) -> str:
+    def to_json(self, path: str | Path | None = None, *, key: bytes | None = None) -> str:
         """Return the record as a JSON object, and write it to a file if asked to.
 
         Args:
             path: File to write, all or nothing.
+            key: A secret of at least 16 bytes to sign the record with; ``read_record`` checks it.
 
         Returns:
-            Strict JSON. The salt is not in it.
+            Strict JSON, with the digest of the record and its signature. The salt is not in it.
+
+        Raises:
+            TypeError: If the key is not bytes.
+            ValueError: If it is too short; nothing is written then.
         """
         hidden = ("result", "salt", "_objects", "derived")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         derived = [{"what": what, "purged_here": purged} for what, purged in self.derived.items()]
-        text = json.dumps(
-            plain({**asdict(self.result), **own, "derived": derived, "notice": NOTICE}), indent=2
-        )
+        record = plain({**asdict(self.result), **own, "derived": derived, "notice": NOTICE})
+        text = json.dumps(sealed(cast("dict[str, Any]", record), key), indent=2)
         if path is not None:
             write_text(path, text + "\n")
         return text
@@ -206,7 +213,7 @@ class Evidence:
             OSError: If a file cannot be deleted. What was destroyed by then is marked so.
         """
         for what in list(self._objects):
-            _destroy(self._objects[what])
+            destroy(self._objects[what])
             del self._objects[what]
             self.derived[what] = True
 
@@ -265,7 +272,7 @@ def evidence(
         raise ValueError(f"evidence: before must be a digest of weights_digest(), got {before!r}")
     objects = dict(derived or {})
     for what, value in objects.items():
-        _check_destroyable(what, value)
+        check_destroyable(f"evidence: derived[{what!r}]", value)
     measured = dict(metrics or {})
     count = code = None
     if forget_ids is not None:
@@ -312,30 +319,3 @@ def _id_bytes(entry: object) -> bytes:
     if isinstance(plain, bool) or not isinstance(plain, (str, int)):
         raise TypeError(f"forget_digest: ids must be strings, bytes or integers, got {type(plain).__name__}")
     return f"{'s' if isinstance(plain, str) else 'i'}{plain}".encode()
-
-
-def _check_destroyable(what: str, value: object) -> None:
-    if hasattr(value, "purge") or isinstance(value, (Tensor, Path)):
-        return
-    if isinstance(value, (Mapping, list, tuple)):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            _check_destroyable(what, entry)
-        return
-    raise TypeError(
-        f"evidence: derived[{what!r}] must be a tensor, a Path, something with purge(), or a mapping or "
-        f"sequence of them, got {type(value).__name__}"
-    )
-
-
-def _destroy(value: object) -> None:
-    purge = getattr(value, "purge", None)
-    if purge is not None:
-        purge()
-    elif isinstance(value, Tensor):
-        with torch.no_grad():
-            value.zero_()
-    elif isinstance(value, Path):
-        value.unlink(missing_ok=True)
-    elif isinstance(value, (Mapping, list, tuple)):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            _destroy(entry)

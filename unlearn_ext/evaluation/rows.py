@@ -17,7 +17,7 @@ from unlearn_ext.evaluation.metrics.measures import Measure
 Method: TypeAlias = Callable[..., object]
 
 # Raised when a row means something else than before, so that rows cached earlier are not taken for it.
-FORMAT = 1
+FORMAT = 2
 
 # Edges of the loss histograms: powers of ten, so that the losses of well-learned samples do not share a bar.
 LOSS_EDGES: tuple[float, ...] = tuple(10 ** (step / 4) for step in range(-20, 9))
@@ -39,6 +39,7 @@ class Row:
         layers: Relative distance of every layer's parameters from the original's; None where they were zero.
         loss_counts: Histograms of the loss over ``LOSS_EDGES`` (what lies outside is counted in the outermost
             bars), by set.
+        reached: Whether the method reached its goal; None where it has none or nothing was run.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Row:
     phases: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, float | None] = field(default_factory=dict)
     loss_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    reached: bool | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Row:

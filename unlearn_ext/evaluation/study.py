@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -181,9 +182,11 @@ class Study:
         except Exception as error:
             _log.debug("%s, seed %d failed", job.label, seed, exc_info=True)
             return replace(row, why=reason_of(error))
+        reached = getattr(result, "reached", None)
         return replace(
             row,
-            measures=self._figures(subject, seed, job.kind, seconds, getattr(result, "reached", None)),
+            reached=reached,
+            measures=self._figures(subject, seed, job.kind, seconds, reached),
             phases=dict(result.seconds) if result is not None else {},
             layers={} if job.kind == "reference" else self._layers(subject),
             loss_counts=self._loss_counts(subject),
@@ -256,8 +259,10 @@ class Study:
             try:
                 with seeded(0, *self._sets.all.values()):
                     counts[name] = _histogram(self._losses(subject, data))
-            except Exception:  # without labels there is no loss; the figures above say so
+            except (TypeError, ValueError, NotImplementedError):  # no labels; the figures above say so
                 _log.debug("there are no losses on the %s set", name, exc_info=True)
+            except Exception as error:
+                warnings.warn(f"compare: there are no losses on the {name} set: {error}", stacklevel=2)
         return counts
 
     def _losses(self, model: nn.Module, data: Batches) -> Tensor:

@@ -20,7 +20,8 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.modules import check_not_flattened
-from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
+from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_or_sharded, ranks_of
+from unlearn_ext.distributed.agree import refuse_group_of_shards
 from unlearn_ext.distributed.fsdp import fsdp_modules
 from unlearn_ext.fisher.engine import (
     PerSample,
@@ -149,6 +150,7 @@ def fisher_diagonal(
             model,
             batches,
             judge,
+            process_group if isinstance(process_group, MeshRanks) else MeshRanks(model, "fisher_diagonal"),
             estimator=estimator,
             power=power,
             params=params,
@@ -288,11 +290,8 @@ def _with_all(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
 
 
 def _check_of_shards(process_group: Group, checkpoint: object) -> None:
-    if ranks_of(process_group, "fisher_diagonal").are_many:
-        raise ValueError(
-            "fisher_diagonal: process_group must be None for a model that fully_shard has sharded, whose "
-            "mesh says which ranks there are"
-        )
+    if ranks_of(process_group, "fisher_diagonal").are_many and not isinstance(process_group, MeshRanks):
+        refuse_group_of_shards("fisher_diagonal")
     if checkpoint is not None:
         raise NotImplementedError(
             "fisher_diagonal: checkpoint must be None for a model that fully_shard has sharded; keep the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, cast
 
@@ -24,6 +25,9 @@ from unlearn_ext.tasks.losses import cross_entropy, log_odds, logit_norm
 Estimator: TypeAlias = Literal["per_sample", "batch", "mc"]
 
 ESTIMATORS: tuple[Estimator, ...] = ("per_sample", "batch", "mc")
+
+# Share of a value that sums of float32 may be wrong by.
+_ROUNDING = 1e-4
 
 _FILE = FileKind(
     "unlearn_ext.importance.1", owner="Importance", contents="importances", instance="saved importances"
@@ -195,7 +199,10 @@ class Importance(Mapping[str, Tensor]):
         return pool(self, other)
 
     def __sub__(self, other: Importance) -> Importance:
-        """Remove a part of the data set; rounding never takes a value below 0.
+        """Remove a part of the data set; no value falls below 0.
+
+        The whole is no smaller than its part. What comes out below 0 by more than rounding is set to 0 as
+        well, and counted in a warning: the part was measured on other samples, or on other draws of them.
 
         Args:
             other: Importances of the same kind on some of this data set's samples.
@@ -221,11 +228,23 @@ class Importance(Mapping[str, Tensor]):
                 f"{self.n_samples} samples"
             )
         share = self.n_samples / remaining
+        rest: dict[str, Tensor] = {}
+        below: dict[str, int] = {}
+        for name, tensor in self.items():
+            left = share * tensor - (share - 1) * other[name].to(tensor.device)
+            if n_below := int((local_of(left) < -_ROUNDING * share * local_of(tensor)).sum()):
+                below[name] = n_below
+            rest[name] = left.clamp_(min=0)
+        if below:
+            total = sum(local_of(tensor).numel() for tensor in self.values())
+            warnings.warn(
+                f"Importance -: {sum(below.values())} of {total} values came out below 0 and were set to 0, "
+                f"most of them in {max(below, key=lambda name: below[name])}: the part is not of this whole, "
+                "or was measured with other random numbers",
+                stacklevel=2,
+            )
         return Importance(
-            {
-                name: (share * tensor - (share - 1) * other[name].to(tensor.device)).clamp_(min=0)
-                for name, tensor in self.items()
-            },
+            rest,
             n_samples=remaining,
             estimator=self.estimator,
             power=self.power,
@@ -314,12 +333,17 @@ class Importance(Mapping[str, Tensor]):
                 f"Importance.load_state_dict: state must have the parameters {sorted(self)}, got "
                 f"{sorted(tensors)}, or other shapes"
             )
+        if facts.keys() != self._facts().keys():
+            raise ValueError(
+                f"Importance.load_state_dict: state must have the facts {sorted(self._facts())}, got "
+                f"{sorted(facts)}"
+            )
         for name, tensor in self.items():
             given = tensors[name]
             if given is not tensor:
                 local_of(tensor).copy_(local_of(sharded_like(given, tensor)))
-        for name, value in facts.items():
-            setattr(self, name, value)
+        for name in self._facts():
+            setattr(self, name, facts[name])
 
     def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__ if name != "_tensors"}
@@ -372,8 +396,9 @@ class Importance(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         tensors, facts = _FILE.load(path)
-        meta = json.loads(facts["importance"])
-        return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
+        with _FILE.understood(path):
+            meta = json.loads(facts["importance"])
+            return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
 
 
 def check_estimator(who: str, estimator: str, power: int) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.files import FileKind, names_in
 
 _FILE = FileKind(
     "unlearn_ext.kronecker_factors.1",
@@ -229,16 +229,17 @@ class KroneckerFactors(Mapping[str, Factors]):
             ValueError: If the file holds something else.
         """
         tensors, facts = _FILE.load(path)
-        return cls(
-            {
-                name: (tensors[f"{i}/0"].to(device), tensors[f"{i}/1"].to(device))
-                for i, name in enumerate(json.loads(facts["modules"]))
-            },
-            int(facts["n_samples"]),
-            json.loads(facts["n_rows"]),
-            gradients=facts["gradients"],
-            coverage=json.loads(facts["coverage"]),
-        )
+        with _FILE.understood(path):
+            return cls(
+                {
+                    name: (tensors[f"{i}/0"].to(device), tensors[f"{i}/1"].to(device))
+                    for i, name in enumerate(names_in(facts["modules"], len(tensors) // 2))
+                },
+                int(facts["n_samples"]),
+                json.loads(facts["n_rows"]),
+                gradients=facts["gradients"],
+                coverage=json.loads(facts["coverage"]),
+            )
 
     def _combined(
         self,

@@ -15,7 +15,8 @@ positions than its weight, so it has no such column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from unlearn_ext import ops
+from unlearn_ext._internal.modules import kind_of
 from unlearn_ext.subspace.layers import Layer, layer_of, square
 
 
@@ -50,14 +52,33 @@ class Factored:
         self.parameters = ("weight", "bias") if self.has_bias else ("weight",)
         self._groups = module.groups if isinstance(module, _ConvNd) else 1
 
-    def new_totals(self) -> Totals:
-        """Return empty totals for this layer."""
-        weight = cast("Tensor", self.module.weight)
-        inputs = torch.zeros(self._layer.gram, dtype=torch.float64, device=weight.device)
-        out = self.matrix({name: cast("Tensor", getattr(self.module, name)) for name in self.parameters})
-        outputs = torch.zeros(square(out.shape[1], self._groups), dtype=torch.float64, device=weight.device)
-        column = torch.zeros(self._groups, inputs.shape[-1], dtype=torch.float64, device=weight.device)
-        return Totals(inputs, outputs, column if self.has_bias else None)
+    @property
+    def form(self) -> torch.Size:
+        """Shape ``[groups, out, in]`` of the parameters as a matrix, the bias being a column."""
+        return self.matrix(
+            {name: torch.empty(self._shape(name), device="meta") for name in self.parameters}
+        ).shape
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the totals, by name."""
+        found = {"inputs": self._layer.gram, "outputs": square(self.form[1], self._groups)}
+        return {**found, "column": (self._groups, self._layer.gram[-1])} if self.has_bias else found
+
+    def new_totals(self, device: torch.device | None = None) -> Totals:
+        """Return empty totals for this layer.
+
+        Args:
+            device: Where; None: where the weight is.
+
+        Returns:
+            Zeros.
+        """
+        device = cast("Tensor", self.module.weight).device if device is None else device
+        zeros = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in self.sizes.items()
+        }
+        return Totals(zeros["inputs"], zeros["outputs"], zeros.get("column"))
 
     def rows(self, inputs: Tensor) -> int:
         """Return how many rows the layer makes of its input."""
@@ -129,10 +150,42 @@ class Factored:
         """
         weight, rest = (matrix[..., :-1], matrix[..., -1]) if self.has_bias else (matrix, None)
         weight = weight if self._layer.side == "right" else weight.mT
-        values = {"weight": weight.reshape(cast("Tensor", self.module.weight).shape)}
+        values = {"weight": weight.reshape(self._shape("weight"))}
         if rest is not None:
             values["bias"] = rest.reshape(-1)
         return values
+
+    def stand_ins(self, like: Tensor) -> dict[str, Tensor]:
+        """Make parameters in the place of those that are not here, as of a sharded model between passes.
+
+        Args:
+            like: For device and dtype.
+
+        Returns:
+            Zeros by name, which require grad. What a weight's gradient is made of does not depend on it.
+        """
+        return {
+            name: torch.zeros(self._shape(name), dtype=like.dtype, device=like.device, requires_grad=True)
+            for name in self.parameters
+        }
+
+    @contextmanager
+    def standing_in(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Let the module have other parameters.
+
+        Args:
+            values: By name.
+
+        Yields:
+            Nothing.
+        """
+        own = self.module._parameters
+        before = {name: own[name] for name in values}
+        try:
+            own.update(cast("dict[str, nn.Parameter]", values))
+            yield
+        finally:
+            own.update(before)
 
     def plain_call(self, inputs: Tensor) -> Tensor:
         """Call the layer as its kind defines it, whatever a subclass or a hook makes of it.
@@ -148,6 +201,9 @@ class Factored:
                 return cast("Tensor", kind.forward(self.module, inputs))
         weight, bias = cast("Tensor", self.module.weight), cast("Tensor", self.module.bias)
         return F.linear(inputs, weight.mT, bias)  # Hugging Face's Conv1D
+
+    def _shape(self, name: str) -> torch.Size:
+        return cast("Tensor", getattr(self.module, name)).shape
 
     def _row_sums(self, inputs: Tensor) -> Tensor:
         if not isinstance(self.module, _ConvNd):
@@ -258,7 +314,7 @@ def why_not_factored(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention multiplies by its weights without calling a layer"
     if layer_of(module) is None:
-        return f"no rule for {type(module).__name__}"
+        return f"no rule for {kind_of(module)}"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a parameter"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.modules import eager
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
 from unlearn_ext.resume import Progress
@@ -23,13 +24,15 @@ from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
 TEMPERED = "the task's loss at labels drawn from softmax(z / 2)"
-_TEMPERATURE = 2.0
-_FLAT = 100.0  # temperature at which nearly every label is drawn alike
-_PROBE = 3  # samples on which coverage is found out
+TEMPERATURE = 2.0
+FLAT = 100.0  # temperature at which nearly every label is drawn alike
+PROBE = 3  # samples on which coverage is found out
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE = 0.05  # in half precision
+_HALVES = (torch.float16, torch.bfloat16)
 
 
-@lockstep
+@lockstep_on_mesh
 def kfac_factors(
     model: nn.Module,
     data: Batches,
@@ -105,8 +108,18 @@ def kfac_factors(
     task = resolve(task, loss_fn, who="kfac_factors")
     ranks = ranks_of(process_group, "kfac_factors")
     n_samples = 0
-    watch: _Watch | None = None
+    watch: Watch | None = None
     gradients = TEMPERED if loss_fn is None else callable_name(loss_fn)
+    if isinstance(ranks, MeshRanks):
+        from unlearn_ext.fisher.kfac_sharded import sharded_factors
+
+        if checkpoint is not None:
+            raise NotImplementedError(
+                "kfac_factors: checkpoint must be None for a model that fully_shard has sharded; finished "
+                "factors are whole on every rank, and their save() keeps them"
+            )
+        own = ranks.own_generator(generator) if loss_fn is None else generator
+        return sharded_factors(model, batches, task, ranks, loss_fn, own, gradients, progress=progress)
     kept = Progress(
         "kfac_factors",
         checkpoint,
@@ -122,7 +135,7 @@ def kfac_factors(
             totals, facts = kept.found
             n_samples = facts["n_samples"]
             if n_samples:
-                watch = _Watch(model, task, None, is_drawn=loss_fn is None)
+                watch = Watch(model, task, None, is_drawn=loss_fn is None)
                 watch.restore(totals, facts)
 
         def so_far() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -143,7 +156,7 @@ def kfac_factors(
                 if n == 0:
                     continue
                 if watch is None:
-                    watch = _Watch(model, task, batch, is_drawn=loss_fn is None)
+                    watch = Watch(model, task, batch, is_drawn=loss_fn is None)
                 with watch.recording():
                     if loss_fn is None:
                         loss = _drawn_loss(model, task, batch, generator)
@@ -159,13 +172,22 @@ def kfac_factors(
     if n_samples == 0:
         raise ValueError("kfac_factors: data must hold at least one sample, got none")
     if watch is None:  # this rank has no data, others have
-        watch = _Watch(model, task, None, is_drawn=loss_fn is None)
+        watch = Watch(model, task, None, is_drawn=loss_fn is None)
     watch.join(ranks)
     return watch.result(n_samples, gradients)
 
 
 @dataclass
-class _Layer:
+class WatchedLayer:
+    """A layer that has factors.
+
+    Attributes:
+        name: Its name in the model.
+        factored: How it multiplies.
+        totals: What has been summed.
+        uses: Inputs and output edges of the pass that is recorded.
+    """
+
     name: str
     factored: Factored
     totals: Totals
@@ -173,17 +195,31 @@ class _Layer:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """The parameters that the factors cover."""
         module = self.factored.module
         return [cast("Tensor", getattr(module, name)) for name in self.factored.parameters]
 
 
-class _Watch:
-    """The layers of a model that have factors, and what they have shown so far."""
+class Watch:
+    """The layers of a model that have factors, and what they have shown so far.
+
+    Args:
+        model: The model, borrowed.
+        task: What it is for.
+        batch: Some samples, on which it is found out what can be covered; None: nothing is.
+        is_drawn: Labels are drawn.
+
+    Attributes:
+        coverage: Parameter name to ``"factored"``, or to why it is left out.
+
+    Raises:
+        ValueError: If no layer can be covered.
+    """
 
     def __init__(self, model: nn.Module, task: Task, batch: Batch | None, *, is_drawn: bool) -> None:
         self._model = model
         self._task = task
-        self._layers: dict[nn.Module, _Layer] = {}
+        self._layers: dict[nn.Module, WatchedLayer] = {}
         self.coverage = {name: "frozen" for name, p in model.named_parameters() if not p.requires_grad}
         known = {name for name, _ in model.named_parameters()}  # a shared one by its first name
         uses: dict[int, list[str]] = {}
@@ -195,6 +231,7 @@ class _Watch:
             if isinstance(module, nn.MultiheadAttention)
             for child in module.children()
         }
+        found: list[tuple[str, Factored]] = []
         for name, module in model.named_modules():
             why = inside_attention.get(module) or why_not_factored(module)
             own = {f"{name}.{n}" if name else n: p for n, p in module._parameters.items() if p is not None}
@@ -204,16 +241,21 @@ class _Watch:
             factored = None
             if own and not why:
                 factored = Factored(module)
-                self._layers[module] = _Layer(name, factored, factored.new_totals())
+                found.append((name, factored))
             for parameter in own.keys() & known:
                 is_factored = factored is not None and parameter.rpartition(".")[2] in factored.parameters
                 bias = "the bias of a transposed convolution"
                 self.coverage.setdefault(parameter, why or ("factored" if is_factored else bias))
+        self._make(found)
         if self._layers and batch is not None:
             self._probe(batch, is_drawn)
         if not self._layers:
             told = "; ".join(sorted(set(self.coverage.values())))
             raise ValueError(f"kfac_factors: model must have a layer that can be covered, got none: {told}")
+
+    def _make(self, found: list[tuple[str, Factored]]) -> None:
+        for name, factored in found:
+            self._layers[factored.module] = WatchedLayer(name, factored, factored.new_totals())
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -226,6 +268,7 @@ class _Watch:
                 self._layers[module].uses.append((inputs.detach(), get_gradient_edge(output)))
 
         with ExitStack() as stack:
+            stack.enter_context(eager())  # compiled code calls no hooks of its layers
             for module, layer in self._layers.items():
                 layer.uses.clear()
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -335,7 +378,7 @@ class _Watch:
         rows = {layer.name: layer.totals.rows for layer in self._layers.values()}
         return KroneckerFactors(found, n_samples, rows, gradients=gradients, coverage=self.coverage)
 
-    def _gradients(self, loss: Tensor) -> Iterator[tuple[_Layer, list[Tensor | None]]]:
+    def _gradients(self, loss: Tensor) -> Iterator[tuple[WatchedLayer, list[Tensor | None]]]:
         layers = [layer for layer in self._layers.values() if layer.uses]
         edges = [edge for layer in layers for _, edge in layer.uses]
         grads = iter(torch.autograd.grad(loss, edges, allow_unused=True) if edges else ())
@@ -348,13 +391,13 @@ class _Watch:
     # inputs and output gradients must make up the gradient that autograd gives the weight.
     def _probe(self, batch: Batch, is_drawn: bool) -> None:
         model, task = self._model, self._task
-        n = min(_PROBE, task.count(batch))
+        n = min(PROBE, task.count(batch))
         few = task.select(batch, range(n))
         if is_drawn:
             # Nearly any label: no sample is so well known then that its gradient vanishes.
-            few = _drawn(model, task, few, torch.Generator().manual_seed(0), _FLAT)[1]
+            few = _drawn(model, task, few, torch.Generator().manual_seed(0), FLAT)[1]
         one = task.select(few, range(1))
-        seen: list[dict[str, tuple[_Layer, list[tuple[Tensor, Tensor]]]]] = []
+        seen: list[dict[str, tuple[WatchedLayer, list[tuple[Tensor, Tensor]]]]] = []
         true: dict[str, list[Tensor | None]] = {}
         for part, count in ((few, n), (one, 1)):
             with self.recording():
@@ -375,6 +418,9 @@ class _Watch:
                     shown[layer.name] = (layer, pairs)
             seen.append(shown)
         together, alone = seen
+        is_coarse = any(
+            tensor.dtype in _HALVES for _, pairs in together.values() for pair in pairs for tensor in pair
+        )  # under autocast what is float32 has been computed from less all the same
         for layer in list(self._layers.values()):
             if layer.name not in together or layer.name not in alone:
                 if all(grad is None for grad in true[layer.name]):
@@ -383,36 +429,54 @@ class _Watch:
                 continue
             pairs, first = together[layer.name][1], alone[layer.name][1]
             if len(pairs) != len(first) or not all(
-                _close(a[:1], a1) and _close(g[:1], g1) for (a, g), (a1, g1) in zip(pairs, first, strict=True)
+                close_to(a[:1], a1, is_coarse) and close_to(g[:1], g1, is_coarse)
+                for (a, g), (a1, g1) in zip(pairs, first, strict=True)
             ):
                 self._drop(layer, "its samples depend on each other")
-            elif not _makes_up(layer, pairs, true[layer.name]):
+            elif not _makes_up(layer, pairs, true[layer.name], is_coarse):
                 self._drop(layer, "its weight is used outside of its own call, or not as its kind does")
 
-    def _drop(self, layer: _Layer, why: str) -> None:
+    def _drop(self, layer: WatchedLayer, why: str) -> None:
         self._layers.pop(layer.factored.module, None)
         for name in layer.factored.parameters:
             self.coverage[f"{layer.name}.{name}" if layer.name else name] = why
 
 
-def _makes_up(layer: _Layer, pairs: list[tuple[Tensor, Tensor]], true: list[Tensor | None]) -> bool:
+def _makes_up(
+    layer: WatchedLayer, pairs: list[tuple[Tensor, Tensor]], true: list[Tensor | None], is_coarse: bool
+) -> bool:
     # Whether inputs and output gradients give the gradient of the weight.
     total: list[Tensor] = []
     for inputs, grad in pairs:
-        output = layer.factored.plain_call(inputs)
+        is_autocast = grad.dtype in _HALVES and grad.dtype != layer.tensors[0].dtype
+        with torch.autocast(grad.device.type, grad.dtype, is_autocast, cache_enabled=False):
+            output = layer.factored.plain_call(inputs)
         if output.shape != grad.shape:
             return False
         found = torch.autograd.grad(output, layer.tensors, grad)
         total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
-    return all(t is not None and _close(a.to_dense(), t.to_dense()) for a, t in zip(total, true, strict=True))
+    return all(
+        t is not None and close_to(a.to_dense(), t.to_dense(), is_coarse)
+        for a, t in zip(total, true, strict=True)
+    )
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close_to(a: Tensor, b: Tensor, is_coarse: bool = False) -> bool:
+    """Say whether two tensors differ by rounding alone.
+
+    Args:
+        a: A tensor.
+        b: Another one.
+        is_coarse: Something was computed in half precision on the way.
+
+    Returns:
+        Whether they do; False where shapes differ.
+    """
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    tolerance = _TOLERANCE.get(a.dtype, 0.05)
+    tolerance = _COARSE if is_coarse else _TOLERANCE.get(a.dtype, _COARSE)
     scale = max(float(a.double().norm()), float(b.double().norm()))
     return float((a.double() - b.double()).norm()) <= tolerance * scale
 
@@ -421,13 +485,34 @@ def _drawn(
     model: nn.Module, task: Task, batch: Batch, generator: torch.Generator | None, temperature: float
 ) -> tuple[Outputs, Batch]:
     outputs = task.forward(model, batch)
+    return outputs, drawn_from(outputs, task, batch, generator, temperature)
+
+
+def drawn_from(
+    outputs: Outputs, task: Task, batch: Batch, generator: torch.Generator | None, temperature: float
+) -> Batch:
+    """Draw labels from the model's own distribution.
+
+    Args:
+        outputs: Of the model.
+        task: The task.
+        batch: What it was called with.
+        generator: Draws them.
+        temperature: What logits are divided by.
+
+    Returns:
+        The batch with other labels.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
     with torch.no_grad():
         if not bool(torch.isfinite(task.losses(outputs, batch)).all()):
             raise FloatingPointError("kfac_factors: the loss must be finite, got NaN or infinity")
-        return outputs, task.sampled(outputs, batch, generator, temperature=temperature)
+        return task.sampled(outputs, batch, generator, temperature=temperature)
 
 
 def _drawn_loss(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator | None) -> Tensor:
     # Sum the samples' losses at labels that are drawn from the model's own, tempered distribution.
-    outputs, drawn = _drawn(model, task, batch, generator, _TEMPERATURE)
+    outputs, drawn = _drawn(model, task, batch, generator, TEMPERATURE)
     return task.losses(outputs, drawn).sum()

@@ -93,12 +93,18 @@ class ShardedLockstep(Lockstep):
 
     def gradients(self, loss: Tensor, take: Take, marks: Marks, settle: Settle | None) -> None:  # noqa: D102
         coming = set(self._chosen)
+        chosen = set(coming)
         failures: dict[str, Exception] = {}
 
         def arrived(name: str) -> Callable[[Tensor], None]:
             def hook(leaf: Tensor) -> None:
                 # Taken away at once, so that FSDP finds nothing to add up over the ranks.
                 grad, leaf.grad = leaf.grad, None
+                if grad is not None and name in chosen and name not in coming:
+                    raise NotImplementedError(
+                        f"model must use {name} in one activation checkpoint at most, or in checkpoints with "
+                        "use_reentrant=False, whose gradients come all at once"
+                    )
                 if grad is not None and name in coming:
                     coming.discard(name)
                     with torch.no_grad():

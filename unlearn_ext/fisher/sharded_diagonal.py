@@ -10,6 +10,7 @@ from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns
 from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext._internal.fingerprint import weights_fingerprint
+from unlearn_ext.distributed import MeshRanks
 from unlearn_ext.distributed.fsdp import ShardedModel
 from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.fisher.diagonal import check_finite, checked_parameters, with_drawn_targets
@@ -24,6 +25,7 @@ def sharded_diagonal(
     model: nn.Module,
     data: Batches,
     judge: Task,
+    ranks: MeshRanks,
     *,
     estimator: Estimator,
     power: int,
@@ -39,6 +41,7 @@ def sharded_diagonal(
         model: A model with ``fully_shard`` applied to it.
         data: This rank's share of the data; ranks may have different numbers of batches, or none.
         judge: The task, with its loss.
+        ranks: Those of the model's mesh.
         estimator: ``"per_sample"`` or ``"mc"``.
         power: 1 or 2.
         params: See ``fisher_diagonal``.
@@ -62,8 +65,8 @@ def sharded_diagonal(
             f"{who}: estimator 'batch' must be computed on an unsharded model, whose batches it is a mean "
             "over; 'per_sample' does not depend on batches"
         )
-    sharded = ShardedModel(model, who)
     names = list(checked_parameters(model, params, include, exclude))
+    sharded = ranks.begin("importances")
     counts = torch.zeros(2, dtype=torch.int64)  # samples, batches
     largest = 0
     with sharded.resharded(), borrowed(model), unwritten_shards(sharded):
@@ -85,10 +88,11 @@ def sharded_diagonal(
         )
         for step in steps(sharded, data, judge, device, description="importance", progress=progress):
             batch = step.batch
-            if estimator == "mc":
-                batch = with_drawn_targets(model, judge, batch, step.index, generator)
-            lockstep.count(step.is_live)
-            values = gradients.accumulate(batch, step.n)
+            with ranks.in_collectives():
+                if estimator == "mc":
+                    batch = with_drawn_targets(model, judge, batch, step.index, generator)
+                lockstep.count(step.is_live)
+                values = gradients.accumulate(batch, step.n)
             _check_finite_everywhere(lockstep, values, step.index)
             if step.is_live:
                 counts += torch.tensor([step.n, 1])

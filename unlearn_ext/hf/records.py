@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext.evaluation.evidence import Evidence
+from unlearn_ext.evaluation.seal import read_record
 
 EVIDENCE_FILE = "unlearning_evidence.json"
 
@@ -50,22 +50,27 @@ def save_pretrained(
     return path
 
 
-def read_evidence(folder: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Any]:
+def read_evidence(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, key: bytes | None = None
+) -> dict[str, Any]:
     """Read the record beside a saved model.
 
     Args:
         folder: Where the model was saved.
         model: The model as it was loaded from there, to be compared with the record.
+        key: The secret that the record was signed with; None leaves the signature unchecked.
 
     Returns:
         The record, as ``Evidence.to_json`` has written it.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If the model's weights are not those that the record is about, bit for bit (a conversion
-            to another dtype while loading is enough).
+        TypeError: If the key is not bytes.
+        ValueError: If the record has been edited since, or is not signed by the key, or if the model's
+            weights are not those that it is about, bit for bit (a conversion to another dtype while loading
+            is enough).
     """
-    record: dict[str, Any] = json.loads((Path(folder) / EVIDENCE_FILE).read_text(encoding="utf-8"))
+    record = read_record(Path(folder) / EVIDENCE_FILE, key)
     if model is not None and (found := weights_digest(model)) != record["weights_after"]:
         raise ValueError(
             f"read_evidence: model must have the weights of the record, {record['weights_after'][:12]}..., "

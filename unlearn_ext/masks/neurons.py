@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -190,15 +191,14 @@ def _connect(
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.requires_grad:
                 parameter.requires_grad_(True)
-        handles = [layer.module.register_forward_hook(_noting(layer), with_kwargs=True) for layer in layers]
-        handles += [
-            layer.module.register_forward_pre_hook(_noting_input(layer), with_kwargs=True) for layer in layers
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                module = layer.module
+                hooks.callback(module.register_forward_hook(_noting(layer), with_kwargs=True).remove)
+                hooks.callback(
+                    module.register_forward_pre_hook(_noting_input(layer), with_kwargs=True).remove
+                )
             loss = loss_fn(model, batch).sum()
-        finally:
-            for handle in handles:
-                handle.remove()
         by_output = {
             layer.output.edge.node: layer
             for layer in layers

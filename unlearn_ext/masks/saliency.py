@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, restricted
-from unlearn_ext._internal.dtensors import is_dtensor, local_of, totals
+from unlearn_ext._internal.dtensors import local_of, sharded_like, totals, whole_of
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
-from unlearn_ext.distributed import ALONE, Group, Ranks, lockstep_or_sharded, ranks_of
+from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.fisher.diagonal import fisher_diagonal
 from unlearn_ext.fisher.importance import Importance, joined_coverage
-from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, neuron_groups
+from unlearn_ext.fisher.sharded_gradients import sharded_mean_gradients
+from unlearn_ext.masks.neurons import NeuronGroup, Part, groups_by_prefix, module_groups, neuron_groups
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
@@ -27,9 +28,6 @@ Score: TypeAlias = Literal["ratio", "grad", "grad_abs", "fisher", "taylor", "obd
 Reduction: TypeAlias = Literal["mean", "sum", "max", "l2", "first"]
 
 SCORES: tuple[Score, ...] = ("ratio", "grad", "grad_abs", "fisher", "taylor", "obd", "random")
-
-# Scores that are made of importances alone.
-_OF_SHARDS: tuple[Score, ...] = ("ratio", "grad_abs", "fisher", "obd")
 
 # In units of the mean importance on the retain set. What matters far less than that to either set must not
 # stand out for a quotient of two tiny numbers.
@@ -107,7 +105,7 @@ class Scores(Mapping[str, Tensor]):
 
 def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: str) -> Tensor:
     device = tensors[parts[0].name].device
-    rows = [part.rows(tensors[part.name]).to(device) for part in parts]
+    rows = [part.rows(whole_of(tensors[part.name])).to(device) for part in parts]
     if reduction == "first":
         return rows[0][:, 0]
     if reduction == "max":
@@ -120,7 +118,7 @@ def _reduced(parts: Sequence[Part], tensors: Mapping[str, Tensor], reduction: st
     return total / sum(row.shape[1] for row in rows) if reduction == "mean" else total
 
 
-@lockstep_or_sharded
+@lockstep_on_mesh
 def saliency(
     model: nn.Module,
     forget: Batches,
@@ -152,7 +150,8 @@ def saliency(
     come first). The model runs in eval mode and is left as it was.
 
     Of a model that FSDP2 (``fully_shard``) has sharded, all ranks call it together, each with its own share
-    of the sets; there are the scores made of importances, as DTensors, of scalars and not of neurons.
+    of the sets; the scores are DTensors, sharded like the parameters. A neuron is then a row of its layer's
+    weight and its bias: the normalisation that follows is a layer of its own.
 
     Args:
         model: Any model. Frozen parameters are not scored.
@@ -183,8 +182,8 @@ def saliency(
         ValueError: If there is no such score, ``"ratio"`` gets no ``retain``, a set is empty or a one-shot
             iterator, or no parameter is left.
         TypeError: If a parameter is not floating point (quantised, say).
-        NotImplementedError: If the model is wrapped for parallel training, sharded and the score is not made
-            of importances, or not in memory.
+        NotImplementedError: If the model is wrapped for parallel training, sharded in another way than by
+            FSDP2, or not in memory.
         FloatingPointError: If a loss is NaN or infinite.
 
     Source:
@@ -201,11 +200,6 @@ def saliency(
         [('0', ['0.weight', '0.bias', '1.weight', '1.bias']), ('3', ['3.weight', '3.bias'])]
     """
     is_sharded = bool(fsdp_modules(model))
-    if is_sharded and score not in _OF_SHARDS:
-        raise NotImplementedError(
-            f"saliency: score must be one of {', '.join(_OF_SHARDS)} for a model that fully_shard has "
-            f"sharded, got {score!r}"
-        )
     if is_sharded:
         reshard(model)
     check_model(model, "saliency", may_be_sharded=is_sharded)
@@ -259,9 +253,12 @@ def scored(
     known = parameters_by_name(model)
     parameters = {name: known[name] for name in names}
     loss_fn = task.loss
-    # What a neuron is, nobody asks of shards.
-    is_sharded = any(is_dtensor(parameter) for parameter in parameters.values())
-    groups = None if is_sharded else neuron_groups(model, forget, task=task, names=names, ranks=ranks)
+    groups: Sequence[NeuronGroup]
+    if isinstance(ranks, MeshRanks):
+        # How channels flow is read off gradients inside a layer, where shards are not gathered.
+        groups = tuple(module_groups(model, {name: tuple(p.shape) for name, p in parameters.items()}))
+    else:
+        groups = neuron_groups(model, forget, task=task, names=names, ranks=ranks)
 
     coverage: dict[str, str] = {}
 
@@ -294,7 +291,12 @@ def scored(
         with torch.random.fork_rng([]):
             tensors = _random(parameters, ranks.shared_generator(generator))
     else:
-        tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
+        if isinstance(ranks, MeshRanks):
+            tensors = sharded_mean_gradients(
+                who, "forget", forget, task, list(parameters), ranks, progress=progress
+            )
+        else:
+            tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
@@ -313,7 +315,9 @@ def _random(parameters: Mapping[str, Tensor], generator: torch.Generator | None)
     device = torch.device("cpu") if generator is None else generator.device
     with torch.random.fork_rng([]):
         return {
-            name: torch.rand(p.shape, generator=generator, device=device).to(_accumulator(p))
+            name: sharded_like(torch.rand(p.shape, generator=generator, device=device), p.detach()).to(
+                _accumulator(p)
+            )
             for name, p in parameters.items()
         }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unlearn_ext import ops
-from unlearn_ext._internal.dtensors import is_dtensor, like, local_of
+from unlearn_ext._internal.dtensors import is_dtensor, like, local_of, part_of
 from unlearn_ext._internal.names import chosen_names
 from unlearn_ext.masks.neurons import NeuronGroup, Part
 from unlearn_ext.masks.saliency import Reduction, Scores
@@ -68,8 +68,7 @@ def select_mask(
     Raises:
         ValueError: If a choice is unknown, ``density`` is out of range, a score is NaN, or no parameter is
             left.
-        NotImplementedError: If scores are DTensors and the units are not scalars, or the rule not
-            ``"density"``.
+        NotImplementedError: If scores are DTensors, the units scalars and the rule not ``"density"``.
 
     Source:
         Exactly k of all scalars without a sort, as in Fan et al., "SalUn", ICLR 2024, by radix selection
@@ -91,10 +90,10 @@ def select_mask(
         raise ValueError(f"select_mask: min_depth must lie in [0, 1), got {min_depth}")
     known = scores if isinstance(scores, Scores) else Scores(scores)
     is_sharded = any(is_dtensor(tensor) for tensor in known.values())
-    if is_sharded and (granularity, rule) != ("element", "density"):
+    if is_sharded and granularity == "element" and rule != "density":
         raise NotImplementedError(
-            "select_mask: granularity must be 'element' and rule 'density' for sharded scores (DTensors), "
-            f"got {granularity!r} and {rule!r}; gather the scores with full_tensor()"
+            "select_mask: rule must be 'density' for scalars whose scores are sharded (DTensors), got "
+            f"{rule!r}; gather the scores with full_tensor()"
         )
     deep = known.groups[int(min_depth * len(known.groups)) :]
     known_names = [part.name for group in deep for part in group.parts]
@@ -128,7 +127,9 @@ def select_mask(
                 flags = ops.unpack_mask(mask, [values[i].numel()])
                 for part in groups[i].parts:
                     whole = part.spread(flags.expand(groups[i].size) if granularity == "layer" else flags)
-                    masks[part.name] = ops.pack_mask(whole.reshape(known[part.name].shape))
+                    whole = whole.reshape(known[part.name].shape)
+                    own = whole[part_of(known[part.name])]  # of shards only this rank's
+                    masks[part.name] = ops.pack_mask(own.contiguous())
     if is_sharded:
         return {name: _sharded_mask(masks.get(name), tensor) for name, tensor in known.items()}
     for name, tensor in known.items():

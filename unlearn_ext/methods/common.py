@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import chosen_names, parameters_by_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import random_states_kept
-from unlearn_ext.distributed import ALONE, Group, Ranks
+from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks
+from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, cross_entropy, resolve
 
 
-def prepared(who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | None) -> Task:
+def prepared(
+    who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | None, ranks: Ranks = ALONE
+) -> Task:
     """Look at what every method is called with, before anything is done.
 
     Args:
@@ -29,11 +32,12 @@ def prepared(who: str, model: nn.Module, task: Task | None, loss_fn: LossFn | No
         model: The model.
         task: What the user passed.
         loss_fn: What the user passed.
+        ranks: Those that call it together; of a sharded model those of its mesh.
 
     Returns:
         The task, whose ``loss`` is the user's where one was given.
     """
-    check_model(model, who)
+    check_model(model, who, may_be_sharded=isinstance(ranks, MeshRanks))
     return resolve(task, loss_fn, who=who)
 
 
@@ -199,14 +203,23 @@ def relabelling(
     Raises:
         ValueError: If the labels are no classes; the message names the task to pass.
     """
-    with what_a_task_must_have(who, instead), borrowed(model), random_states_kept(data):
+    is_sharded = isinstance(ranks, MeshRanks)
+    with (
+        ranks.sharded.resharded() if isinstance(ranks, MeshRanks) else nullcontext(),
+        what_a_task_must_have(who, instead),
+        borrowed(model),
+        random_states_kept(data),
+    ):
         batch = _first_batch(who, model, data, task, ranks)
         if batch is None:
             return task.relabel  # there is nothing to relabel here
-        known = task.settled(model, batch)
+        with ranks.in_collectives() if is_sharded else nullcontext():
+            known = task.settled(model, batch)
         try:
             known.relabel(batch)
         except ValueError:
+            if is_sharded:  # where no rank runs the model alone
+                raise
             with torch.no_grad():
                 task.loss(model, batch)  # says best what labels of another kind need
             raise
@@ -214,7 +227,13 @@ def relabelling(
 
 
 def _first_batch(who: str, model: nn.Module, data: Batches, task: Task, ranks: Ranks) -> Batch | None:
-    # None where another rank has one.
+    # None where another rank has one; of a sharded model, which all ranks run, then one of that rank's.
+    if isinstance(ranks, MeshRanks):
+        sharded = ranks.begin("first batch")
+        step = next(steps(sharded, data, task, sharded.device), None)
+        if step is None:
+            raise ValueError(f"{who}: the data must hold at least one sample on some rank, got none")
+        return step.batch
     found = next((batch for batch in read_batches(data, device_of(model)) if task.count(batch)), None)
     if not any(ranks.exchange("first batch", found is not None)):
         raise ValueError(f"{who}: the data must hold at least one sample, got none")
@@ -325,15 +344,17 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
             module.training = True
 
     handles = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, always_call=True))
     try:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in switched:  # an interrupt skips hooks, also those that are always called
+            module.training = True
 
 
 class _Nothing(tuple[()]):
@@ -344,6 +365,18 @@ class _Nothing(tuple[()]):
 
 NOTHING: Batch = _Nothing()
 """The batch of a rank that has none of a set, of which others have."""
+
+
+def is_nothing(batch: Batch) -> bool:
+    """Say whether a batch is ``NOTHING``.
+
+    Args:
+        batch: A batch.
+
+    Returns:
+        True if so, also of a copy.
+    """
+    return isinstance(batch, _Nothing)
 
 
 def values_of(batch: Batch, loss: Callable[[Batch], Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.dtensors import local_of
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.methods.common import required
@@ -273,7 +274,8 @@ class GoalRule:
     @torch.no_grad()
     def _set(self, target: dict[str, Tensor], share: float) -> None:
         for name, weight in self._weights:
-            weight.copy_(torch.lerp(self._run.original(name), target[name], share))
+            before, after = local_of(self._run.original(name)), local_of(target[name])
+            local_of(weight).copy_(torch.lerp(before, after, share))
 
     def _put_back(self) -> None:
         self._run.put_back()

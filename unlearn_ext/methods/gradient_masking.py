@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.names import parameters_by_name, with_plain_names
-from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
+from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
 from unlearn_ext.masks.saliency import Score, scored
 from unlearn_ext.masks.selection import Granularity, select_mask
 from unlearn_ext.methods.common import (
@@ -33,6 +34,7 @@ from unlearn_ext.methods.loop import SEGMENT, Objective, Terms, train
 from unlearn_ext.methods.recorded import recorded
 from unlearn_ext.methods.rows_only import RowsOnly
 from unlearn_ext.methods.run import unlearning
+from unlearn_ext.methods.sharded import sharded_mask
 from unlearn_ext.methods.until import Until
 from unlearn_ext.optim.masked import MaskedAdamW, MaskedSGD
 from unlearn_ext.results import UnlearnResult
@@ -63,7 +65,7 @@ _USUAL = {"ascend": _Usual(lr=0.03), "relabel": _Usual(density=0.2, lr=0.02, ste
 _ASCEND_OFFSET = 0.05
 
 
-@lockstep
+@lockstep_on_mesh
 @recorded
 def gradient_masking(
     model: nn.Module,
@@ -199,7 +201,7 @@ def gradient_masking(
         ['mask', 'training']
     """
     ranks = ranks_of(process_group, "gradient_masking")
-    chosen = prepared("gradient_masking", model, task, loss_fn)
+    chosen = prepared("gradient_masking", model, task, loss_fn, ranks)
     required("gradient_masking", forget=forget)
     usual = _USUAL.get(objective, _Usual())
     density = usual.density if density is None else density
@@ -258,7 +260,7 @@ def gradient_masking(
     )
 
 
-@lockstep
+@lockstep_on_mesh
 @recorded
 def salun(
     model: nn.Module,
@@ -347,7 +349,7 @@ def salun(
         0.5
     """
     ranks = ranks_of(process_group, "salun")
-    chosen = prepared("salun", model, task, loss_fn)
+    chosen = prepared("salun", model, task, loss_fn, ranks)
     _check("salun", "alternate", "sgd", epochs, density)
     required("salun", forget=forget, retain=retain)
     hyperparameters: dict[str, object] = {
@@ -432,7 +434,7 @@ def _run(
                 )
                 run.coverage = dict(scores.coverage)
                 del scores
-            chosen = _selected(parameters, method, masks)
+            chosen = _selected(parameters, method, masks, ranks)
             run.keep(chosen)
             # The optimizer leaves the others alone in any case; marked as frozen they cost no memory for what
             # their gradients would need. The run puts the marks back, whatever happens. Of many ranks the
@@ -458,6 +460,7 @@ def _run(
                 epochs=settings["epochs"],
                 schedule=lambda epoch: _cosine(settings["lr"], epoch, settings["epochs"]),
                 progress=progress,
+                task=task,
             )
             run.record("gradients", **saving.facts)
     return goal.result(run)
@@ -469,14 +472,19 @@ def _cosine(lr: float, epoch: int, epochs: int) -> float:
 
 
 def _selected(
-    parameters: Mapping[str, nn.Parameter], method: str, masks: Mapping[str, Tensor]
+    parameters: Mapping[str, nn.Parameter], method: str, masks: Mapping[str, Tensor], ranks: Ranks
 ) -> dict[str, Tensor]:
-    # The packed masks of the parameters of which something is selected.
+    # The masks of the parameters of which something is selected: packed; of a sharded model bool, cut alike.
     given = with_plain_names(masks)
     chosen: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if name not in given:
             raise ValueError(f"{method}: masks must name every trainable parameter, got none for {name!r}")
+        if isinstance(ranks, MeshRanks):
+            mask = sharded_mask(method, name, given[name], parameter)
+            if totals([float(local_of(mask).any())], [parameter])[0]:
+                chosen[name] = mask
+            continue
         mask = given[name].to(parameter.device)
         if mask.dtype == torch.bool:
             if mask.shape != parameter.shape:
@@ -497,9 +505,17 @@ def _selected(
 
 def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
     parameters = parameters_by_name(model)
-    counts = {
-        name: int(ops.unpack_mask(mask, list(parameters[name].shape)).sum()) for name, mask in chosen.items()
-    }
+    own = [
+        float(
+            (
+                local_of(mask)
+                if mask.dtype == torch.bool
+                else ops.unpack_mask(mask, list(parameters[name].shape))
+            ).sum()
+        )
+        for name, mask in chosen.items()
+    ]
+    counts = dict(zip(chosen, map(int, totals(own, [parameters[name] for name in chosen])), strict=True))
     total = sum(p.numel() for p in parameters.values())
     return {
         "selected": sum(counts.values()) / max(1, total),

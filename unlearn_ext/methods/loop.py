@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
 
+from unlearn_ext.distributed import MeshRanks
 from unlearn_ext.methods.common import check_count, single_values_normalised
 from unlearn_ext.methods.run import Run
+from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
+
+if TYPE_CHECKING:
+    from unlearn_ext.methods.sharded_steps import ShardedSteps
 
 Terms: TypeAlias = Sequence[tuple[float, Tensor]]
 """Weights, and what they are the weights of: one value per sample of some set, of which the mean counts."""
@@ -34,14 +39,22 @@ def mean_of(found: Tensor | Terms) -> Tensor:
         A scalar.
     """
     total: Tensor | None = None
-    for weight, values in _terms(found):
+    for weight, values in terms_of(found):
         term = values.mean() if weight == 1 else weight * values.mean()
         total = term if total is None else total + term
     assert total is not None
     return total
 
 
-def _terms(found: Tensor | Terms) -> Terms:
+def terms_of(found: Tensor | Terms) -> Terms:
+    """Return what an objective has returned as terms.
+
+    Args:
+        found: Values, or terms.
+
+    Returns:
+        Terms; values are one of weight 1.
+    """
     return [(1.0, found)] if isinstance(found, Tensor) else found
 
 
@@ -59,6 +72,7 @@ def train(
     before_step: Callable[[], None] | None = None,
     after_epoch: Callable[[int], bool] | None = None,
     progress: bool = False,
+    task: Task | None = None,
 ) -> int:
     """Minimise an objective, epoch by epoch. The model's training flags are the caller's business.
 
@@ -82,6 +96,7 @@ def train(
         after_epoch: Called with the number of the epoch; True ends the training. So does the run's goal, once
             it is reached; then no other training of the run begins either.
         progress: Show a progress bar, where tqdm is installed.
+        task: Counts samples, of a sharded model alone, whose batches say what they are for.
 
     Returns:
         The number of steps.
@@ -97,8 +112,15 @@ def train(
     if run.ranks.are_many:
         _check_norms(run)
         parameters = _of_optimizer(optimizer) if parameters is None else parameters
-    gradients = _Gradients(parameters)
-    step = _Step(run, objective, gradients)
+    step: _Step | ShardedSteps
+    if isinstance(run.ranks, MeshRanks):
+        from unlearn_ext.methods.sharded_steps import ShardedSteps
+
+        assert parameters is not None
+        assert task is not None
+        step = ShardedSteps(run, objective, parameters, task)
+    else:
+        step = _Step(run, objective, _Gradients(parameters))
     steps = epoch = 0
     with run.phase(phase), single_values_normalised(run.model):
         while (epoch < epochs or steps < steps_min) and not (run.goal is not None and run.goal.stops):
@@ -156,7 +178,7 @@ class _Step:
             terms: Terms | None = None
             if batch is not None and not self._held:
                 self._index += 1
-                terms = _terms(self._objective(self._run.model, batch))
+                terms = terms_of(self._objective(self._run.model, batch))
             counts = None if terms is None else [len(values) if values.ndim else 1 for _, values in terms]
             told = self._ranks.exchange("batch", (counts, self._held))
             sizes = [sum(column) for column in zip(*(each for each, _ in told if each), strict=True)]
@@ -214,6 +236,12 @@ def _check_norms(run: Run) -> None:
     for name, module in run.model.named_modules():
         mixes = isinstance(module, _BatchNorm)
         moves = isinstance(module, _NormBase) and module.track_running_stats
+        if module.training and (mixes or moves) and isinstance(run.ranks, MeshRanks):
+            raise NotImplementedError(
+                f"{run.method}: model must not be sharded while its {name} normalises the samples of a batch "
+                "together: every rank would take those of its own batch alone; gradient_masking leaves such "
+                "statistics as they are (freeze_norm_stats=True)"
+            )
         if module.training and (mixes or moves):
             raise NotImplementedError(
                 f"{run.method}: process_group must be None for a model whose {name} normalises the samples "
@@ -241,7 +269,7 @@ class _Gradients:
     def compute(self, loss: Tensor) -> None:
         if self._parameters is not None and not self._is_checked:
             self._is_checked = True
-            if _has_reentrant_checkpoint(loss):  # which autograd.grad does not support
+            if has_reentrant_checkpoint(loss):  # which autograd.grad does not support
                 self._parameters = None
         if self._parameters is None:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -270,7 +298,7 @@ class _Gradients:
         """
         if loss is None or not loss.requires_grad:
             return [None] * len(self.parameters)
-        if _has_reentrant_checkpoint(loss):
+        if has_reentrant_checkpoint(loss):
             raise NotImplementedError(
                 "process_group must be None for a model with reentrant checkpoints; make them with "
                 "use_reentrant=False"
@@ -286,7 +314,15 @@ class _Gradients:
         return found
 
 
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Say whether a reentrant activation checkpoint stands in a loss's graph.
+
+    Args:
+        loss: Any tensor that is differentiated.
+
+    Returns:
+        True if so.
+    """
     seen: set[object] = set()
     stack = [loss.grad_fn]
     while stack:

@@ -12,6 +12,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -145,11 +146,10 @@ def msg(
         model.train()
         parameters = list(trainable(model, "msg").values())
         scales = [torch.where(chosen[p], 1.0, factor).to(p) if p in chosen else factor for p in parameters]
-        handles = [
-            p.register_hook(lambda grad, scale=scale: grad * scale)  # type: ignore[no-untyped-call]
-            for p, scale in zip(parameters, scales, strict=True)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for p, scale in zip(parameters, scales, strict=True):
+                handle = p.register_hook(lambda grad, scale=scale: grad * scale)  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
             optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
             steps = max(1, epochs * count_batches(retain))
             rates = iter(_rates(lr, steps, max(1, count_batches(retain) // 2)))
@@ -160,9 +160,6 @@ def msg(
                 return task.loss(model, batch)  # type: ignore[arg-type]
 
             loop.train(run, "train", retain, objective, optimizer, epochs=epochs, progress=progress)
-        finally:
-            for handle in handles:
-                handle.remove()
     return goal.result(run)
 
 

@@ -31,7 +31,8 @@ from torch import nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import callable_name
-from unlearn_ext.distributed import Group, lockstep, ranks_of
+from unlearn_ext.distributed import Group, MeshRanks, lockstep_on_mesh, ranks_of
+from unlearn_ext.distributed.fsdp import reshard
 from unlearn_ext.distributed.group import on_all
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
@@ -61,7 +62,7 @@ _ROUNDS: dict[Yardstick, int] = {"accuracy": 1, "loss": 4}
 _DAMPING: dict[Yardstick, float] = {"accuracy": 0.01, "loss": 0.1}
 
 
-@lockstep
+@lockstep_on_mesh
 def newton(
     model: nn.Module,
     forget: Batches,
@@ -161,8 +162,10 @@ def newton(
         >>> result.reached
         True
     """
+    ranks = ranks_of(process_group, "newton")
+    is_sharded = isinstance(ranks, MeshRanks)
     task = resolve(task, who="newton")
-    check_model(model, "newton")
+    check_model(model, "newton", may_be_sharded=is_sharded)
     yardstick = task.yardstick(model)
     damping = _DAMPING[yardstick] if damping is None else damping
     rounds = _ROUNDS[yardstick] if rounds is None else rounds
@@ -173,7 +176,6 @@ def newton(
         )
     check_goal("newton", until, budget, validation)
     check_count("newton", "rounds", rounds, 1)
-    ranks = ranks_of(process_group, "newton")
     guard = Guard(budget, validation_budget, class_budget, yardstick)
     # A number of the user's is an accuracy, also for texts.
     by: Yardstick = yardstick if until == "unseen" else "accuracy"
@@ -192,7 +194,7 @@ def newton(
     sets = {"forget": forget, "validation": validation, "retain": retain}
     watched = {name: data for name, data in sets.items() if data is not None}
     with (
-        restricted(model, "newton", **choices) as names,
+        restricted(model, "newton", is_sharded, **choices) as names,
         unlearning(
             model,
             "newton",
@@ -397,7 +399,9 @@ class _Way:
             step.take_back()
 
     def _judged(self, will_do: Callable[[nn.Module], bool]) -> bool:
-        return on_all(self._run.ranks, "until", lambda: bool(will_do(self._run.model)))
+        found = on_all(self._run.ranks, "until", lambda: bool(will_do(self._run.model)))
+        reshard(self._run.model)
+        return found
 
     def _searched(self, step: Step, target: float, first: float) -> float | None:
         # From below: far beyond the goal, a model that knows nothing would do as well.

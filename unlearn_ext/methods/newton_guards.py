@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
+from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.methods.until import perplexity_rise
-from unlearn_ext.tasks.base import Task, Yardstick
-from unlearn_ext.tasks.batches import Batches, device_of, read_batches
+from unlearn_ext.tasks.base import Outputs, Task, Yardstick
+from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
 
 # See Note [What a small validation set can tell].
 _DEVIATIONS, _MANY_DEVIATIONS = 2.0, 3.0
@@ -90,11 +92,8 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks
     counted: list[Tensor] = []
     classes: list[Tensor] = []
     losses: list[Tensor] = []
-    with borrowed(model), torch.no_grad():
-        for batch in read_batches(data, device_of(model)):
-            if task.count(batch) == 0:
-                continue
-            outputs = task.forward(model, batch)
+    with _passing(model, task, data, ranks) as batches, borrowed(model), torch.no_grad():
+        for batch, outputs in batches:
             for found, part in zip((right, counted), task.correct(outputs, batch), strict=True):
                 found.append(part.long().cpu())
             losses.append(task.losses(outputs, batch).double().cpu())
@@ -107,6 +106,29 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks
     if not bool(joined[1].any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
     return Answers(joined[0], joined[1], joined[2] if known else None, float(joined[-1].mean()))
+
+
+@contextmanager
+def _passing(
+    model: nn.Module, task: Task, data: Batches, ranks: Ranks
+) -> Iterator[Iterator[tuple[Batch, Outputs]]]:
+    if isinstance(ranks, MeshRanks):
+        sharded = ranks.begin("answers")
+        with sharded.resharded():
+            yield _in_step(ranks, task, data)
+        return
+    batches = (batch for batch in read_batches(data, device_of(model)) if task.count(batch))
+    yield ((batch, task.forward(model, batch)) for batch in batches)
+
+
+def _in_step(ranks: MeshRanks, task: Task, data: Batches) -> Iterator[tuple[Batch, Outputs]]:
+    sharded = ranks.sharded
+    for step in steps(sharded, data, task, sharded.device):
+        with ranks.in_collectives():
+            outputs = task.forward(sharded.model, step.batch)
+        if step.is_live:
+            yield step.batch, outputs
+        ranks.exchange("answers of a batch", None)  # what was made of them has come out right on all ranks
 
 
 @dataclass(frozen=True)

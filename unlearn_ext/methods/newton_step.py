@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.dtensors import is_dtensor, like, local_of, sharded_like, whole_of
+from unlearn_ext._internal.dtensors import totals as sums_over_shards
 from unlearn_ext._internal.names import parameters_by_name
-from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
+from unlearn_ext.fisher.sharded_gradients import sharded_mean_gradients
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn
@@ -44,7 +48,8 @@ class Step:
             size: The distance.
         """
         for part in self._parts:
-            torch.add(part.original, part.change, alpha=size, out=part.parameter.detach())
+            before, change = local_of(part.original), local_of(part.change)
+            torch.add(before, change, alpha=size, out=local_of(part.parameter.detach()))
 
     def names(self, model: nn.Module) -> list[str]:
         """Name what the step changes.
@@ -62,7 +67,7 @@ class Step:
     def take_back(self) -> None:
         """Put back every bit."""
         for part in self._parts:
-            part.parameter.copy_(part.original)
+            local_of(part.parameter.detach()).copy_(local_of(part.original))
 
 
 def direction(
@@ -110,28 +115,41 @@ def direction(
         totals = [a - retain_weight * b for a, b in zip(totals, kept, strict=True)]
     gradients: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, part), total in zip(names, totals, strict=True):
-        if not bool(torch.isfinite(total).all()):
+        if not bool(torch.isfinite(local_of(total)).all()):
             raise FloatingPointError(
                 f"newton: the gradient of {name}.{part} must be finite, got NaN or infinity"
             )
         gradients[name][part] = total
-    changes, largest = {}, 0.0
+    ranks.exchange("direction", None)
+    parts, largest = [], 0.0
     for name, layer in layers.items():
-        changes[name] = _solved(layer, gradients[name], factors, name, damping, keep)
-        values = layer.matrix(
-            {part: getattr(layer.module, part).detach().double() for part in layer.parameters}
-        )
-        norm = float(values.norm())
+        # Whole for one layer at a time; of a sharded model every rank keeps its own part of the change.
+        wholes = {part: whole_of(total) for part, total in gradients.pop(name).items()}
+        change = _solved(layer, wholes, factors, name, damping, keep)
+        norm = _norm(layer)
         if norm > 0:
-            largest = max(largest, float(changes[name].norm()) / norm)
+            largest = max(largest, float(change.norm()) / norm)
+        for part, own in layer.split(change).items():
+            parameter = cast("nn.Parameter", getattr(layer.module, part))
+            parts.append((parameter, sharded_like(own, parameter.detach())))
+    (largest, *_) = ranks.exchange("scale", largest)
     if largest == 0:
         raise ValueError("newton: forget must have a gradient in a layer with factors, got zero everywhere")
-    parts = []
-    for name, layer in layers.items():
-        for part, change in layer.split(changes[name] / largest).items():
-            parameter = cast("nn.Parameter", getattr(layer.module, part))
-            parts.append(_Part(parameter, parameter.detach().clone(), change.to(parameter.dtype)))
-    return Step(parts)
+    return Step([_part(parameter, change, largest) for parameter, change in parts])
+
+
+def _norm(layer: Factored) -> float:
+    # Of the weights as one vector.
+    own = {part: cast("Tensor", getattr(layer.module, part)).detach() for part in layer.parameters}
+    if not any(map(is_dtensor, own.values())):
+        return float(layer.matrix({part: value.double() for part, value in own.items()}).norm())
+    squares = [float(local_of(value).double().square().sum()) for value in own.values()]
+    return math.sqrt(sum(sums_over_shards(squares, list(own.values()))))
+
+
+def _part(parameter: nn.Parameter, change: Tensor, largest: float) -> _Part:
+    own = like((local_of(change) / largest).to(parameter.dtype), parameter.detach())
+    return _Part(parameter, parameter.detach().clone(), own)
 
 
 def _layers_of(model: nn.Module, factors: KroneckerFactors, *, only_trainable: bool) -> dict[str, Factored]:
@@ -147,7 +165,7 @@ def _layers_of(model: nn.Module, factors: KroneckerFactors, *, only_trainable: b
         if why or module is None:
             raise ValueError(f"newton: factors must be of layers of the model, got {name!r}: {why}")
         layer = Factored(module)
-        form = layer.matrix({part: cast("Tensor", getattr(module, part)) for part in layer.parameters}).shape
+        form = layer.form
         if (outputs.shape[-1], inputs.shape[-1]) != (form[1], form[2]) or outputs.shape[:-2].numel() != form[
             0
         ]:
@@ -161,6 +179,11 @@ def _layers_of(model: nn.Module, factors: KroneckerFactors, *, only_trainable: b
     return layers
 
 
+def _weights(odds_losses: Tensor) -> Tensor:
+    # Samples that are known best have the least left to give, and the most in common with the rest.
+    return torch.sigmoid(odds_losses).sqrt()
+
+
 def _mean_gradient(
     name: str,
     model: nn.Module,
@@ -171,6 +194,20 @@ def _mean_gradient(
     ranks: Ranks,
 ) -> list[Tensor]:
     # Of what rises along the step on the forget set: a weighted mean over samples.
+    if isinstance(ranks, MeshRanks):
+        known = {id(p): plain for plain, p in ranks.sharded.shards.items()}
+        names = [known[id(tensor)] for tensor in tensors]
+        means = sharded_mean_gradients(
+            "newton",
+            name,
+            data,
+            task,
+            names,
+            ranks,
+            loss_fn=task.odds_loss if loss_fn is None else loss_fn,
+            weigh=_weights if loss_fn is None else torch.ones_like,
+        )
+        return [means[plain] for plain in names]
     totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors]
     weight = torch.zeros((), dtype=torch.float64, device=device_of(model))
     with borrowed(model):
@@ -178,9 +215,7 @@ def _mean_gradient(
             if task.count(batch) == 0:
                 continue
             values = task.odds_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
-            # Samples that are known best have the least left to give, and the most in common with the rest.
-            own = values.detach()
-            weights = torch.sigmoid(own).sqrt() if loss_fn is None else torch.ones_like(own)
+            weights = _weights(values.detach()) if loss_fn is None else torch.ones_like(values.detach())
             found = torch.autograd.grad((weights * values).sum(), tensors, allow_unused=True)
             for total, gradient in zip(totals, found, strict=True):
                 if gradient is not None:

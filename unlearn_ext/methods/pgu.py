@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -32,7 +33,7 @@ from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule
 from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
-from unlearn_ext.methods.run import Run, unlearning
+from unlearn_ext.methods.run import Run, at_the_end, unlearning
 from unlearn_ext.methods.until import UnlearningFailed, Until, Watch, check_goal, figures
 from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.results import UnlearnResult
@@ -241,6 +242,7 @@ def pgu(
 
     with (
         restricted(model, "pgu", **choices),
+        nullcontext() if record is None else at_the_end(record.measure_again),
         unlearning(
             model,
             "pgu",
@@ -309,7 +311,11 @@ def pgu(
             gap.conclude()
     result = run.result()
     if record is not None:
-        return record.added_to(result)
+        try:
+            return record.added_to(result)
+        except BaseException:
+            record.take_back()
+            raise
     if watch is None or reach is None:
         return result
     before = {name: watch.before(name) for name in reach.after}

@@ -15,8 +15,9 @@ from torch import nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
-from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
+from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks, ranks_of
 from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.methods.run import Run, at_the_end
 from unlearn_ext.methods.until import Measured, figures, measure
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -53,7 +54,13 @@ def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, 
             return method(*args, **settings)
         ranks = ranks_of(cast("Group", given.get("process_group")), method.__name__)
         record = Record(given.get("model"), forget, given.get("retain"), given.get("task"), ranks)
-        return record.added_to(method(*args, **settings))
+        try:
+            with at_the_end(record.measure_again):
+                result = method(*args, **settings)
+            return record.added_to(result)
+        except BaseException:
+            record.take_back()
+            raise
 
     return measured
 
@@ -73,6 +80,7 @@ class Record:
         self, model: object, forget: object, retain: object, task: object, ranks: Ranks = ALONE
     ) -> None:
         self._model, self._ranks = model, ranks
+        self._on_mesh = isinstance(ranks, MeshRanks)
         self._task = task if isinstance(task, Task) else None
         self._sets: dict[str, Batches] = {
             name: data  # type: ignore[misc]
@@ -80,13 +88,31 @@ class Record:
             if data is not None and not isinstance(data, Importance)
         }
         try:
-            check_model(cast("nn.Module", model), "Record")
+            check_model(cast("nn.Module", model), "Record", may_be_sharded=self._on_mesh)
         except (TypeError, NotImplementedError):  # which the method refuses; running it could change it
             self._sets = {}
-        self._before = self._measured()
+        self._missing: list[str] = []
+        self._run: Run | None = None
+        self._before = self._measured("before")
+        self._after: Mapping[str, Measured] | None = None
+
+    def measure_again(self, run: Run | None = None) -> None:
+        """Measure what the method has made of the model: while it can still be put back, if this is stopped.
+
+        Args:
+            run: What changed it.
+        """
+        self._run = run
+        if self._before:
+            self._after = self._measured("after")
+
+    def take_back(self) -> None:
+        """Put the model back after all, where a run has changed it."""
+        if self._run is not None:
+            self._run.put_back()
 
     def added_to(self, result: UnlearnResult) -> UnlearnResult:
-        """Measure again, and add both to a method's record.
+        """Add what was measured before and after to a method's record; measure again where that was not done.
 
         Args:
             result: The record.
@@ -94,10 +120,21 @@ class Record:
         Returns:
             The record with both; as it is where it has them already.
         """
-        if result.before or not self._before:
+        if result.before or not (self._before or self._missing):
             return result
-        after = self._measured()
+        after = self._after if self._after is not None else self._measured("after")
+        for text in self._missing:
+            warnings.warn(f"{result.method}: {text}", stacklevel=4)
+        if not after:
+            return result
         both = {name: self._before[name] for name in after}
+        for name, part in after.items():
+            if part.samples != both[name].samples:
+                warnings.warn(
+                    f"{result.method}: the {name} set had {both[name].samples} samples before the run and "
+                    f"{part.samples} after it: it must yield the same ones in every pass",
+                    stacklevel=4,
+                )
         if "forget" in after:
             _warn_if_known(result.method, both["forget"], after["forget"])
         return replace(
@@ -107,16 +144,25 @@ class Record:
             passes=result.passes + 2.0,
         )
 
-    def _measured(self) -> Mapping[str, Measured]:
+    def _measured(self, when: str) -> Mapping[str, Measured]:
         found = {}
         for name, data in self._sets.items():
+            if when == "after" and name not in self._before:
+                continue
             try:
                 with self._ranks.failing_together(), random_states_kept(*self._sets.values()):
                     if isinstance(self._model, nn.Module):
-                        check_model(self._model, "measure")  # what the method refuses is not to be run
+                        # What the method refuses is not to be run.
+                        check_model(self._model, "measure", may_be_sharded=self._on_mesh)
                         found[name] = measure(self._model, data, self._task, ranks=self._ranks)
-            except Exception as error:  # what is wrong with the data is the method's to say
+            except (TypeError, ValueError, NotImplementedError) as error:  # no labels, or no right and wrong
+                if self._ranks.is_broken:
+                    raise
                 _LOG.debug("the %s set is not measured: %s", name, error)
+            except Exception as error:  # what is wrong with the data, the method says in another reading
+                if self._ranks.is_broken:
+                    raise
+                self._missing.append(f"the {name} set was not measured {when}: {error}")
         return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext import ops
+from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.methods.loop import Objective, Terms, mean_of
 from unlearn_ext.methods.run import Run
@@ -37,7 +38,7 @@ class RowsOnly:
         rows: dict[Tensor, Tensor] = {}
         self._weights: list[str] = []
         for name, p in self.parameters.items():
-            if p.ndim < 2:
+            if p.ndim < 2 or is_dtensor(p):  # whose products are whole while they are computed
                 continue
             mask = ops.unpack_mask(chosen[name], [p.shape[0], p.numel() // p.shape[0]])
             selected = mask.any(1).nonzero().flatten()
@@ -49,6 +50,8 @@ class RowsOnly:
         self.facts: dict[str, object] = {"weight_gradients": "full"}
         if not rows:
             self.facts["because"] = "most rows of every weight are selected"
+            if any(map(is_dtensor, self.parameters.values())):
+                self.facts["because"] = "the weights are sharded"
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor | Terms:
         """Compute the objective; the first call checks the gradients of rows.

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import Buffers, restored
+from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext._internal.seeding import random_states_kept, seeded
-from unlearn_ext.distributed import ALONE, Ranks
+from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.distributed.agree import check_same_weights
+from unlearn_ext.distributed.fsdp import reshard
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.batches import device_of
 
 if TYPE_CHECKING:
     from unlearn_ext.methods.goal import ClosedLoop
+
+_AT_END: ContextVar[Callable[[Run], object] | None] = ContextVar("at_end", default=None)
+
+
+@contextmanager
+def at_the_end(call: Callable[[Run], object]) -> Iterator[None]:
+    """Have something done at the end of the run inside, when the model has changed and can still be put back.
+
+    Args:
+        call: What to do with the run; if it raises, the run has failed.
+
+    Yields:
+        Nothing.
+    """
+    token = _AT_END.set(call)
+    try:
+        yield
+    finally:
+        _AT_END.reset(token)
 
 
 class Run:
@@ -50,6 +72,7 @@ class Run:
         self._before: dict[str, Tensor] = {}
         self._buffers = Buffers(model)
         self._n_shared_draws = 0
+        self._counts: dict[str, tuple[int, int]] | None = None
         self.keep(parameters_by_name(model) if changes is None else changes)
 
     def keep(self, names: Iterable[str]) -> None:
@@ -58,7 +81,7 @@ class Run:
         Args:
             names: Their names; those that are kept already are left at that.
         """
-        parameters = parameters_by_name(self.model)
+        parameters = self._parameters()
         for name in map(plain_name, names):
             if name not in self._before:
                 self._before[name] = parameters[name].detach().clone()
@@ -116,23 +139,23 @@ class Run:
         name = name if name in self._before else plain_name(name)
         if name in self._before:
             return self._before[name]
-        return parameters_by_name(self.model)[name].detach()  # which is not to change
+        return self._parameters()[name].detach()  # which is not to change
 
     def put_back(self) -> None:
         """Give every parameter and buffer the value it had before the run."""
-        parameters = parameters_by_name(self.model)
+        parameters = self._parameters()
         with torch.no_grad():
             for name, value in self._before.items():
-                parameters[name].copy_(value)
+                local_of(parameters[name]).copy_(local_of(value))
         self._buffers.put_back()
 
     def has_other_buffers(self) -> bool:
         """Say whether a buffer has another value, or is another tensor, than before the run.
 
         Returns:
-            True if so.
+            True if so, on some rank.
         """
-        return self._buffers.differ()
+        return any(self.ranks.exchange("buffers", self._buffers.differ()))
 
     def result(self) -> UnlearnResult:
         """Compare the model with what it was.
@@ -140,10 +163,7 @@ class Run:
         Returns:
             The record; a scalar counts as changed if its value differs.
         """
-        counts = {
-            name: (int((p.detach() != self._before[name]).sum()) if name in self._before else 0, p.numel())
-            for name, p in parameters_by_name(self.model).items()
-        }
+        counts = self._counts or self._counted()
         total = sum(size for _, size in counts.values())
         return UnlearnResult(
             method=self.method,
@@ -154,6 +174,23 @@ class Run:
             history=tuple(self.history),
             coverage=dict(self.coverage),
         )
+
+    def settle(self) -> None:
+        """Count what has changed, which needs memory, while the model can still be put back."""
+        self._counts = self._counted()
+
+    def _counted(self) -> dict[str, tuple[int, int]]:
+        parameters = self._parameters()
+        own = [
+            float((local_of(p).detach() != local_of(self._before[name])).sum()) if name in self._before else 0
+            for name, p in parameters.items()
+        ]
+        changed = map(int, totals(own, list(parameters.values())))
+        return {name: (count, p.numel()) for (name, p), count in zip(parameters.items(), changed, strict=True)}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.model)  # gathered parameters are no place to keep or to write anything
+        return parameters_by_name(self.model)
 
 
 @contextmanager
@@ -170,7 +207,8 @@ def unlearning(
 ) -> Iterator[Run]:
     """Change a model all or nothing.
 
-    If the body raises, or is interrupted, every parameter and buffer gets back its value. In any case
+    If the body raises, or is interrupted, every parameter and buffer gets back its value; likewise if what
+    ``at_the_end`` announced for the end does. In any case
     training flags, ``requires_grad``, ``.grad`` and the random states (of torch, NumPy and Python, and of
     the loaders in ``data``) are as before afterwards; parameters keep their storage throughout.
 
@@ -198,7 +236,8 @@ def unlearning(
         >>> run.result().changed_per_parameter
         {'weight': 1.0, 'bias': 0.0}
     """
-    check_model(model, method)
+    reshard(model)
+    check_model(model, method, may_be_sharded=isinstance(ranks, MeshRanks))
     run = Run(model, method, hyperparameters, changes=changes, ranks=ranks)
     if goal is not None:
         goal.begin(run)
@@ -217,6 +256,9 @@ def unlearning(
             if goal is not None:
                 goal.conclude()
         check_same_weights(ranks, model, "after the run")
+        if (call := _AT_END.get()) is not None:
+            call(run)
+        run.settle()
     except BaseException:
         run.put_back()
         raise

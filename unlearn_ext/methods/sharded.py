@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.dtensors import is_dtensor, local_of, sharded_like
+from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.distributed.fsdp import ShardedModel
-from unlearn_ext.distributed.fsdp_steps import steps
+from unlearn_ext.distributed.fsdp_steps import Step, steps
 from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches
 
 
 def figures_of(
-    model: nn.Module, data: Batches, judge: Task, classes_seen: set[int] | None
+    model: nn.Module, data: Batches, judge: Task, classes_seen: set[int] | None, ranks: Ranks = ALONE
 ) -> tuple[float, float, int]:
     """Measure accuracy and mean loss in one forward pass over all ranks' data.
 
@@ -27,34 +30,48 @@ def figures_of(
         data: This rank's batches, perhaps none.
         judge: The task.
         classes_seen: Takes up the classes of all ranks' samples that count, where they have one each.
+        ranks: Those of the model's mesh, where they are known already.
 
     Returns:
         Accuracy (NaN where nothing is counted), mean loss and number of samples, the same on every rank.
     """
-    sharded = ShardedModel(model, "measure")
+    mesh = ranks if isinstance(ranks, MeshRanks) else MeshRanks(model, "measure")
     sums = torch.zeros(4, dtype=torch.float64)  # right, counted, samples, loss
     own: set[int] = set()
-    with sharded.resharded(), borrowed(model), torch.no_grad():
+    sharded = mesh.begin("measure")
+    with mesh.failing_together(), sharded.resharded(), borrowed(model), torch.no_grad():
+        failure: Exception | None = None
         for step in steps(sharded, data, judge, sharded.device):
-            outputs = judge.forward(model, step.batch)
-            if not step.is_live:
+            with mesh.in_collectives():
+                outputs = judge.forward(model, step.batch)
+            if not step.is_live or failure is not None:
                 continue
-            loss = float(judge.losses(outputs, step.batch).double().sum())
-            sums += torch.tensor([0, 0, step.n, loss], dtype=torch.float64)
             try:
-                hits, valid = judge.correct(outputs, step.batch)
-            except NotImplementedError:  # there is no right and wrong, as for numbers without a tolerance
-                continue
-            sums += torch.tensor([int(hits.sum()), int(valid.sum()), 0, 0], dtype=torch.float64)
-            classes = None if classes_seen is None else judge.classes_of(step.batch)
-            if classes is not None:
-                own.update(torch.unique(classes[valid > 0]).tolist())
+                sums += _judged(judge, outputs, step, own if classes_seen is not None else None)
+            except Exception as error:  # the others go on with the pass
+                failure = error
+        if failure is not None:
+            raise failure
     right, counted, samples, loss = sharded.reduced(sums, dist.ReduceOp.SUM).tolist()
     if classes_seen is not None:
         for each in sharded.exchanged(own):
             classes_seen |= each
     accuracy = right / counted if counted else math.nan
     return accuracy, loss / samples if samples else math.nan, int(samples)
+
+
+def _judged(judge: Task, outputs: Any, step: Step, classes_seen: set[int] | None) -> Tensor:  # noqa: ANN401
+    # Right and counted answers, samples, and the sum of their losses.
+    loss = float(judge.losses(outputs, step.batch).double().sum())
+    found = torch.tensor([0, 0, step.n, loss], dtype=torch.float64)
+    try:
+        hits, valid = judge.correct(outputs, step.batch)
+    except NotImplementedError:  # there is no right and wrong, as for numbers without a tolerance
+        return found
+    classes = None if classes_seen is None else judge.classes_of(step.batch)
+    if classes is not None and classes_seen is not None:
+        classes_seen.update(torch.unique(classes[valid > 0]).tolist())
+    return found + torch.tensor([int(hits.sum()), int(valid.sum()), 0, 0], dtype=torch.float64)
 
 
 def on_all_shards(model: nn.Module, flag: bool) -> bool:
@@ -115,3 +132,29 @@ def still_known(model: nn.Module, data: Batches, task: Task) -> tuple[list[Batch
             if known:
                 left.append(task.select(step.batch, known))
     return left, bool(sharded.reduced(torch.tensor(len(left)), dist.ReduceOp.MAX))
+
+
+def sharded_mask(who: str, name: str, mask: Tensor, parameter: Tensor) -> Tensor:
+    """Cut a mask as a parameter is cut.
+
+    Args:
+        who: The method.
+        name: The parameter's.
+        mask: bool: whole on every rank, or sharded like the parameter.
+        parameter: The parameter.
+
+    Returns:
+        This rank's part, as a ``DTensor`` where the parameter is one.
+
+    Raises:
+        ValueError: If it is packed, or of another shape or placement.
+    """
+    condition = f"{who}: masks[{name!r}] must be bool {list(parameter.shape)} for a sharded model, whole on"
+    condition += " every rank or a DTensor placed like the parameter"
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(f"{condition}, got {mask.dtype} {list(mask.shape)}")
+    try:
+        found = sharded_like(mask.detach(), parameter.detach())
+    except ValueError as error:
+        raise ValueError(f"{condition}, got a DTensor with other placements") from error
+    return found.to(local_of(parameter).device) if not is_dtensor(found) else found

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from contextlib import ExitStack
 from typing import Literal, TypeAlias
 
 import torch
@@ -361,19 +360,22 @@ def ssd(
         progress=progress,
         process_group=ranks,
     )
-    result = _applied(plan, model, ranks)
-    return result if record is None else record.added_to(result)
+    return _applied(plan, model, ranks, record)
 
 
-def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks) -> UnlearnResult:
-    # On all ranks or on none.
-    with ExitStack() as undo:
+def _applied(plan: SsdPlan, model: nn.Module, ranks: Ranks, record: Record | None) -> UnlearnResult:
+    # On all ranks or on none, and measured before it is too late to undo it.
+    try:
         with ranks.failing_together():
             result = plan.apply()
-            undo.callback(plan.revert)
             check_same_weights(ranks, model, "after the dampening")
-        undo.pop_all()
-    return result
+        if record is not None:
+            record.measure_again()
+        return result if record is None else record.added_to(result)
+    except BaseException:
+        if plan.is_applied:
+            plan.revert()
+        raise
 
 
 def _checked_goal(

@@ -218,6 +218,11 @@ class SsdPlan:
             )
         )
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether there is something that ``revert`` would put back."""
+        return self._journal is not None
+
     def apply(self) -> UnlearnResult:
         """Dampen the model in place; where a closed loop did not reach its goal, leave it as it is.
 
@@ -319,10 +324,14 @@ class SsdPlan:
             name = differ[0] if differ else "a parameter's shard on another rank"
             raise RuntimeError(f"SsdPlan.apply: {name} has changed since plan_ssd() measured the model")
         undo = write(found.journal, own, "SsdPlan.apply", "plan_ssd()")
-        changed = _over_ranks(parameters, {name: len(values.values) for name, values in undo.items()})
-        result = self._loop_result(found, changed, time.perf_counter() - started)
+        try:
+            changed = _over_ranks(parameters, {name: len(values.values) for name, values in undo.items()})
+            result = self._loop_result(found, changed, time.perf_counter() - started)
+            self._journal = undo if found.reached else None
+        except BaseException:
+            write(undo, own, "SsdPlan.apply", "it was changed")
+            raise
         if found.reached:
-            self._journal = undo
             if not found.outcome.chosen:
                 warnings.warn(f"ssd: nothing was changed: {found.outcome.reason}", stacklevel=3)
             return result

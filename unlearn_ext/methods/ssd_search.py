@@ -324,9 +324,17 @@ def _how_known(watch: Watch, forget: Measured) -> str:
 @contextmanager
 def _put_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        yield
-    finally:
+
+    def write() -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(originals[name])
+
+    try:
+        yield
+    finally:
+        try:
+            write()
+        except BaseException:  # an interrupt, which may come at any moment, also in between
+            write()
+            raise

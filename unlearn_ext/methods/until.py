@@ -20,7 +20,7 @@ from torch import nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.distributed import ALONE, Ranks
-from unlearn_ext.distributed.fsdp import fsdp_modules
+from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.distributed.group import on_all
 from unlearn_ext.methods.sharded import figures_of, on_all_shards
 from unlearn_ext.tasks.base import Task
@@ -92,7 +92,7 @@ def measure(
     """
     judge = resolve(task, who="measure")
     if fsdp_modules(model):
-        accuracy, mean, n = figures_of(model, check_batches(data), judge, classes_seen)
+        accuracy, mean, n = figures_of(model, check_batches(data), judge, classes_seen, ranks)
         return Measured(accuracy, mean, _at_least_one(n))
     right = counted = samples = 0
     loss = 0.0
@@ -249,9 +249,11 @@ class Watch:
         """
         if callable(self._until):
             test = self._until
-            if fsdp_modules(self._model):
+            if fsdp_modules(self._model) and not self._ranks.are_many:
                 return on_all_shards(self._model, bool(test(self._model)))
-            return on_all(self._ranks, "until", lambda: bool(test(self._model)))
+            will_do = on_all(self._ranks, "until", lambda: bool(test(self._model)))
+            reshard(self._model)
+            return will_do
         if self._until == "unseen" and self._validation is not None:
             unseen = measure(self._model, self._validation, self._task, ranks=self._ranks)
             self._read += unseen.samples

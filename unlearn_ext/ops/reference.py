@@ -195,7 +195,9 @@ def ratio_quantile(
     ]
     finite = torch.cat([ratio[ratio.isfinite()] for ratio in ratios]) if ratios else torch.empty(0)
     if finite.numel() == 0:
-        raise ValueError("ratio_quantile: importance_full must leave a finite ratio, got none")
+        raise ValueError(
+            "ratio_quantile: importance_full and importance_forget must have a finite ratio somewhere, got none"
+        )
     ordered = finite.double().sort().values
     position = q * (ordered.numel() - 1)
     lower = math.floor(position)
@@ -290,7 +292,7 @@ def masked_adamw_(
     maximize: bool = False,
 ) -> None:
     """Take the step of ``torch.optim.AdamW`` where the mask is 1."""
-    correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
+    correction1, correction2 = 1 - beta1 ** float(step), 1 - beta2 ** float(step)
     for param, grad, exp_avg, exp_avg_sq, mask in zip(
         params, grads, exp_avgs, exp_avg_sqs, masks, strict=True
     ):
@@ -382,6 +384,8 @@ def _exceeds_product(left: Tensor, factor: float, right: Tensor) -> Tensor:
     (Dekker, 1971), and compared with the significand of ``left`` moved by the difference of the exponents,
     which decides alone beyond three places.
     """
+    if right.dtype == torch.float32:
+        return left.double() > factor * right.double()
     left_significand, left_exponent = torch.frexp(left.double())
     right_significand, right_exponent = torch.frexp(right.double())
     factor_significand, factor_exponent = math.frexp(factor)
@@ -407,7 +411,9 @@ def _write_where(free: Tensor, target: Tensor, value: Tensor) -> None:
 
 def _add_gram(gram: Tensor, rows: Tensor) -> None:
     wide = rows.to(torch.promote_types(gram.dtype, rows.dtype))
-    gram += (wide.mT @ wide).to(gram.dtype)
+    product = wide.mT @ wide
+    # A product of matrices need not be symmetric to the bit, a Gram matrix is.
+    gram += (product.triu() + product.triu(1).mT).to(gram.dtype)
 
 
 def _channels_last(tensor: Tensor, channel_dim: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from unlearn_ext._internal.digests import update_digest
 from unlearn_ext._internal.files import FileKind
 
 _FILE = FileKind(
@@ -37,8 +35,7 @@ class Store:
             tensors: Totals and states.
             facts: What JSON can hold.
         """
-        text = json.dumps(facts)
-        told = {"facts": text, "digest": _digest(tensors, text)}
+        told = {"facts": json.dumps(facts)}
         if not self._is_whole:
             self.path.unlink(missing_ok=True)
             self._is_whole = True
@@ -59,8 +56,6 @@ class Store:
                 continue
             try:
                 tensors, told = _FILE.load(path)
-                if _digest(tensors, told["facts"]) != told["digest"]:
-                    raise ValueError("its digest is not that of what it holds")
                 return tensors, json.loads(told["facts"])
             except (ValueError, KeyError, RuntimeError, OverflowError) as error:
                 problems.append(f"{path}: {type(error).__name__}: {error}")
@@ -71,11 +66,3 @@ class Store:
                 "them to start anew"
             )
         return None
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.blake2b(facts.encode(), digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name}\0".encode())
-        update_digest(digest, tensors[name])
-    return digest.hexdigest()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext._internal.files import FileKind
+from unlearn_ext._internal.files import FileKind, names_in
 from unlearn_ext._internal.modules import check_model, eager
 from unlearn_ext._internal.names import chosen_names, modules_by_name, plain_module_name, with_plain_names
 from unlearn_ext.distributed import Group, Ranks, lockstep_or_sharded, ranks_of
@@ -186,10 +186,11 @@ class ActivationGram(Mapping[str, Tensor]):
             ValueError: If the file holds something else.
         """
         tensors, facts = _FILE.load(path)
-        return cls(
-            {name: tensors[str(i)].to(device) for i, name in enumerate(json.loads(facts["modules"]))},
-            int(facts["n_samples"]),
-        )
+        with _FILE.understood(path):
+            modules = names_in(facts["modules"], len(tensors))
+            return cls(
+                {name: tensors[str(i)].to(device) for i, name in enumerate(modules)}, int(facts["n_samples"])
+            )
 
 
 @lockstep_or_sharded
@@ -398,6 +399,7 @@ def _watched(model: nn.Module, chosen: _Chosen, record: Callable[..., None]) -> 
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention) and module.out_proj in chosen:
                 watch = _ProductWatch(module.out_proj, record)
+                stack.callback(watch.stop)  # an interrupt skips hooks, also those that are always called
                 stack.callback(module.register_forward_pre_hook(watch.start).remove)
                 stack.callback(module.register_forward_hook(watch.stop, always_call=True).remove)
         yield
@@ -410,12 +412,16 @@ class _ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._linear = linear
         self._record = record
+        self._depth = 0
 
     def start(self, *_: object) -> None:
         self.__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
 
     def stop(self, *_: object) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._depth:
+            self._depth -= 1
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

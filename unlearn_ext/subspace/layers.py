@@ -54,7 +54,7 @@ def layer_of(module: nn.Module) -> Layer | None:
         shape = square(module.in_channels // module.groups, module.groups)
         return Layer("weight", "left", shape, lambda total, inputs: _add_pixels(module, total, inputs))
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        shape = square(module.weight[0].numel(), module.groups)
+        shape = square(module.weight.shape[1:].numel(), module.groups)
         return Layer("weight", "right", shape, lambda total, inputs: _add_patches(module, total, inputs))
     if isinstance(module, nn.Embedding):
         return Layer("weight", "rows", (module.num_embeddings,), _add_counts)

@@ -7,12 +7,14 @@ import math
 import torch
 from torch import nn
 
+from unlearn_ext._internal.names import parameters_by_name
+
 
 def layer_distance(model: nn.Module, reference: nn.Module, *, relative: bool = True) -> dict[str, float]:
     """Return how far every parameter has moved from a reference.
 
     Args:
-        model: A model.
+        model: A model, perhaps compiled or wrapped.
         reference: One of the same parameters: the original, or the retrained one.
         relative: Divide by the reference's norm.
 
@@ -29,7 +31,7 @@ def layer_distance(model: nn.Module, reference: nn.Module, *, relative: bool = T
         >>> layer_distance(a, b)
         {'weight': 0.5, 'bias': 0.0}
     """
-    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
+    ours, theirs = parameters_by_name(model), parameters_by_name(reference)
     if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
         raise ValueError("layer_distance: model and reference must have the same parameters")
     distances = {}

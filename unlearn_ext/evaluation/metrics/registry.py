@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.evaluation.metrics.attacks import Attack, mia
 from unlearn_ext.evaluation.metrics.divergences import activation_distance, js_divergence
@@ -259,9 +260,10 @@ class _Joined:
 def _changed(subject: Subject) -> float | Measure:
     if subject.is_reference:
         return Measure(None, "it was trained afresh")
-    before = dict(subject.original.named_parameters())
+    before = parameters_by_name(subject.original)
     changed = sum(
-        int((p.detach() != before[name].detach()).sum()) for name, p in subject.model.named_parameters()
+        int((p.detach() != before[name].detach()).sum())
+        for name, p in parameters_by_name(subject.model).items()
     )
     share = changed / max(1, sum(p.numel() for p in before.values()))
     return Measure(share, note="goal not reached" if subject.reached is False else None)

@@ -5,5 +5,6 @@
 
 from unlearn_ext.evaluation.page.numbers import figure
 from unlearn_ext.evaluation.page.render import fragment, render
+from unlearn_ext.evaluation.page.verdicts import verdicts
 
-__all__ = ["figure", "fragment", "render"]
+__all__ = ["figure", "fragment", "render", "verdicts"]

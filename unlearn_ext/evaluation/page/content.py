@@ -7,6 +7,8 @@ from typing import Any
 
 from unlearn_ext.evaluation.page import charts
 from unlearn_ext.evaluation.page.numbers import figure, number
+from unlearn_ext.evaluation.page.table_csv import csv_url
+from unlearn_ext.evaluation.page.verdicts import verdicts
 
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -26,7 +28,7 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         ``anchor`` (also the template's name), ``title`` and ``content``, in their order.
     """
     made = [
-        ("results", "Results", results(document)),
+        ("results", "Results", {**results(document), **_beside(document)}),
         ("accuracy", "Accuracy, and the gap to retraining", _accuracy(document)),
         ("audit", "Against many retrained networks", _audit(document)),
         ("losses", "Losses of forget and unseen samples", _losses(document)),
@@ -39,6 +41,10 @@ def sections(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _beside(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"verdicts": verdicts(document), "csv": csv_url(document)}
+
+
 def lead(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is said at the top: what is forgotten, and what came closest to retraining.
 
@@ -49,7 +55,11 @@ def lead(document: Mapping[str, Any]) -> dict[str, Any]:
         ``facts``, and ``best`` with ``controls`` where there is a reference.
     """
     facts = document["facts"]
-    methods = [entry for entry in document["table"] if entry["kind"] == "method"]
+    # A method that left the model as it was is as close as doing nothing, and nothing to recommend.
+    missed = {verdict["label"] for verdict in verdicts(document) if verdict["kind"] == "missed"}
+    methods = [
+        entry for entry in document["table"] if entry["kind"] == "method" and entry["label"] not in missed
+    ]
     gaps = [(gap, entry) for entry in methods if (gap := _value(entry, "gap")) is not None]
     reference = _entry(document, "reference")
     said: dict[str, Any] = {

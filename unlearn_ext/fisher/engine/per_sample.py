@@ -187,7 +187,7 @@ class PerSample:
             tolerance, spent = trust.tolerance, time.perf_counter()
             is_blind = lockstep.any(plan.is_blind)
             alone = self._alone(samples, losses, trust, is_new=is_new, is_blind=is_blind)
-            if not self._verification.is_apart(samples, losses, alone, tolerance):
+            if not self._verification.is_apart(self._as_run(samples, trust), losses, alone, tolerance):
                 trust.is_mixed = not was_known or trust.refutations[_MIXED] >= _REFUTATIONS
                 trust.refutations[_MIXED] += 1
                 return None
@@ -239,6 +239,10 @@ class PerSample:
     def _formatted(self, samples: Samples, trust: Trust) -> Batch:
         return in_channels_last(samples.batch, samples.n) if trust.channels_last else samples.batch
 
+    def _as_run(self, samples: Samples, trust: Trust) -> Samples:
+        # Another order of memory means other kernels, which round otherwise: that is no influence of samples.
+        return Samples(self._formatted(samples, trust), samples.n, self._select)
+
     def _alone(
         self, samples: Samples, losses: Tensor, trust: Trust, *, is_new: bool, is_blind: bool
     ) -> list[Alone]:
@@ -278,8 +282,7 @@ class PerSample:
         try:
             found = [self._verification.alone(samples, sample) for sample in chosen]
             if is_blind and len(chosen) > 1:
-                formatted = Samples(self._formatted(samples, trust), n, self._select)
-                found.append(self._verification.among_copies(formatted, chosen[0]))
+                found.append(self._verification.among_copies(self._as_run(samples, trust), chosen[0]))
             if is_coupled:
                 rest = [sample for sample in range(n) if sample not in chosen]
                 rest += [0] * (lockstep.most(len(rest)) - len(rest))

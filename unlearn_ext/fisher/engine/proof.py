@@ -301,7 +301,11 @@ class LayoutProof:
         proven = Proven(reach)
         for place in places:
             tried = {axis: self._digests.get((name, place, axis)) for axis in (*AXES, Axis.ROWS)}
-            readable = {axis: digest for axis, digest in tried.items() if digest and digest.values}
+            readable = {
+                axis: digest
+                for axis, digest in tried.items()
+                if digest and digest.values and (name, place, axis) not in self._failures
+            }
             rows = readable.pop(Axis.ROWS, None)
             some = next(iter(readable.values()), rows)
             if some is None and any(tried.values()):

@@ -86,7 +86,7 @@ class SettledTotals(Totals):
             return
         dense = grad.to_dense() if grad.is_sparse else grad
         wide = dense.to(self._zeros(name, empty=True).dtype)
-        self._waiting[name] = wide.square() if self._power == 2 else wide.abs()
+        self._waiting[name] = self._powered(wide)
 
     def settle(self, coming: Collection[str], failures: dict[str, Exception]) -> None:
         """Add up, over the ranks, the parameters that every rank is done with.
@@ -114,8 +114,18 @@ class SettledTotals(Totals):
     def finish(self) -> None:
         """Nothing waits between passes."""
 
+    def _powered(self, grad: Tensor) -> Tensor:
+        return grad.square() if self._power == 2 else grad.abs()
+
     def _zeros(self, name: str, *, empty: bool = False) -> Tensor:
         parameter = self._shapes[name]
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         shape = (0,) if empty else parameter.shape
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+
+class SettledSums(SettledTotals):
+    """Adds the gradients themselves, of a pass over all ranks' batches; see ``SettledTotals``."""
+
+    def _powered(self, grad: Tensor) -> Tensor:
+        return grad
