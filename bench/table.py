@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import bench_fisher, published, roofline
+from bench import bench_fisher, published, roofline, traffic
 
 FOLDER = Path(__file__).parent
 OURS, FLOOR = "ours", "floor"
@@ -122,6 +122,7 @@ def render(documents: Mapping[str, Mapping[str, Any]]) -> str:
     sections = [_section(name, document) for name, document in documents.items()]
     if not any(name.startswith("cuda") for name in documents):
         sections += _gpu_pages() or ["## CUDA\n\nNot yet run on a GPU."]
+    sections.append(traffic.section())
     pages = sorted((FOLDER / "results" / "methods").glob("*.md"))
     sections += [page.read_text(encoding="utf-8").strip() for page in pages]
     if theirs := published.section():

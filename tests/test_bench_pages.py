@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # The benchmarks are not part of the package.
 sys.path.append(str(ROOT))
 
-from bench import roofline, table  # noqa: E402
+from bench import roofline, table, traffic  # noqa: E402
 
 
 @pytest.fixture
@@ -76,3 +76,36 @@ def test_the_plot_is_drawn_where_both_roofs_are_known(results):
     assert b"50 GB/s" in drawn
     table.write_results()
     assert (results / "roofline-cpu.svg").read_bytes() == drawn
+
+
+def test_every_list_op_is_predicted_from_a_count():
+    assert traffic.card_of("NVIDIA H200") is traffic.CARDS["H200"]
+    assert traffic.card_of("NVIDIA GeForce RTX 4090") is None
+    card = traffic.CARDS["H100"]
+    for op in (*roofline.LIST_OPS, "ratio_quantile", "topk_mask", "pack_mask", "unpack_mask"):
+        for dtype in ("float32", "bfloat16"):
+            assert traffic.list_seconds(op, dtype, 1e9, 1, card) > 1e9 / card.bytes
+    assert traffic.list_seconds("no_such_op", "float32", 1e9, 1, card) is None
+    # Four passes: three over the digits, one that writes the mask.
+    passes = traffic.counts()["topk_mask f32"]
+    want = 1e9 * passes["memory"] / (0.92 * 3.35e12) + passes["launches"] * 3e-6
+    assert traffic.list_seconds("topk_mask", "float32", 1e9, 62, card) == pytest.approx(want)
+
+
+def test_a_layer_is_predicted_from_its_padded_products_or_its_bytes():
+    layer = next(layer for layer in roofline.LAYERS if layer.name == "768x768, T = 64")
+    card = traffic.CARDS["H100"]
+    products = 2 * 64 * 64 * 768 * 768
+    seconds = traffic.layer_seconds(layer, "bfloat16", card)
+    assert seconds == pytest.approx(products / (989e12 * 0.62 * 0.8) + 3e-6)
+    # Four positions are padded to a step of 16.
+    few = next(layer for layer in roofline.LAYERS if layer.name == "768x768, T = 4")
+    assert traffic.layer_seconds(few, "bfloat16", card) == pytest.approx(
+        2 * 256 * 16 * 768 * 768 / (989e12 * 0.62 * 0.8) + 3e-6
+    )
+
+
+def test_counts_are_shown_beside_those_of_the_first_day():
+    text = traffic.section()
+    assert "| `fisher_accumulate bf16` | 1 | 1.8 → 1 |" in text
+    assert text.count("\n| `") == len(traffic.counts()) + 10

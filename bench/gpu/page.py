@@ -92,14 +92,19 @@ def _others(row: Row) -> str:
     return ", ".join(f"{name} {seconds / row['seconds']:.2f}" for name, seconds in others)
 
 
+def _predicted(row: Row) -> str:
+    # From counts and data sheets, see bench.traffic; only for cards that are known there.
+    return f"{row['predicted'] * 1e6:.1f}" if row.get("predicted") else ""
+
+
 def _list_ops(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         line = [f"`{row['op']}`", row["tensors"], row["dtype"]]
         if "seconds" not in row:
-            lines.append([*line, "failed", *[""] * 5])
+            lines.append([*line, "failed", *[""] * 6])
             continue
-        line.append(f"{row['seconds'] * 1e6:.1f}")
+        line += [f"{row['seconds'] * 1e6:.1f}", _predicted(row)]
         if "share" in row:
             line += [f"{row['bytes'] / row['seconds'] / 1e9:.0f}", f"{row['share']:.2f}"]
             same = row.get("share of the same copy")
@@ -113,6 +118,7 @@ def _list_ops(rows: Sequence[Row]) -> str:
         "tensors",
         "dtype",
         "ours, µs",
+        "predicted, µs",
         "GB/s",
         "of a copy",
         "of a copy of these",
@@ -127,11 +133,12 @@ def _layers(rows: Sequence[Row]) -> str:
     for row in rows:
         line = [row["layer"], row["precision"], str(row.get("samples", "")), str(row.get("positions", ""))]
         if "seconds" not in row:
-            lines.append([*line, "failed", "", "", "", ""])
+            lines.append([*line, "failed", *[""] * 5])
             continue
         rate = row["operations"] / row["seconds"] / 1e12
         line += [
             f"{row['seconds'] * 1e6:.1f}",
+            _predicted(row),
             f"{row['plain'] * 1e6:.1f}",
             f"{rate:.3g}",
             f"{row['share']:.2f}",
@@ -143,6 +150,7 @@ def _layers(rows: Sequence[Row]) -> str:
         "N",
         "T",
         "ours, µs",
+        "predicted, µs",
         "plain, µs",
         "TFLOP/s",
         "of the plain speed",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from bench import bench_fisher, bench_fisher_ops, bench_ops, shapes
+from bench import bench_fisher, bench_fisher_ops, bench_ops, shapes, traffic
 from bench.bench_ops import COMPILED, FOREACH, OURS
 from bench.gpu.stages import NOTHING_TO_DO, Notes
 from bench.models import MODELS, Model
@@ -166,6 +166,10 @@ def _raced(race: Race, wanted: Sequence[str], options: Options) -> tuple[dict[st
     return medians(times.laps), times.failures
 
 
+def _card(options: Options) -> traffic.Card | None:
+    return traffic.card_of(torch.cuda.get_device_name()) if options.device.type == "cuda" else None
+
+
 def _list_row(
     row: dict[str, object], group: bench_ops.Group, wanted: Sequence[str], ceiling: float, options: Options
 ) -> None:
@@ -177,6 +181,10 @@ def _list_row(
     ours = found.pop(OURS)
     share = race.bytes_moved / ours / ceiling
     row |= {"seconds": ours, "bytes": race.bytes_moved, "share": share}
+    if card := _card(options):
+        tensors = len(shapes.MODELS[group.model]())
+        dtype = str(group.dtype).removeprefix("torch.")
+        row["predicted"] = traffic.list_seconds(group.op, dtype, race.bytes_moved, tensors, card)
     if FLOOR in found:
         row["share of the same copy"] = race.bytes_moved / ours / (race.floor_bytes / found.pop(FLOOR))
     row["others"] = found
@@ -250,6 +258,8 @@ def _layer_row(row: dict[str, Any], layer: shapes.Layer, name: str, options: Opt
         share = found[plain] / found[OURS]
         row |= {"seconds": found[OURS], "plain": found[plain], "operations": layer.operations}
         row |= {"share": share, "target": f">= {GEMM_SHARE:g}", "met": share >= GEMM_SHARE}
+        if card := _card(options):
+            row["predicted"] = traffic.layer_seconds(layer, name, card)
 
 
 def _exactly(run: Callable[[], object]) -> Callable[[], object]:

@@ -109,21 +109,30 @@ void accumulate(const Positions& g, const Positions* x, double weight, int power
                      sums[static_cast<size_t>(i)] = sum_channel<kScaled, T>(g, x, i / channels, i % channels);
                  });
   }
+  // Every channel's samples are added first to last, whoever does it.
   A* to = static_cast<A*>(fisher);
   std::vector<A> total(static_cast<size_t>(channels), A(0));
-  for (int64_t n = 0; n < samples; ++n)
-    for (int64_t c = 0; c < channels; ++c) {
-      const A sum = sums[static_cast<size_t>(n * channels + c)];
-      total[static_cast<size_t>(c)] += raised(sum, power);
-    }
-  for (int64_t c = 0; c < channels; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c)];
+  parallel_for(exec, channels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, samples)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t n = 0; n < samples; ++n)
+                   for (int64_t c = begin; c < end; ++c) {
+                     const A sum = sums[static_cast<size_t>(n * channels + c)];
+                     total[static_cast<size_t>(c)] += raised(sum, power);
+                   }
+                 for (int64_t c = begin; c < end; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c)];
+               });
 }
 
 }  // namespace
 
 template <>
+int64_t fisher_channels_partials<kBackend>(const Positions&, const Positions*) {
+  return 1;
+}
+
+template <>
 int fisher_channels<kBackend>(const Positions& grads, const Positions* normalized, double weight, int power,
-                              void* fisher, const Exec& exec) {
+                              void* fisher, void*, const Exec& exec) {
   visit(grads.dtype, [&]<class T>(Tag<T>) {
     if (normalized == nullptr)
       accumulate<false, T>(grads, nullptr, weight, power, fisher, exec);

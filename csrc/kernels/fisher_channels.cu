@@ -17,15 +17,17 @@ struct Task {
   int lanes;             // threads along the channels of a block: 2 chunks are the 32 bytes that memory is read in
   int team;              // threads along the positions of a sample, a power of two
   int power;
+  int64_t run;  // samples of a block
+  bool add;     // to F; otherwise the sums of every run are stored
 };
 
-// A block owns a channel, or 32 bytes of neighbouring ones, and walks all samples: as many at once as there are teams
-// of threads for. A team's sums meet by shuffles and, if it is larger than a warp, in shared memory; those of the
-// samples at the end, as a tree. Reads everything once and computes next to nothing: bound by memory where there are
-// channels for all multiprocessors, by what one of them can read (about 100 GB/s) where there are few.
+// A block owns a channel, or 32 bytes of neighbouring ones, and walks a run of samples, all of them where there are
+// channels for all multiprocessors: as many at once as there are teams of threads for. A team's sums meet by shuffles
+// and, if it is larger than a warp, in shared memory; those of the samples at the end, as a tree. Reads everything once
+// and computes next to nothing: bound by memory.
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1)
-    channels_kernel(const __grid_constant__ Task task, acc_t<T> weight, acc_t<T>* fisher) {
+    channels_kernel(const __grid_constant__ Task task, acc_t<T> weight, acc_t<T>* out) {
   using A = acc_t<T>;
   constexpr int V = kChunk<T>, kInFlight = kVectors ? 4 : 1;  // chunks of either tensor loaded at once
   SIMT_SHARED(A, parts, [2][kWarps][2 * V]);
@@ -57,12 +59,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     return chunk;
   };
 
+  const int64_t begin = blockIdx.y * task.run, end = min(begin + task.run, task.grads.samples);
   A total[V] = {};
   int buffer = 0;
-  for (int64_t first = 0; first < task.grads.samples; first += slots, buffer ^= 1) {
+  for (int64_t first = begin; first < end; first += slots, buffer ^= 1) {
     const int64_t sample = first + slot;
     A sum[V] = {};
-    if (sample < task.grads.samples && (!kVectors || channel < task.grads.channels)) {
+    if (sample < end && (!kVectors || channel < task.grads.channels)) {
       for (int64_t step = member; step < steps; step += kInFlight * task.team) {
         Chunk<T> g[kInFlight], x[kInFlight];
 #pragma unroll
@@ -111,8 +114,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const int64_t own = static_cast<int64_t>(blockIdx.x) * width + thread;
-  if (thread < width && own < task.grads.channels)
-    fisher[own] = fused_multiply_add(weight, totals[thread], fisher[own]);
+  if (thread >= width || own >= task.grads.channels) return;
+  A& to = out[blockIdx.y * task.grads.channels + own];
+  to = task.add ? fused_multiply_add(weight, totals[thread], to) : totals[thread];
 }
 
 int64_t power_of_two_from(int64_t n) {
@@ -121,13 +125,10 @@ int64_t power_of_two_from(int64_t n) {
   return p;
 }
 
-}  // namespace
+int64_t lanes_of(DType dtype) { return dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8; }
 
-template <>
-int fisher_channels<kBackend>(const Positions& grads, const Positions* normalized, double weight, int power,
-                              void* fisher, const Exec& exec) {
-  const int64_t positions = grads.positions(), samples = grads.samples;
-  if (samples == 0 || positions == 0 || grads.channels == 0) return cudaSuccess;
+// What depends on shapes, strides and types alone; `run` is filled in by runs_of().
+Task task_of(const Positions& grads, const Positions* normalized, int power) {
   Task task{grads,
             normalized != nullptr ? *normalized : grads,
             Axes(grads, normalized != nullptr ? *normalized : grads),
@@ -135,12 +136,54 @@ int fisher_channels<kBackend>(const Positions& grads, const Positions* normalize
             false,
             2,
             1,
-            power};
+            power,
+            grads.samples,
+            true};
+  task.along_positions =
+      grads.channel_stride != 1 && task.axes.stride[kMaxSpatial - 1][0] < grads.channel_stride && grads.positions() > 1;
+  task.lanes = task.along_positions ? 1 : 2;
+  return task;
+}
+
+int64_t blocks_of(const Task& task) {
+  const int64_t width = task.along_positions ? 1 : task.lanes * lanes_of(task.grads.dtype);
+  return (task.grads.channels + width - 1) / width;
+}
+
+// Runs that the samples are split into where there are fewer channels than multiprocessors. Estimates for an H100, as
+// in fisher_weight.cu: 132 of them, each reading 20 bytes per clock, and 5000 clocks to start the kernel that adds up.
+int64_t runs_of(const Task& task) {
+  constexpr int64_t kProcessors = 132, kLaunchBytes = 20 * 5000;
+  const Positions& g = task.grads;
+  const int64_t chunk = task.along_positions ? 16 / lanes_of(g.dtype) : 32;  // bytes of a position
+  const int64_t bytes = g.samples * g.positions() * chunk * (task.has_normalized ? 2 : 1);
+  if (bytes < kLaunchBytes) return 1;
+  const int64_t most = std::min(g.samples, std::max<int64_t>(1, kProcessors / blocks_of(task)));
+  const int64_t run = (g.samples + most - 1) / most;
+  return (g.samples + run - 1) / run;
+}
+
+bool is_empty(const Positions& p) { return p.samples == 0 || p.positions() == 0 || p.channels == 0; }
+
+}  // namespace
+
+template <>
+int64_t fisher_channels_partials<kBackend>(const Positions& grads, const Positions* normalized) {
+  return is_empty(grads) ? 1 : runs_of(task_of(grads, normalized, 2));
+}
+
+template <>
+int fisher_channels<kBackend>(const Positions& grads, const Positions* normalized, double weight, int power,
+                              void* fisher, void* partial, const Exec& exec) {
+  const int64_t positions = grads.positions();
+  if (is_empty(grads)) return cudaSuccess;
+  Task task = task_of(grads, normalized, power);
+  const int64_t runs = runs_of(task);
+  task.run = (grads.samples + runs - 1) / runs;
+  task.add = runs == 1;
   return visit(grads.dtype, [&]<class T>(Tag<T>) -> cudaError_t {
+    using A = acc_t<T>;
     constexpr int64_t V = kChunk<T>;
-    task.along_positions =
-        grads.channel_stride != 1 && task.axes.stride[kMaxSpatial - 1][0] < grads.channel_stride && positions > 1;
-    task.lanes = task.along_positions ? 1 : 2;
     const auto chunks_of_positions = [&](const Positions& p) {
       return positions % V == 0 && p.sample_stride % V == 0 && p.channel_stride % V == 0 &&
              reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
@@ -156,17 +199,20 @@ int fisher_channels<kBackend>(const Positions& grads, const Positions* normalize
     const int64_t rows = kThreads / task.lanes;
     const int64_t most = power_of_two_from(task.along_positions ? (positions + V - 1) / V : positions);
     const int64_t wanted =
-        std::max<int64_t>(power_of_two_from((rows + samples - 1) / samples), task.along_positions ? 8 : 1);
+        std::max<int64_t>(power_of_two_from((rows + task.run - 1) / task.run), task.along_positions ? 8 : 1);
     task.team = static_cast<int>(std::min({wanted, most, rows}));
-    const int64_t width = task.along_positions ? 1 : task.lanes * V;
-    const int64_t blocks = (grads.channels + width - 1) / width;
+    const int64_t blocks = blocks_of(task);
     if (blocks > INT32_MAX || positions > INT32_MAX) return cudaErrorInvalidValue;
     const auto launch = [&](auto kernel) {
-      return simt::launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-                          static_cast<cudaStream_t>(exec.stream), task, static_cast<acc_t<T>>(weight),
-                          static_cast<acc_t<T>*>(fisher));
+      return simt::launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(runs)), dim3(kThreads), 0,
+                          static_cast<cudaStream_t>(exec.stream), task, static_cast<A>(weight),
+                          static_cast<A*>(task.add ? fisher : partial));
     };
-    return vectors ? launch(channels_kernel<T, true>) : launch(channels_kernel<T, false>);
+    if (const cudaError_t error = vectors ? launch(channels_kernel<T, true>) : launch(channels_kernel<T, false>))
+      return error;
+    return task.add ? cudaSuccess
+                    : add_partials<A>(static_cast<const A*>(partial), runs, grads.channels, weight,
+                                      static_cast<A*>(fisher), exec);
   });
 }
 

@@ -34,9 +34,14 @@ int64_t fisher_weight_partials(const LayerProduct& layer);
 
 // A value per channel: biases (`normalized` null) and the scales of norm layers, whose inputs after normalisation are
 // `normalized`, of the same shape and dtype. fisher: [grads.channels], dense.
+// partial: fisher_channels_partials<B>(...) arrays of fisher's type and size, or null if that is 1.
 template <Backend B>
 int fisher_channels(const Positions& grads, const Positions* normalized, double weight, int power, void* fisher,
-                    const Exec& exec);
+                    void* partial, const Exec& exec);
+
+// Runs that the samples are split into where there are few channels, by shapes and strides alone.
+template <Backend B>
+int64_t fisher_channels_partials(const Positions& grads, const Positions* normalized);
 
 // An embedding table. Lookup i is position i % positions of sample i / positions; `order` lists the lookups sorted by
 // index and then by number, `indices` their indices in that order. Those outside [0, rows) and `padding` are skipped.

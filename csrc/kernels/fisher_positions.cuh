@@ -75,5 +75,28 @@ inline bool chunks_of_channels(const Positions& p, int64_t lanes) {
   return aligned;
 }
 
+// ---- The runs' partial sums, first to last
+
+constexpr int kAddThreads = 256;
+
+template <class A>
+__global__ void __launch_bounds__(kAddThreads)
+    add_partials_kernel(const A* __restrict__ partial, int splits, int64_t n, A weight, A* __restrict__ fisher) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
+  if (i >= n) return;
+  A sum = 0;
+#pragma unroll 4
+  for (int split = 0; split < splits; ++split) sum += partial[split * n + i];
+  fisher[i] = fused_multiply_add(weight, sum, fisher[i]);
+}
+
+// fisher += weight * the sums of `runs` arrays of n.
+template <class A>
+cudaError_t add_partials(const A* partial, int64_t runs, int64_t n, double weight, A* fisher, const Exec& exec) {
+  return simt::launch(add_partials_kernel<A>, dim3(static_cast<unsigned>((n + kAddThreads - 1) / kAddThreads)),
+                      dim3(kAddThreads), 0, static_cast<cudaStream_t>(exec.stream), partial, static_cast<int>(runs), n,
+                      static_cast<A>(weight), fisher);
+}
+
 }  // namespace
 }  // namespace unlearn_ext

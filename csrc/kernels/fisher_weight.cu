@@ -381,21 +381,6 @@ __global__ void __launch_bounds__(32 * kNarrowWarps, 2)
       }
 }
 
-// ---- The runs' partial sums, first to last
-
-constexpr int kAddThreads = 256;
-
-template <class A>
-__global__ void __launch_bounds__(kAddThreads)
-    add_partials_kernel(const A* __restrict__ partial, int splits, int64_t n, A weight, A* __restrict__ fisher) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
-  if (i >= n) return;
-  A sum = 0;
-#pragma unroll 4
-  for (int split = 0; split < splits; ++split) sum += partial[split * n + i];
-  fisher[i] = fused_multiply_add(weight, sum, fisher[i]);
-}
-
 // ---- Launchers
 
 // Every stride a chunk of `lanes` elements is reached by keeps it aligned.
@@ -520,9 +505,8 @@ int fisher_weight<kBackend>(const LayerProduct& layer, void* fisher, void* parti
     using A = acc_t<T>;
     if (plan.splits == 1) return launch<T>(task, plan, static_cast<A*>(fisher), exec);
     if (const cudaError_t error = launch<T>(task, plan, static_cast<A*>(partial), exec)) return error;
-    return simt::launch(add_partials_kernel<A>, dim3(static_cast<unsigned>((elements + kAddThreads - 1) / kAddThreads)),
-                        dim3(kAddThreads), 0, static_cast<cudaStream_t>(exec.stream), static_cast<const A*>(partial),
-                        static_cast<int>(plan.splits), elements, static_cast<A>(layer.weight), static_cast<A*>(fisher));
+    return add_partials<A>(static_cast<const A*>(partial), plan.splits, elements, layer.weight, static_cast<A*>(fisher),
+                           exec);
   });
 }
 

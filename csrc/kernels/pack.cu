@@ -5,39 +5,79 @@
 namespace unlearn_ext {
 namespace {
 
-// Thread i owns packed byte i and its eight flags. Tensors of 2^31 scalars and more need grids past 2^31 threads, so
-// indices are 64-bit throughout.
+// 16 flags, one access, are two packed bytes. A thread has several such accesses in flight.
+constexpr int kFlags = 16, kInFlight = 4;
+constexpr int64_t kPackChunk = kThreads * kFlags * kInFlight;  // flags of a block
+
+using Flags = Vec<uint8_t, kFlags>;
+
+// Tensors of 2^31 scalars and more need grids past 2^31 threads, so indices are 64-bit throughout.
+__device__ __forceinline__ int64_t first_flag(int access) {
+  return blockIdx.x * kPackChunk + (access * kThreads + static_cast<int>(threadIdx.x)) * kFlags;
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const uint8_t* __restrict__ mask, uint8_t* __restrict__ packed, int64_t numel) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (8 * i >= numel) return;
-  uint32_t bits = 0;
-  if (8 * i + 8 <= numel && (reinterpret_cast<uintptr_t>(mask) & 7) == 0) {
-    const Vec<uint8_t, 8> flags = *reinterpret_cast<const Vec<uint8_t, 8>*>(mask + 8 * i);
+  const bool whole_flags = is_aligned(mask, kFlags), whole_bytes = is_aligned(packed, 2);
+  Flags flags[kInFlight];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(flags.lane[j] != 0) << j;
-  } else {
-    for (int j = 0; j < 8 && 8 * i + j < numel; ++j) bits |= static_cast<uint32_t>(mask[8 * i + j] != 0) << j;
+  for (int u = 0; u < kInFlight; ++u) {
+    const int64_t i = first_flag(u);
+    if (whole_flags && i + kFlags <= numel) {
+      flags[u] = *reinterpret_cast<const Flags*>(mask + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kFlags; ++j) flags[u].lane[j] = i + j < numel ? mask[i + j] : uint8_t{0};
+    }
   }
-  packed[i] = static_cast<uint8_t>(bits);
+#pragma unroll
+  for (int u = 0; u < kInFlight; ++u) {
+    const int64_t i = first_flag(u);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < kFlags; ++j) bits |= static_cast<uint32_t>(flags[u].lane[j] != 0) << j;
+    if (whole_bytes && i + 8 < numel) {
+      *reinterpret_cast<uint16_t*>(packed + i / 8) = static_cast<uint16_t>(bits);
+    } else {
+      if (i < numel) packed[i / 8] = static_cast<uint8_t>(bits);
+      if (i + 8 < numel) packed[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const uint8_t* __restrict__ packed, uint8_t* __restrict__ mask, int64_t numel) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (8 * i >= numel) return;
-  const uint32_t bits = packed[i];
-  if (8 * i + 8 <= numel && (reinterpret_cast<uintptr_t>(mask) & 7) == 0) {
-    Vec<uint8_t, 8> flags;
+  const bool whole_flags = is_aligned(mask, kFlags), whole_bytes = is_aligned(packed, 2);
+  uint32_t bits[kInFlight];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) flags.lane[j] = static_cast<uint8_t>(bits >> j & 1u);
-    *reinterpret_cast<Vec<uint8_t, 8>*>(mask + 8 * i) = flags;
-  } else {
-    for (int j = 0; j < 8 && 8 * i + j < numel; ++j) mask[8 * i + j] = static_cast<uint8_t>(bits >> j & 1u);
+  for (int u = 0; u < kInFlight; ++u) {
+    const int64_t i = first_flag(u);
+    if (whole_bytes && i + 8 < numel)
+      bits[u] = *reinterpret_cast<const uint16_t*>(packed + i / 8);
+    else
+      bits[u] = (i < numel ? packed[i / 8] : 0u) | (i + 8 < numel ? packed[i / 8 + 1] : 0u) << 8;
+  }
+#pragma unroll
+  for (int u = 0; u < kInFlight; ++u) {
+    const int64_t i = first_flag(u);
+    Flags flags;
+#pragma unroll
+    for (int j = 0; j < kFlags; ++j) flags.lane[j] = static_cast<uint8_t>(bits[u] >> j & 1u);
+    if (whole_flags && i + kFlags <= numel) {
+      *reinterpret_cast<Flags*>(mask + i) = flags;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kFlags; ++j)
+        if (i + j < numel) mask[i + j] = flags.lane[j];
+    }
   }
 }
 
-unsigned blocks_for(int64_t numel) { return static_cast<unsigned>(((numel + 7) / 8 + kThreads - 1) / kThreads); }
+unsigned blocks_for(int64_t numel) { return static_cast<unsigned>((numel + kPackChunk - 1) / kPackChunk); }
 
 }  // namespace
 

@@ -208,10 +208,14 @@ void run_channels(const LayerArguments& args, int64_t channel_dim, bool scaled) 
   at::Tensor seen = scaled ? args.read.detach().resolve_neg().movedim(axis, -1) : given;
   collapse(given, seen);
   const Positions grads = positions_of(given), normalized = positions_of(seen);
-  on_dense(args.fisher, [&](void* fisher, const at::TensorOptions&) {
+  on_dense(args.fisher, [&](void* fisher, const at::TensorOptions& options) {
     run(args.op, args.fisher.device(), [&]<Backend B>(const Exec& exec) {
-      return fisher_channels<B>(grads, scaled ? &normalized : nullptr, args.weight, static_cast<int>(args.power),
-                                fisher, exec);
+      const Positions* scales = scaled ? &normalized : nullptr;
+      const int64_t partials = fisher_channels_partials<B>(grads, scales);
+      at::Tensor partial;
+      if (partials > 1) partial = at::empty({partials, args.fisher.numel()}, options);
+      return fisher_channels<B>(grads, scales, args.weight, static_cast<int>(args.power), fisher,
+                                partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
     });
   });
 }

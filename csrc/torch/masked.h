@@ -104,6 +104,16 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                     constants.beta2);
   require_non_negative(op, "eps", constants.eps);
   require_non_negative(op, "weight_decay", constants.weight_decay);
+  // Before any group is stepped: a call that fails must leave all of them alone.
+  const bool on_device = step_tensor != nullptr && step_tensor->is_cuda();
+  at::Tensor scratch;
+  if (on_device) {
+    require_supported(op, step_tensor->device());
+    for (const at::Tensor& param : params)
+      TORCH_CHECK_VALUE(!param.defined() || param.device() == step_tensor->device(), op, ": step must be on ",
+                        param.device(), " like its parameters or on the cpu, got ", step_tensor->device());
+    scratch = scratch_of(sizeof(AdamwCorrections), step_tensor->device());
+  }
   for_each_group(op,
                  {{"params", params, Holds::parameters, true},
                   {"exp_avgs", exp_avgs, Holds::accumulators, true},
@@ -111,13 +121,6 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                   {"grads", grads, Holds::like},
                   {"masks", masks, Holds::bits}},
                  [&](auto& group) {
-                   const bool on_device = step_tensor != nullptr && step_tensor->is_cuda();
-                   at::Tensor scratch;
-                   if (on_device) {
-                     TORCH_CHECK_VALUE(group.device == step_tensor->device(), op, ": step must be on ", group.device,
-                                       " like its parameters or on the cpu, got ", step_tensor->device());
-                     scratch = scratch_of(sizeof(AdamwCorrections), group.device);
-                   }
                    run(op, group.device, [&]<Backend B>(const Exec& exec) {
                      return masked_adamw<B>(
                          group.dtype(), group.slices.data(), group.count(), constants, step,

@@ -177,7 +177,8 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
           plain.dim() == 3 ? plain : plain.unsqueeze(0)};
 }
 
-// Projects grads (dense, each [groups, rows, d]) where they lie.
+// Projects grads (dense, each [groups, rows, d]) where they lie. On a GPU none is written before the results of all
+// have memory, so that a call that runs out of it leaves every gradient as it was.
 void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
 #if defined(UNLEARN_CUDA)
   const AsGiven as_given;
@@ -188,6 +189,7 @@ void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
            a.basis.scalar_type() == b.basis.scalar_type();
   };
   std::vector<bool> done(layers.size(), false);
+  std::vector<std::pair<at::Tensor, at::Tensor>> results;  // a gradient and what it becomes
   for (size_t i = 0; i < layers.size(); ++i) {
     if (done[i] || !layers[i].grad.is_cuda() || layers[i].grad.numel() == 0) continue;
     std::vector<at::Tensor> grads, bases;
@@ -205,10 +207,11 @@ void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
                                    : at::baddbmm(g, coefficients, u.transpose(1, 2), /*beta=*/1, /*alpha=*/-1);
     int64_t first = 0;
     for (const at::Tensor& grad : grads) {
-      grad.copy_(result.narrow(0, first, grad.size(0)));
+      results.emplace_back(grad, result.narrow(0, first, grad.size(0)));
       first += grad.size(0);
     }
   }
+  for (const auto& [grad, result] : results) grad.copy_(result);
 #endif
   std::vector<Projection> cpu[4][2];  // by dtype of gradient, and whether the basis is float32 beside a half gradient
   for (const ProjectionArguments& layer : layers) {

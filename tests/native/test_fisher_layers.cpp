@@ -390,7 +390,13 @@ void channels(int64_t samples, int64_t channel_count, const int64_t (&extent)[3]
           sum, terms, static_cast<Real>(g.positions() + 8) * static_cast<Real>(spacing<A>(1.0)), power);
     }
   auto [fisher, before] = preloaded<A>(channel_count);
-  CHECK(fisher_channels<B>(g, normalized ? &x : nullptr, 0.37, power, fisher.device(), exec) == 0, "error code");
+  const Positions* scales = normalized ? &x : nullptr;
+  const int64_t runs = fisher_channels_partials<B>(g, scales);
+  Buf<A> partial(runs > 1 ? runs * channel_count : 0);
+  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<A>(NAN);  // all of it must be written
+  CHECK(fisher_channels<B>(g, scales, 0.37, power, fisher.device(), runs > 1 ? partial.device() : nullptr, exec) == 0,
+        "error code");
+  CHECK(partial.fetch(), "a write outside the partial sums");
   check_fisher(fisher, before, expected, 0.37, samples);
   grads.check_unchanged("gradients"), inputs.check_unchanged("normalized inputs");
 }
@@ -403,6 +409,8 @@ const Case channels_case("fisher_channels", [] {
                                      {5, 7, {1, 1, 1}},    {300, 9, {1, 1, 1}}, {2, 16, {1, 1, 8}},
                                      {3, 20, {1, 4, 6}},   {1, 3, {2, 3, 5}},   {40, 2, {1, 7, 7}},
                                      {2, 33, {1, 1, 100}}, {1, 8, {1, 40, 33}}, {3, 1, {1, 1, 5000}}};
+  // Enough for a GPU to split the samples, in runs of which the last is shorter.
+  const Shape many = {701, 5, {1, 1, 9}}, along = {97, 2, {1, 2, 300}};
   on_dtypes([&]<class T>(Tag<T>) {
     on_backends([&]<Backend B>(const Exec& exec) {
       for (const Shape& s : thinned(shapes, 4))
@@ -415,6 +423,10 @@ const Case channels_case("fisher_channels", [] {
                                                         : Layout::channels_first,
                            normalized, 1, layout == Layout::channels_last, exec);
           }
+      const Layout last = Layout::channels_last, first = Layout::channels_first;
+      channels<B, T>(many.samples, many.channels, many.extent, last, last, false, 2, 0, exec);
+      channels<B, T>(many.samples, many.channels, many.extent, last, last, true, 1, 1, exec);
+      channels<B, T>(along.samples, along.channels, along.extent, first, first, true, 2, 0, exec);
     });
   });
 });

@@ -33,7 +33,7 @@ FIGURES = {
     "launches": True,
 }
 MEANING = """\
-memory      32-byte sectors touched in a launch, once each, over the floor: inputs read and outputs written once
+memory      32-byte sectors touched in a launch, once each, over the floor: inputs read, outputs written once
 moved       the same, of every warp instruction: what the caches serve
 efficiency  bytes used of the sectors moved
 width       bytes per lane and instruction, 16 at most

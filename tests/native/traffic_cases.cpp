@@ -328,7 +328,10 @@ void channels(int64_t samples, int64_t n, const int64_t (&extent)[3], bool chann
   const Positions grads = positions<T>("grads", samples, n, extent, channels_last);
   const Positions inputs = normalized ? positions<T>("normalized", samples, n, extent, channels_last) : grads;
   auto* fisher = array<acc_t<T>>("fisher", Role::inout, n);
-  must(fisher_channels<kCuda>(grads, normalized ? &inputs : nullptr, 1, 2, fisher, kExec));
+  const Positions* scales = normalized ? &inputs : nullptr;
+  const int64_t runs = fisher_channels_partials<kCuda>(grads, scales);
+  auto* partial = runs > 1 ? array<acc_t<T>>("partial", Role::scratch, runs * n) : nullptr;
+  must(fisher_channels<kCuda>(grads, scales, 1, 2, fisher, partial, kExec));
 }
 
 void embedding() {
