@@ -186,7 +186,8 @@ class Run:
             for name, p in parameters.items()
         ]
         changed = map(int, totals(own, list(parameters.values())))
-        return {name: (count, p.numel()) for (name, p), count in zip(parameters.items(), changed, strict=True)}
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        return dict(zip(parameters, zip(changed, sizes, strict=True), strict=True))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         reshard(self.model)  # gathered parameters are no place to keep or to write anything
@@ -208,9 +209,9 @@ def unlearning(
     """Change a model all or nothing.
 
     If the body raises, or is interrupted, every parameter and buffer gets back its value; likewise if what
-    ``at_the_end`` announced for the end does. In any case
-    training flags, ``requires_grad``, ``.grad`` and the random states (of torch, NumPy and Python, and of
-    the loaders in ``data``) are as before afterwards; parameters keep their storage throughout.
+    ``at_the_end`` announced for the end does. In any case training flags, ``requires_grad``, ``.grad`` and
+    the random states (of torch, NumPy and Python, and of the loaders in ``data``) are as before afterwards;
+    parameters keep their storage throughout.
 
     Args:
         model: The user's model.
