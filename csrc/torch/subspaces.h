@@ -145,7 +145,8 @@ struct ProjectionArguments {
   at::Tensor grad, basis;
 };
 
-ProjectionArguments view_projection(const char* op, const at::Tensor& grad, const at::Tensor& basis, int64_t index) {
+ProjectionArguments view_projection(const char* op, const at::Tensor& grad, const at::Tensor& basis, int64_t index,
+                                    bool written) {
   require_usable(op, "grad", index, grad);
   require_usable(op, "basis", index, basis);
   require_supported(op, grad.device());
@@ -172,6 +173,7 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
                     grad.sizes(), ", got ", basis.sizes());
   TORCH_CHECK_VALUE(basis.size(-1) <= d, op, ": basis[", index, "] must have at most ", d, " columns, got ",
                     basis.sizes());
+  if (written) require_writable(op, "grad", index, grad);
   const at::Tensor plain = basis.detach().resolve_neg();
   return {grad.detach().resolve_neg().contiguous().view({groups, outputs / groups, d}),
           plain.dim() == 3 ? plain : plain.unsqueeze(0)};
@@ -244,8 +246,7 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
   std::vector<Extent> extents;
   for (size_t l = 0; l < grads.size(); ++l) {
     const auto index = static_cast<int64_t>(l);
-    layers.push_back(view_projection(op, grads[l], bases[l], index));
-    require_writable(op, "grad", index, grads[l]);
+    layers.push_back(view_projection(op, grads[l], bases[l], index, /*written=*/true));
     add_extent(extents, "grad", index, grads[l], true);
     add_extent(extents, "basis", index, bases[l], false);
   }
@@ -262,7 +263,7 @@ at::Tensor project_copy(const char* op, const at::Tensor& grad, const at::Tensor
   for (const at::Tensor* t : {&grad, &basis})
     TORCH_CHECK_NOT_IMPLEMENTED(!t->_fw_grad(/*level=*/0).defined(), op,
                                 ": forward-mode differentiation is not implemented; use reverse mode");
-  ProjectionArguments layer = view_projection(op, grad, basis, 0);
+  ProjectionArguments layer = view_projection(op, grad, basis, 0, /*written=*/false);
   layer.grad = layer.grad.clone();
   project_dense({layer}, onto);
   return layer.grad.view(grad.sizes());
