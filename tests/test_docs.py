@@ -1,4 +1,4 @@
-"""The code of the pages in docs/ runs as it stands, the tutorials too, and the reference has every public name."""
+"""The code of the pages in docs/ runs as it stands, tutorials too, and the reference has every public name."""
 
 import importlib
 import importlib.util
@@ -118,7 +118,7 @@ def test_links_out_of_the_folder_become_links_of_the_site():
 ROOMS = ("ops", "methods", "metrics", "optim", "tasks", "data", "hf", "report", "evaluation")
 
 
-@pytest.mark.parametrize("room", ("", *ROOMS))
+@pytest.mark.parametrize("room", ["", *ROOMS])
 def test_every_public_name_is_in_the_reference(room):
     module = importlib.import_module(f"unlearn_ext.{room}" if room else "unlearn_ext")
     text = (DOCS / "reference" / f"{room or 'unlearn_ext'}.md").read_text(encoding="utf-8")
