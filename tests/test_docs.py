@@ -1,4 +1,4 @@
-"""Code of the pages in docs/ runs as it stands, so do the tutorials; the reference has every public name."""
+"""Code of the pages in docs/ runs as it stands, tutorials too, and the reference has every public name."""
 
 import importlib
 import importlib.util
