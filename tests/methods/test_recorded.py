@@ -122,3 +122,17 @@ def test_figures_that_a_method_has_measured_itself_stay():
     own = UnlearnResult("m", {}, {}, 0.0, {}, (), before={"forget_accuracy": 0.25}, passes=1.0)
     record = Record(nn.Identity(), [(torch.eye(2), torch.tensor([0, 1]))], None, None)
     assert record.added_to(own) is own
+
+
+def test_labels_that_are_corrected_are_no_failure_to_forget():
+    x, y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for objective in ("relabel", "random_relabel"):
+        settings = {"epochs": 1, "lr": 1e-6, "objective": objective}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ux.gradient_masking(copy.deepcopy(model), [(x[:6], y[:6])], [(x[6:], y[6:])], **settings)
+        is_told = any("answered as well as before" in str(warning.message) for warning in told)
+        assert is_told == (objective == "random_relabel")
