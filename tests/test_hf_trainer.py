@@ -128,6 +128,31 @@ def test_the_callback_holds_momentum_from_before():
         assert torch.equal(held[~masks[name]], momentum[p][~masks[name]])
 
 
+def test_the_callback_holds_what_is_unfrozen_on_the_way():
+    from unlearn_ext.hf.guard import MaskGuard
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    masks, before = random_masks(model, 0.5), values_of(model)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    guard = MaskGuard(masks)
+    guard.enter(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        guard.keep(optimizer)
+        optimizer.step()
+        guard.put_back(optimizer)
+        model[0].requires_grad_(True)
+    assert_kept(model, before, masks)
+    model[0].requires_grad_(False)
+    guard = MaskGuard({name: mask for name, mask in masks.items() if name.startswith("1.")})
+    guard.enter(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"masks\['0.weight'\] must be given"):
+        guard.keep(optimizer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["optimizer", "callback"])
 def test_compiled(tmp_path, kind):

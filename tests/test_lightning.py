@@ -210,6 +210,57 @@ def test_strategies_that_shard_are_refused():
         ux.integrations.lightning.mask_callback(masks).on_fit_start(Trainer(), model)
 
 
+class Unfreezing(lightning.callbacks.BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer, lr=0.01)
+
+
+class Trainable(Module):
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+
+
+def test_parameters_that_are_unfrozen_on_the_way(tmp_path):
+    model, before, masks = made(Trainable)
+    fit(tmp_path, model, masks, callbacks=[Unfreezing()], max_epochs=3)
+    assert_kept(model, before, masks)
+    model, before, masks = made(Trainable)
+    masks.pop("net.0.weight")
+    with pytest.raises(ValueError, match=r"masks\['net.0.weight'\] must be given"):
+        fit(tmp_path, model, masks, callbacks=[Unfreezing()], max_epochs=3)
+    assert torch.equal(model.net[0].weight, before["net.0.weight"])
+
+
+def test_averages_of_weights(tmp_path):
+    model, before, masks = made()
+    averaging = lightning.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    fit(tmp_path, model, masks, callbacks=[averaging], max_epochs=3)
+    assert_kept(model, before, masks)
+
+    class WeightAveraging(lightning.Callback):
+        """In the place of Lightning's own, which older versions lack."""
+
+    model, before, masks = made()
+    with pytest.raises(NotImplementedError, match=r"weights must not be averaged .* got WeightAveraging"):
+        fit(tmp_path, model, masks, callbacks=[WeightAveraging()])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Quiet(Module):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])  # what is compiled may not log, whoever trains it
+
+
+def test_a_compiled_module(tmp_path):
+    model, before, masks = made(Quiet)
+    fit(tmp_path, torch.compile(model, backend="aot_eager"), masks)
+    assert_kept(model, before, masks)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_two_processes(tmp_path):
     script = f"""

@@ -340,6 +340,15 @@ def test_adapters_on_quantised_weights(trained, job):
         assert {name for name in found if not torch.equal(found[name], before[name])}
 
 
+def test_the_closed_loop_on_quantised_weights(trained):
+    plain, data = trained
+    model = adapted(copy.deepcopy(plain), torch.int8)
+    codes = model[0].weight.clone()
+    result = ux.ssd(model, data["forget"], data["retain"])
+    assert result.reached is not None  # either way: bytes are watched as other weights are
+    assert torch.equal(model[0].weight, codes)
+
+
 def test_quantised_weights_themselves_are_refused(trained):
     plain, data = trained
     frozen = adapted(copy.deepcopy(plain), torch.int8).requires_grad_(False)

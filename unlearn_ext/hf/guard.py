@@ -25,6 +25,8 @@ class MaskGuard:
     def __init__(self, masks: Mapping[str, Tensor], who: str = "mask_callback") -> None:
         self._masks, self._who = dict(masks), who
         self._frees: dict[nn.Parameter, Tensor] = {}
+        self._foreign: set[nn.Parameter] = set()  # trained, but not of the model
+        self._model: nn.Module = nn.Module()
         self._handles: list[Any] = []
         self._kept: list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]] = []
 
@@ -39,6 +41,7 @@ class MaskGuard:
             TypeError: If a mask is neither bool nor uint8.
         """
         self.leave()
+        self._model = model
         found = masks_by_parameter(model, self._masks, self._who)
         parameters = parameters_by_name(model)
         frees = {
@@ -62,7 +65,16 @@ class MaskGuard:
 
         Args:
             optimizer: The optimizer.
+
+        Raises:
+            ValueError: If a parameter that has become trainable since has no mask.
         """
+        # Whoever fine-tunes layer after layer unfreezes parameters on the way.
+        trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if not trained <= self._frees.keys() | self._foreign:
+            self.enter(self._model)
+            self._foreign = trained - self._frees.keys()
+            self.zero()
         self._kept = [
             (parameter, parameter.detach().clone(), _state_like(optimizer, parameter, copy=True))
             for parameter in self._frees

@@ -46,7 +46,8 @@ def mask_callback(masks: Mapping[str, Tensor], *, module: str = "") -> Any:  # n
     Returns:
         The callback, for ``Trainer(callbacks=[...])``. When training begins it raises ValueError for a mask
         that is missing or has another shape, or differs from those of the checkpoint; TypeError for one that
-        is neither bool nor uint8; NotImplementedError for strategies that shard parameters.
+        is neither bool nor uint8; NotImplementedError for strategies that shard parameters, and beside
+        callbacks that average weights. A parameter that is unfrozen on the way must have a mask then.
 
     Raises:
         ImportError: If neither lightning nor pytorch_lightning is installed.
@@ -72,6 +73,7 @@ def _callback_class() -> Any:  # noqa: ANN401 - a class of an optional package
 
         def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
             _refuse_sharding(trainer)
+            _refuse_averaging(trainer)
             self._guard.enter(pl_module)
 
         def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
@@ -128,6 +130,15 @@ def _refuse_sharding(trainer: Any) -> None:  # noqa: ANN401 - of an optional pac
             "ux.optim.MaskedAdamW or MaskedSGD from configure_optimizers, which take sharded parameters "
             "(ModelParallelStrategy), or train with ddp"
         )
+
+
+def _refuse_averaging(trainer: Any) -> None:  # noqa: ANN401 - of an optional package
+    for callback in trainer.callbacks:
+        if "WeightAveraging" in {kind.__name__ for kind in type(callback).__mro__}:
+            raise NotImplementedError(
+                "mask_callback: weights must not be averaged by a callback, since a mean of equal numbers is "
+                f"rounded, got {type(callback).__name__}; leave it out, or take StochasticWeightAveraging"
+            )
 
 
 def training_step_task(task: Task | None = None) -> Task:
