@@ -216,6 +216,7 @@ def newton(
             given, found = True, factors
         left_out = sorted(name for name, how in found.coverage.items() if how != "factored")
         run.record("factors", n_samples=found.n_samples, left_out=left_out)
+        run.coverage = dict(found.coverage)
         with run.phase("measure"):
             before = {name: answers(model, task, data, name, ranks) for name, data in watched.items()}
         for name, part in before.items():
