@@ -76,7 +76,10 @@ def test_strides_do_not_matter(case, layout, generator):
     assert_gaps_untouched([args[i] for i in case.written])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("fisher_")], ids=lambda case: case.schema)
+FISHER_LAYERS = [case for case in CASES if case.name.startswith("fisher_")]
+
+
+@pytest.mark.parametrize("case", FISHER_LAYERS, ids=lambda case: case.schema)
 def test_batches_may_be_taken_in_parts(case, generator, monkeypatch):
     monkeypatch.setattr(running, "_PART_BYTES", 1)  # one sample at a time
     args, kwargs = case.sample("cpu", torch.float32, generator, case.variants[0])
