@@ -90,12 +90,36 @@ acc_t<T> sum_channel(const Positions& g, const Positions* x, int64_t sample, int
   return total;
 }
 
+// Samples of one position, whose channels lie next to each other: nothing to add up before the power.
+template <bool kScaled, class T>
+void accumulate_single(const Positions& g, const Positions* x, double weight, int power, void* fisher,
+                       const Exec& exec) {
+  using A = acc_t<T>;
+  A* to = static_cast<A*>(fisher);
+  parallel_for(exec, g.channels, std::max<int64_t>(1, kGrain / g.samples), [&](int64_t begin, int64_t end) {
+    std::vector<A> total(static_cast<size_t>(end - begin), A(0));
+    for (int64_t n = 0; n < g.samples; ++n) {
+      const T* row = static_cast<const T*>(g.data) + n * g.sample_stride + begin;
+      const T* other = static_cast<const T*>((kScaled ? x : &g)->data) + n * (kScaled ? x : &g)->sample_stride + begin;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < end - begin; ++c) {
+        const A sum = kScaled ? A(row[c]) * A(other[c]) : A(row[c]);
+        total[static_cast<size_t>(c)] += raised(sum, power);
+      }
+    }
+    for (int64_t c = begin; c < end; ++c) to[c] += static_cast<A>(weight) * total[static_cast<size_t>(c - begin)];
+  });
+}
+
 template <bool kScaled, class T>
 void accumulate(const Positions& g, const Positions* x, double weight, int power, void* fisher, const Exec& exec) {
   using A = acc_t<T>;
   const int64_t samples = g.samples, channels = g.channels;
+  const bool side_by_side = g.channel_stride == 1 && (!kScaled || x->channel_stride == 1);
+  if (side_by_side && samples > 0 && g.positions() == 1)
+    return accumulate_single<kScaled, T>(g, x, weight, power, fisher, exec);
   std::vector<A> sums(static_cast<size_t>(samples * channels), A(0));
-  if (g.channel_stride == 1 && (!kScaled || x->channel_stride == 1)) {
+  if (side_by_side) {
     parallel_for(exec, samples, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, g.positions() * channels)),
                  [&](int64_t begin, int64_t end) {
                    std::vector<A> part(static_cast<size_t>(channels));

@@ -6,7 +6,7 @@ namespace unlearn_ext {
 namespace {
 
 // 16 flags, one access, are two packed bytes. A thread has several such accesses in flight.
-constexpr int kFlags = 16, kInFlight = 4;
+constexpr int kFlags = 16, kInFlight = 2;
 constexpr int64_t kPackChunk = kThreads * kFlags * kInFlight;  // flags of a block
 
 using Flags = Vec<uint8_t, kFlags>;

@@ -13,7 +13,7 @@ cudaStream_t stream_of(const Exec& exec) { return static_cast<cudaStream_t>(exec
 // Scalars of a 16-byte load, and how many of these a thread has in flight.
 template <class T>
 constexpr int kLoad = 16 / static_cast<int>(sizeof(T));
-constexpr int kInFlight = 4;
+constexpr int kInFlight = 2;
 
 __device__ __forceinline__ bool is_aligned(const void* list) { return (reinterpret_cast<uintptr_t>(list) & 15) == 0; }
 
@@ -157,7 +157,7 @@ __device__ __forceinline__ void for_each_key(const Keys& key_at, void* const* da
 }
 
 template <class A, class Keys>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     histogram_kernel(const __grid_constant__ Table<2> table, const Keys key_at, const SelectState<A>* state, int pass,
                      unsigned long long* histogram) {
   SIMT_SHARED(unsigned, local, [2 * kBins]);
@@ -269,7 +269,7 @@ __global__ void quantile_kernel(const SelectState<A>* state, A* result, int64_t*
 
 // Ties per chunk. Where all of them are selected nobody has to know: zeros, without a look at the scores.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ties_kernel(const __grid_constant__ Table<2> table, int64_t chunk, const ScoreKeys<T> key_at,
                 const SelectState<acc_t<T>>* state, long long* ties) {
   using A = acc_t<T>;
@@ -340,7 +340,7 @@ __device__ __forceinline__ uint32_t first_ties(uint32_t tied, long long& room, u
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     mask_kernel(const __grid_constant__ Table<2> table, int64_t chunk, bool largest, const SelectState<acc_t<T>>* state,
                 const long long* ties) {
   using A = acc_t<T>;

@@ -25,9 +25,14 @@ struct Shape {
   int64_t offset, apart = 0;  // from an aligned address: of the lists, and of the last of them from the others
 };
 const std::vector<Shape>& shapes() {
-  static const std::vector<Shape> all = {
-      {"no tensor", {}, 0},  {"many", many(), 0},    {"many, misaligned", many(), 3}, {"edges", kEdges, 0},
-      {"one empty", {0}, 0}, {"one scalar", {1}, 0}, {"edges, apart", kEdges, 2, 1},  {"edges, misaligned", kEdges, 1}};
+  static const std::vector<Shape> all = {{"no tensor", {}, 0},
+                                         {"many", many(), 0},
+                                         {"many, misaligned", many(), 3},
+                                         {"edges", kEdges, 0},
+                                         {"edges, apart", kEdges, 2, 1},
+                                         {"one empty", {0}, 0},
+                                         {"one scalar", {1}, 0},
+                                         {"edges, misaligned", kEdges, 1}};
   return all;
 }
 template <class F>
