@@ -25,8 +25,8 @@ class UnlearnResult:
         changed: Share of the model's scalar parameters whose value changed, in [0, 1].
         changed_per_parameter: The same for each parameter, by name.
         history: What happened, phase by phase or step by step.
-        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``, or to
-            whether it has Kronecker factors, ``"factored"`` or why not, where the method computed any.
+        coverage: Parameter name to how its importances were computed, ``"fused"`` or ``"fallback: why"``, or
+            to whether it has Kronecker factors, ``"factored"`` or why not, where the method computed any.
         reached: Whether the goal was reached within the budget; False means that the model is as it was. None
             where there was no goal.
         before: What was measured of the model as it was: ``forget_accuracy``, ``forget_loss``,
