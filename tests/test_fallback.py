@@ -58,7 +58,9 @@ def _samples():
     ]
 
 
-@pytest.mark.parametrize("case, variant", _samples(), ids=str)
+@pytest.mark.parametrize(
+    "case, variant", _samples(), ids=lambda value: value if isinstance(value, str) else value.schema
+)
 def test_kernels_agree_with_the_specification_in_float64(case, variant, generator):
     for dtype in {case.dtypes[0], case.dtypes[-1]}:
         args, kwargs = case.sample("cpu", dtype, generator, variant)

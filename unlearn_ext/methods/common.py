@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from unlearn_ext._internal.borrow import borrowed
@@ -343,7 +344,14 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
             switched.remove(module)
             module.training = True
 
-    handles = []
+    handles: list[RemovableHandle] = []
+
+    def put_back() -> None:
+        for handle in handles:
+            handle.remove()
+        for module in switched:  # an interrupt skips hooks, also those that are always called
+            module.training = True
+
     try:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -351,10 +359,11 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
                 handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for module in switched:  # an interrupt skips hooks, also those that are always called
-            module.training = True
+        try:
+            put_back()
+        except BaseException:  # an interrupt, which may come at any moment, also in between
+            put_back()
+            raise
 
 
 class _Nothing(tuple[()]):
