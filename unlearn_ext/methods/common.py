@@ -8,8 +8,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.modules import check_model
