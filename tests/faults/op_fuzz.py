@@ -415,7 +415,10 @@ def judge(name, arguments, settings):
         if (error is None) != (refusal is None):
             return f"{door} differs: {error!r} against {refusal!r}"
         if error is not None:
-            if words_of(error) != words_of(refusal):
+            words = {words_of(error), words_of(refusal)}
+            if (
+                len(words) > 1 and "can't allocate memory" not in words
+            ):  # at which point memory runs out may differ
                 return f"{door} says otherwise: {error!r} against {refusal!r}"
             continue
         dtypes = [tensor.dtype for tensor in tensors_in(arguments) if tensor.is_floating_point()]

@@ -193,11 +193,9 @@ def _connect(
                 parameter.requires_grad_(True)
         with ExitStack() as hooks:
             for layer in layers:
-                module = layer.module
-                hooks.callback(module.register_forward_hook(_noting(layer), with_kwargs=True).remove)
-                hooks.callback(
-                    module.register_forward_pre_hook(_noting_input(layer), with_kwargs=True).remove
-                )
+                after, before = layer.module.register_forward_hook, layer.module.register_forward_pre_hook
+                hooks.callback(after(_noting(layer), with_kwargs=True).remove)
+                hooks.callback(before(_noting_input(layer), with_kwargs=True).remove)
             loss = loss_fn(model, batch).sum()
         by_output = {
             layer.output.edge.node: layer
