@@ -1,4 +1,5 @@
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import torch
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("default")
+
+
+# It registers a device for the whole process: test_fallback.py runs it in one of its own. Collecting doctests
+# would import it.
+collect_ignore = [] if any("foreign_device" in word for word in sys.argv) else ["foreign_device.py"]
 
 
 def pytest_addoption(parser):

@@ -55,7 +55,9 @@ def test_files_from_before_load_as_of_unknown_origin(model, sets, tmp_path, monk
         dumps = module.json.dumps
         old = {"loss", "weights_digest"}
         patch.setattr(
-            module.json, "dumps", lambda meta: dumps({k: v for k, v in meta.items() if k not in old})
+            module.json,
+            "dumps",
+            lambda meta, **how: dumps({k: v for k, v in meta.items() if k not in old}, **how),
         )
         a.save(tmp_path / "old.safetensors")
     loaded = Importance.load(tmp_path / "old.safetensors")
