@@ -102,7 +102,8 @@ def test_a_browser_opens_pages_without_an_error_and_search_finds_a_word(site):
         assert any("Kronecker" in text for text in found.all_inner_texts())
         found.first.click()
         page.wait_for_url(re.compile(r"\?h=kronecker"), timeout=60_000)
-        page.locator("mark").first.wait_for(state="attached", timeout=60_000)  # put in when the page has loaded
+        # Marks are put in when the page has loaded.
+        page.locator("mark").first.wait_for(state="attached", timeout=60_000)
         assert not errors
         assert not foreign
 
