@@ -104,7 +104,6 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                     constants.beta2);
   require_non_negative(op, "eps", constants.eps);
   require_non_negative(op, "weight_decay", constants.weight_decay);
-  // Before any group is stepped: a call that fails must leave all of them alone.
   const bool on_device = step_tensor != nullptr && step_tensor->is_cuda();
   at::Tensor scratch;
   if (on_device) {
@@ -112,7 +111,6 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
     for (const at::Tensor& param : params)
       TORCH_CHECK_VALUE(!param.defined() || param.device() == step_tensor->device(), op, ": step must be on ",
                         param.device(), " like its parameters or on the cpu, got ", step_tensor->device());
-    scratch = scratch_of(sizeof(AdamwCorrections), step_tensor->device());
   }
   for_each_group(op,
                  {{"params", params, Holds::parameters, true},
@@ -121,6 +119,10 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                   {"grads", grads, Holds::like},
                   {"masks", masks, Holds::bits}},
                  [&](auto& group) {
+                   // For all groups, before the first is stepped and after all have been checked: a call that fails
+                   // leaves every tensor alone.
+                   if (on_device && !scratch.defined())
+                     scratch = scratch_of(sizeof(AdamwCorrections), step_tensor->device());
                    run(op, group.device, [&]<Backend B>(const Exec& exec) {
                      return masked_adamw<B>(
                          group.dtype(), group.slices.data(), group.count(), constants, step,
