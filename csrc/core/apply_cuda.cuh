@@ -81,6 +81,11 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
   T lane[V];
 };
 
+// Whether an access of so many bytes, a power of two, may begin there.
+__device__ __forceinline__ bool is_aligned(const void* p, uintptr_t bytes = 16) {
+  return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
+}
+
 // Scalars of a vector: one 16-byte access of the widest list, a shorter one of the others. More of a wide list would
 // leave gaps between the lanes of an instruction, which then moves every 32 bytes twice.
 template <class R>

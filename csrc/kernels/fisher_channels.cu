@@ -125,7 +125,9 @@ int64_t power_of_two_from(int64_t n) {
   return p;
 }
 
-int64_t lanes_of(DType dtype) { return dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8; }
+int64_t lanes_of(DType dtype) {
+  return visit(dtype, []<class T>(Tag<T>) -> int64_t { return kChunk<T>; });
+}
 
 // What depends on shapes, strides and types alone; `run` is filled in by runs_of().
 Task task_of(const Positions& grads, const Positions* normalized, int power) {
@@ -150,15 +152,14 @@ int64_t blocks_of(const Task& task) {
   return (task.grads.channels + width - 1) / width;
 }
 
-// Runs that the samples are split into where there are fewer channels than multiprocessors. Estimates for an H100, as
-// in fisher_weight.cu: 132 of them, each reading 20 bytes per clock, and 5000 clocks to start the kernel that adds up.
+// Runs that the samples are split into where there are fewer channels than multiprocessors, and more to read than one
+// of these reads while the kernel that adds up is started.
 int64_t runs_of(const Task& task) {
-  constexpr int64_t kProcessors = 132, kLaunchBytes = 20 * 5000;
   const Positions& g = task.grads;
   const int64_t chunk = task.along_positions ? 16 / lanes_of(g.dtype) : 32;  // bytes of a position
   const int64_t bytes = g.samples * g.positions() * chunk * (task.has_normalized ? 2 : 1);
-  if (bytes < kLaunchBytes) return 1;
-  const int64_t most = std::min(g.samples, std::max<int64_t>(1, kProcessors / blocks_of(task)));
+  if (static_cast<double>(bytes) < kBytesPerClock * kLaunchClocks) return 1;
+  const int64_t most = std::min(g.samples, std::max<int64_t>(1, static_cast<int64_t>(kProcessors) / blocks_of(task)));
   const int64_t run = (g.samples + most - 1) / most;
   return (g.samples + run - 1) / run;
 }

@@ -21,10 +21,6 @@ struct Plan {
 // A warp's share of a group where groups are small, as those of depth-wise convolutions: all taps of a 3x3 kernel.
 constexpr int kNarrowWarps = 4, kNarrowColumns = 9, kNarrowOutputs = 4, kNarrowGroups = 8;
 
-// Estimates for an H100, from its data sheet and not measured, for choosing between ways: multiprocessors, bytes of
-// global memory per clock of each, and clocks to start a kernel.
-constexpr double kProcessors = 132, kBytesPerClock = 20, kLaunchClocks = 5000;
-
 // Runs of samples, whose partial sums are worth their traffic where there are fewer tiles than multiprocessors.
 int64_t best_splits(int64_t tiles, int64_t samples, double sample_clocks, double tile_bytes, double fisher_bytes) {
   constexpr int64_t kMost = 64, kLargest = 64 << 20;

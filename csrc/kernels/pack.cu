@@ -16,10 +16,6 @@ __device__ __forceinline__ int64_t first_flag(int access) {
   return blockIdx.x * kPackChunk + (access * kThreads + static_cast<int>(threadIdx.x)) * kFlags;
 }
 
-__device__ __forceinline__ bool is_aligned(const void* p, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const uint8_t* __restrict__ mask, uint8_t* __restrict__ packed, int64_t numel) {
   const bool whole_flags = is_aligned(mask, kFlags), whole_bytes = is_aligned(packed, 2);

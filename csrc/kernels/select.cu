@@ -15,8 +15,6 @@ template <class T>
 constexpr int kLoad = 16 / static_cast<int>(sizeof(T));
 constexpr int kInFlight = 2;
 
-__device__ __forceinline__ bool is_aligned(const void* list) { return (reinterpret_cast<uintptr_t>(list) & 15) == 0; }
-
 // Scalars [i, i + V) of a list that ends at `end`, `fill` behind it.
 template <class T, int V = kLoad<T>>
 __device__ __forceinline__ Vec<T, V> load(const T* list, bool aligned, int64_t i, int64_t end, T fill) {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext._internal.undo import Undone
 
 
 @contextmanager
@@ -47,17 +48,15 @@ def restored(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
             parameter.grad = grad
 
-    with random_states_kept(devices=devices), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for parameter, _, _ in parameters:
-                parameter.grad = None
-            yield
-        finally:
-            try:
-                put_back()
-            except BaseException:  # an interrupt, which may come at any moment, also in between
-                put_back()
-                raise
+    with (
+        random_states_kept(devices=devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        Undone(put_back),
+    ):
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+        yield
 
 
 class Buffers:
@@ -116,17 +115,9 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    buffers = Buffers(model)
-    try:
-        with restored(model):
-            model.eval()
-            yield
-    finally:
-        try:
-            buffers.put_back()
-        except BaseException:
-            buffers.put_back()
-            raise
+    with Undone(Buffers(model).put_back), restored(model):
+        model.eval()
+        yield
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

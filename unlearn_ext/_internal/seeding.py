@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from unlearn_ext._internal.undo import Undone
+
 
 @contextmanager
 def random_states_kept(*data: object, devices: Iterable[int] | None = None) -> Iterator[None]:
@@ -39,15 +41,9 @@ def random_states_kept(*data: object, devices: Iterable[int] | None = None) -> I
         for generator, state in states:
             generator.set_state(state)
 
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices):
-            yield
-    finally:
-        try:
-            put_back()
-        except BaseException:  # an interrupt, which may come at any moment, also in between
-            put_back()
-            raise
+    of_torch = torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices)
+    with Undone(put_back), of_torch:
+        yield
 
 
 @contextmanager

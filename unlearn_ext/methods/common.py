@@ -16,6 +16,7 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import chosen_names, parameters_by_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks
 from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.tasks.base import Task
@@ -352,18 +353,12 @@ def single_values_normalised(model: nn.Module) -> Iterator[None]:
         for module in switched:  # an interrupt skips hooks, also those that are always called
             module.training = True
 
-    try:
+    with Undone(put_back):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(before))
                 handles.append(module.register_forward_hook(after, always_call=True))
         yield
-    finally:
-        try:
-            put_back()
-        except BaseException:  # an interrupt, which may come at any moment, also in between
-            put_back()
-            raise
 
 
 class _Nothing(tuple[()]):

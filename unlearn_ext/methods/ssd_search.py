@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from unlearn_ext import ops
 from unlearn_ext._internal.names import parameters_by_name
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.fisher.importance import Importance
 from unlearn_ext.methods.until import Measured, Watch
 
@@ -330,11 +331,5 @@ def _put_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
             for name, parameter in parameters.items():
                 parameter.copy_(originals[name])
 
-    try:
+    with Undone(write):
         yield
-    finally:
-        try:
-            write()
-        except BaseException:  # an interrupt, which may come at any moment, also in between
-            write()
-            raise
