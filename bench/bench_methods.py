@@ -110,7 +110,9 @@ def cifar10(path: Path, device: torch.device, recipe: cifar.Recipe, n_retain: in
         chosen = replace(recipe, **small) if by_heart else recipe
         return cifar.trained(data, chosen, seed, say=lambda line: print("   ", line, flush=True))
 
-    return Problem(f"cifar10-{recipe.network}".replace(" ", "-"), train, small, test, 128, 250, learn, n_retain)
+    return Problem(
+        f"cifar10-{recipe.network}".replace(" ", "-"), train, small, test, 128, 250, learn, n_retain
+    )
 
 
 @dataclass(frozen=True)
