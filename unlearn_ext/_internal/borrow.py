@@ -42,7 +42,8 @@ def restored(model: nn.Module) -> Iterator[None]:
         # train() first, for modules that do more in it than set the flag (merging adapters, say).
         model.train(training[model])
         for module, flag in training.items():
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
         for parameter, requires_grad, grad in parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

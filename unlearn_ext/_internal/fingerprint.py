@@ -58,10 +58,11 @@ def weights_fingerprint(model: nn.Module) -> str:
             continue
         if words.numel() < _SMALL:
             parts = small.setdefault(str(words.dtype), [])
-            parts.append(words.to(parts[0].device if parts else words.device))
+            at_home = not parts or words.device == parts[0].device
+            parts.append(words if at_home else words.to(parts[0].device))
         else:
             totals.append(_weighted_sum(words))
-    totals += [_weighted_sum(torch.cat(parts)) for _, parts in sorted(small.items())]
+    totals += [_weighted_sum(_joined(parts)) for _, parts in sorted(small.items())]
     if is_sharded:
         totals = _sharded_sums(list(tensors.values()))
     digest = hashlib.sha256()
@@ -73,13 +74,24 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    # With the zeros that _weighted_sum would append, by one copy instead of two.
+    missing = _missing(parts[0], sum(part.numel() for part in parts))
+    return torch.cat([*parts, parts[0].new_zeros(missing)])
+
+
+def _missing(like: Tensor, numel: int) -> int:
+    # What makes a table of so many scalars whole.
+    size = like.element_size()
+    return -(numel * size) % (8 * _COLUMNS) // size
+
+
 def _weighted_sum(words: Tensor) -> Tensor:
     # The sums of all columns and of all rows of a table of words, times odd numbers, modulo 2^64. Odd numbers
     # have inverses, so that no single change is lost; words that change places show in one of the two.
     words = torch.view_as_real(words).flatten() if words.is_complex() else words
     size = words.element_size()
-    n_bytes = words.numel() * size
-    missing = -n_bytes % (8 * _COLUMNS) // size
+    missing = _missing(words, words.numel())
     if missing:
         words = torch.cat([words, words.new_zeros(missing)])
     elif words.storage_offset() * size % 8:

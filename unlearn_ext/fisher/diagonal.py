@@ -242,14 +242,8 @@ def fisher_diagonal(
     n_samples, n_batches = tally.n_samples, tally.n_batches
     if n_samples == 0:
         raise ValueError("fisher_diagonal: data must hold at least one sample, got none")
-    for name, tensor in fisher.items():
-        tensor.div_(n_batches if estimator == "batch" else n_samples)
-        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-            value = tensor[~torch.isfinite(tensor)][0].item()
-            raise FloatingPointError(
-                f"fisher_diagonal: importances must be finite, got {value} for {name}: a "
-                "gradient is not finite, or too large to be raised to the power"
-            )
+    torch._foreach_div_(list(fisher.values()), n_batches if estimator == "batch" else n_samples)
+    _check_importances(fisher)
     return Importance(
         fisher,
         n_samples=n_samples,
@@ -261,6 +255,23 @@ def fisher_diagonal(
         loss=loss_name(judge),
         weights_digest=weights_fingerprint(model),
     )
+
+
+def _check_importances(fisher: Mapping[str, Tensor]) -> None:
+    # Nothing is negative: the largest is finite if all are. One answer for all tensors of a kind.
+    largest: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in fisher.values():
+        if tensor.numel():
+            largest.setdefault((tensor.device, tensor.dtype), []).append(tensor.max())
+    if all(bool(torch.isfinite(torch.stack(values)).all()) for values in largest.values()):
+        return
+    for name, tensor in fisher.items():
+        if not bool(torch.isfinite(tensor).all()):
+            value = tensor[~torch.isfinite(tensor)][0].item()
+            raise FloatingPointError(
+                f"fisher_diagonal: importances must be finite, got {value} for {name}: a "
+                "gradient is not finite, or too large to be raised to the power"
+            )
 
 
 @dataclass

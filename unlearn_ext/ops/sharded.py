@@ -9,6 +9,7 @@ holds, and the counts are added up.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def has_dtensors(*lists: Iterable[object]) -> bool:
     Returns:
         False inside a compiled region, where nothing is unwrapped.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "torch.distributed.tensor" not in sys.modules:
         return False
     return any(is_dtensor(tensor) for tensors in lists for tensor in tensors)
 

@@ -10,26 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_reading = threading.local()
-
-
-@contextmanager
-def reading(*, again: bool) -> Iterator[None]:
-    """Read what a node has saved.
-
-    A checkpoint gives a recomputed tensor out only once, and the node itself will want it too.
-
-    Args:
-        again: The node is still going to run.
-
-    Yields:
-        Nothing.
-    """
-    _reading.again = again
-    try:
-        yield
-    finally:
-        _reading.again = False
+# ``reading.again`` is True while somebody reads what a node has saved that is still going to run, since a
+# checkpoint gives a recomputed tensor out only once, and the node itself will want it too. It is set for every
+# node, and in a small network entering a context would cost as much as what is done inside.
+reading = threading.local()
 
 
 @contextmanager
@@ -69,7 +53,7 @@ def _readable_kinds(checkpoint: Any, hook: Any) -> tuple[type, type]:  # noqa: A
                 value = kept.pop(holder, None)
                 if value is None:
                     value = unpack_once(holder)
-                if getattr(_reading, "again", False):
+                if getattr(reading, "again", False):
                     kept[holder] = value
                 return value
 

@@ -158,6 +158,8 @@ def as_parameter_gradients(
         The gradients of the parameter, as plain as possible.
     """
     path = found.paths[0]
+    if not path and len(found.paths) == 1:
+        return term
     rest = [step for step in path if kind_of(step.node) not in CASTS]
     if len(found.paths) > 1:
         return Derived(term, found.edge, parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -116,17 +117,22 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, model: nn.Module, announced: Collection[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._own: dict[int, list[tuple[str, Tensor]]] = {}
         # Parameters may also be given other memory.
         self._memory = [
             (name, parameter, parameter.detach(), parameter._version)
             for name, parameter in model.named_parameters()
             if id(parameter) not in announced and not parameter.is_inference()
         ]
-        for name, parameter, _, _ in self._memory:
-            if parameter.device.type != "meta" and parameter.layout is torch.strided:
-                self._own.setdefault(_storage_of(parameter), []).append((name, parameter))
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def _own(self) -> dict[int, list[Tensor]]:
+        # Made where something is written to, by the memory that the parameters had.
+        own: dict[int, list[Tensor]] = {}
+        for _, parameter, memory, _ in self._memory:
+            if memory.device.type != "meta" and memory.layout is torch.strided:
+                own.setdefault(_storage_of(memory), []).append(parameter)
+        return own
 
     def __torch_dispatch__(
         self,
@@ -146,7 +152,7 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
     def _keep(self, storage: int) -> None:
-        for _, parameter in self._own.get(storage, ()):
+        for parameter in self._own.get(storage, ()):
             if id(parameter) not in self._before:
                 self._before[id(parameter)] = parameter, parameter.detach().clone()
 
@@ -191,8 +197,11 @@ def unwritten(model: nn.Module) -> Iterator[ParameterGuard]:
     # Embeddings with a largest norm shorten the rows that are looked up, in the table itself.
     tables: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
+        # Most modules have no such attribute, and nn.Module takes its time to say so.
+        if "max_norm" not in vars(module) and not hasattr(type(module), "max_norm"):
+            continue
         weight = getattr(module, "weight", None)
-        if getattr(module, "max_norm", None) is not None and isinstance(weight, Tensor):
+        if module.max_norm is not None and isinstance(weight, Tensor):
             tables[id(weight)] = weight, weight.detach().clone()
     guard = ParameterGuard(model, tables.keys())
     buffers = {module: set(module._buffers) for module in model.modules()}

@@ -360,14 +360,37 @@ class Channels(PerSampleGradients):
         grad_outputs: ``[n, *, C]``; a value's gradient is the sum over the positions.
         normalized: What the values multiply, of the same shape; None where they are added.
         shape: Shape of the tensor that holds the C values; ``[C]`` by default.
+        channel_dim: -1; or 1 for ``[n, C, *]``.
     """
 
     def __init__(
-        self, grad_outputs: Tensor, normalized: Tensor | None = None, shape: Sequence[int] | None = None
+        self,
+        grad_outputs: Tensor,
+        normalized: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        *,
+        channel_dim: int = -1,
     ) -> None:
-        self.grads = _positions(grad_outputs)
-        self.normalized = None if normalized is None else _positions(normalized)
-        super().__init__(grad_outputs.shape[0], grad_outputs.shape[-1:] if shape is None else shape)
+        if channel_dim == -1:
+            grad_outputs = _positions(grad_outputs)
+            normalized = None if normalized is None else _positions(normalized)
+        self._given, self._channel_dim = (grad_outputs, normalized), channel_dim
+        n, channels = grad_outputs.shape[0], grad_outputs.shape[channel_dim]
+        super().__init__(n, (channels,) if shape is None else shape)
+
+    @property
+    def grads(self) -> Tensor:
+        """Gradients ``[n, positions, C]``."""
+        return self._as_positions(self._given[0])
+
+    @property
+    def normalized(self) -> Tensor | None:
+        """What the values multiply, likewise."""
+        factor = self._given[1]
+        return None if factor is None else self._as_positions(factor)
+
+    def _as_positions(self, tensor: Tensor) -> Tensor:
+        return tensor if self._channel_dim == -1 else _positions(tensor.movedim(self._channel_dim, -1))
 
     def gradients(self, start: int, stop: int) -> Tensor:  # noqa: D102
         (grads,) = wide(self.grads[start:stop])
@@ -376,7 +399,7 @@ class Channels(PerSampleGradients):
         return grads.sum(1).reshape(-1, *self.shape)
 
     def add_to(self, fisher: Tensor, power: int) -> None:  # noqa: D102
-        _add_channels(fisher, self.grads, self.normalized, power)
+        _add_channels(fisher, *self._given, power, self._channel_dim)
 
     def digest(self) -> Tensor:  # noqa: D102
         return _mixed(self.grads)
@@ -409,6 +432,8 @@ class Gradients(PerSampleGradients):
 
 def _positions(tensor: Tensor) -> Tensor:
     # [n, *, C] as [n, positions, C]
+    if tensor.ndim == 3:
+        return tensor
     return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
 
 
@@ -435,17 +460,20 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 def _matched(fisher: Tensor, *tensors: Tensor) -> list[Tensor]:
     # The ops take inputs and gradients of one dtype, and float64 only together with a float64 accumulator.
-    dtype = tensors[-1].dtype
-    if torch.float64 in (dtype, fisher.dtype):
-        dtype = fisher.dtype
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype, own = tensors[-1].dtype, fisher.dtype
+    if dtype is torch.float64 or own is torch.float64:
+        dtype = own
+    return [tensor if tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors]
 
 
-def _add_channels(fisher: Tensor, grads: Tensor, normalized: Tensor | None, power: int) -> None:
-    total = fisher.view(-1) if fisher.is_contiguous() else fisher.reshape(-1)
+def _add_channels(
+    fisher: Tensor, grads: Tensor, normalized: Tensor | None, power: int, channel_dim: int = -1
+) -> None:
+    total = fisher if fisher.ndim == 1 else fisher.reshape(-1)
     if normalized is None:
-        ops.fisher_bias_(total, *_matched(fisher, grads), power=power)
+        ops.fisher_bias_(total, *_matched(fisher, grads), channel_dim=channel_dim, power=power)
     else:
-        ops.fisher_affine_(total, *_matched(fisher, normalized, grads), power=power)
+        both = _matched(fisher, normalized, grads)
+        ops.fisher_affine_(total, *both, channel_dim=channel_dim, power=power)
     if not fisher.is_contiguous():
         fisher.copy_(total.view(fisher.shape))

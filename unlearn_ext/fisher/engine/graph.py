@@ -86,7 +86,7 @@ class PathNode:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class NodeInput:
     """A node that takes a parameter, or something made of parameters, together with data.
 

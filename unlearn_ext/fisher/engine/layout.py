@@ -122,6 +122,8 @@ class Layout:
             MismatchError: If the shape does not agree with the candidate.
         """
         lead = tensor.ndim - 1
+        if lead and self._is_whole(tensor, lead > 1):
+            return tensor.unsqueeze(1) if lead == 1 else tensor if lead == 2 else tensor.flatten(1, -2)
         if self.axis in _ROW_BY_ROW:
             rows = tensor.reshape(-1, 1, tensor.shape[-1])
             return rows if self.axis is Axis.ROWS else self._by_sample(rows.squeeze(1))
@@ -141,13 +143,31 @@ class Layout:
         Raises:
             MismatchError: If the shape does not agree with the candidate.
         """
-        if self.axis is Axis.ROWS:
+        if self.axis is Axis.ROWS or self._is_whole(tensor):
             return tensor
         if self.axis is Axis.MEASURED:
             split = self._by_sample(tensor)
         else:
             split = self._split(tensor, Axis.INNER if self.axis is Axis.SECOND else self.axis)
         return split.squeeze(1) if split.shape[1] == 1 else split.transpose(1, 2)
+
+    def maps(self, tensor: Tensor) -> Tensor | None:
+        """Take channels that lie second as they are, where the first axis holds one entry of every sample.
+
+        Args:
+            tensor: ``[n, C, *size]``.
+
+        Returns:
+            The tensor; None if its axes have to be sorted.
+        """
+        # Sorted, the channels lie last: the second axis is that of a map.
+        return tensor if 2 <= tensor.ndim <= 5 and self._is_whole(tensor, tensor.ndim > 2) else None
+
+    def _is_whole(self, tensor: Tensor, may_be_second: bool = False) -> bool:
+        # Entry i of the first axis is all that sample i has: most tensors, and there is nothing to sort.
+        axis = self.axis
+        is_first = axis is Axis.FIRST or axis is Axis.INNER or (axis is Axis.SECOND and not may_be_second)
+        return is_first and tensor.shape[0] == self.n and not self.is_spread
 
     def broadcast(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """Sort the entries of a tensor by sample and by what was broadcast to them.

@@ -29,7 +29,7 @@ Accumulate: TypeAlias = Callable[[str, PerSampleGradients], None]
 Arrived: TypeAlias = Callable[[Sequence[Tensor | None]], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Read:
     """A node out of which gradients of a parameter are read.
 
@@ -146,10 +146,10 @@ class Trace:
         handles = []
         try:
             for node in above & waiting.keys():
-                handles.append(node.register_prehook(functools.partial(_call, waiting[node], again=True)))
+                handles.append(node.register_prehook(functools.partial(_come_by, waiting[node])))
             for node, arrived in watched:
                 if node in above:
-                    handles.append(node.register_prehook(functools.partial(_call, [arrived], again=True)))
+                    handles.append(node.register_prehook(functools.partial(_come_by, [arrived])))
             # Nodes that have none below them do not have to run: it is enough to ask for their gradients.
             edges = [(node, output) for node in waiting if node not in above for output in outputs[node]]
             if not edges:
@@ -169,20 +169,26 @@ class Trace:
                 for (node, output), grad in zip(edges, grads, strict=True):
                     by_output.setdefault(node, {})[output] = grad
                 del grads
-                for node in list(by_output):
-                    found = by_output.pop(node)
-                    every = [found.get(output) for output in range(max(found) + 1)]
-                    _call(waiting[node], every, again=False)
+                with torch.no_grad():
+                    for node in list(by_output):
+                        found = by_output.pop(node)
+                        every = [found.get(output) for output in range(max(found) + 1)]
+                        for callback in waiting[node]:
+                            callback(every)
         finally:
             for handle in handles:
                 handle.remove()
             waiting.clear()  # nodes own the hooks that own this
 
 
-def _call(arrived: Iterable[Arrived], grads: Sequence[Tensor | None], *, again: bool) -> None:
-    with torch.no_grad(), checkpoints.reading(again=again):
+def _come_by(arrived: Iterable[Arrived], grads: Sequence[Tensor | None]) -> None:
+    # A backward pass that makes no graph has turned gradients off.
+    checkpoints.reading.again = True
+    try:
         for callback in arrived:
             callback(grads)
+    finally:
+        checkpoints.reading.again = False
 
 
 def _signature(taken: NodeInput) -> Signature:

@@ -13,7 +13,6 @@ from enum import IntEnum
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unlearn_ext.fisher.engine.gradients import (
@@ -28,7 +27,7 @@ from unlearn_ext.fisher.engine.graph import CASTS, MOVES, Node, is_identity, kin
 from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError, NoRuleError
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A node in a backward pass.
 
@@ -190,7 +189,7 @@ def _mv(call: Call) -> PerSampleGradients:
 def _convolution(call: Call) -> PerSampleGradients:
     node, images = call.node, call.layout.images
     if call.index == 2:
-        return Channels(call.layout.rows(call.grad.movedim(1, -1)))
+        return _channels_second(call)
     grad, inputs = call.grad, node._saved_input
     dims = len(call.shape) - 2
     stride, dilation, before = (
@@ -337,18 +336,22 @@ def _batch_norm(call: Call) -> PerSampleGradients:
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
 
     def normalized() -> Tensor:
-        return F.batch_norm(node._saved_input, mean, var, eps=eps)
+        on_cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(node._saved_input, None, None, mean, var, False, 0.0, eps, on_cudnn)
 
     return _channels_second(call, normalized)
 
 
-def _channels_second(call: Call, normalized: Callable[[], Tensor]) -> PerSampleGradients:
-    def rows(tensor: Tensor) -> Tensor:
-        return call.layout.rows(tensor.movedim(1, -1))
+def _channels_second(call: Call, normalized: Callable[[], Tensor] | None = None) -> PerSampleGradients:
+    grad = call.grad
+    factor = None if call.index == 2 or normalized is None else normalized().to(grad.dtype)
+    if call.layout.maps(grad) is not None:
+        return Channels(grad, factor, channel_dim=1)
+    return Channels(_last(call, grad), None if factor is None else _last(call, factor))
 
-    if call.index == 2:
-        return Channels(rows(call.grad))
-    return Channels(rows(call.grad), rows(normalized().to(call.grad.dtype)))
+
+def _last(call: Call, maps: Tensor) -> Tensor:
+    return call.layout.rows(maps.movedim(1, -1))
 
 
 def _shifted(inputs: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,7 +221,13 @@ def _fingerprint(model: nn.Module, chosen: Mapping[str, Tensor]) -> object:
     modules = tuple(
         (
             type(module),
-            tuple((key, value) for key, value in vars(module).items() if _is_setting(key, value)),
+            tuple(
+                [
+                    (key, value)
+                    for key, value in vars(module).items()
+                    if type(value) not in _NO_SETTINGS and _is_setting(key, value)
+                ]
+            ),
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
         )
@@ -235,6 +241,10 @@ def _fingerprint(model: nn.Module, chosen: Mapping[str, Tensor]) -> object:
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
     )
     return modules, parameters, tuple(chosen), autocast
+
+
+# Of what every module holds ten: asked first, since a small network has little else to do.
+_NO_SETTINGS = frozenset({dict, OrderedDict, set})
 
 
 def _is_setting(key: str, value: object) -> bool:
