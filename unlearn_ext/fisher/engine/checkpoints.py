@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 # ``reading.again`` is True while somebody reads what a node has saved that is still going to run, since a
-# checkpoint gives a recomputed tensor out only once, and the node itself will want it too. It is set for every
+# checkpoint gives a recomputed tensor out only once, and the node itself will want it too. It is set for each
 # node, and in a small network entering a context would cost as much as what is done inside.
 reading = threading.local()
 
