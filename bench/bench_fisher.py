@@ -35,7 +35,8 @@ BACKPACK, OPACUS = "BackPACK", "Opacus"
 SUPPORTED = {BACKPACK: ("backpack", ("mlp", "cnn")), OPACUS: ("opacus", ("mlp", "cnn", "vit"))}
 
 SAMPLES = 32
-BATCHES = {"mlp": 16, "cnn": 4, "resnet18": 2, "vit": 2, "gpt": 2}  # about as much time for each
+# About as much time for each.
+BATCHES = {"mlp": 16, "cnn": 4, "resnet18": 2, "mobilenet": 1, "vit": 2, "gpt": 2}
 VMAPPED = 8  # samples at a time: faster than all at once
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -183,10 +184,11 @@ WAYS = {OURS: ours, PLAIN: plain, LOOP: loop, VMAP: vmapped, BACKPACK: backpack,
 
 @dataclass(frozen=True)
 class Group:
-    """One race: a network, and how many batches a lap has."""
+    """One race: a network, how many batches a lap has, and how many samples each."""
 
     model: str
     n_batches: int
+    samples: int = SAMPLES
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -201,12 +203,13 @@ class Group:
     def label(self) -> str:
         usual = self.n_batches == BATCHES[self.model]
         network = self.model if usual else f"{self.model}, batches: {self.n_batches}"
+        network += "" if self.samples == SAMPLES else f", samples: {self.samples}"
         return f"fisher_diagonal/{network}/float32"
 
     def build(self, device: torch.device, errors: dict[str, float]) -> Race:
         recipe = MODELS[self.model]
         model = recipe.build().to(device).eval()
-        batches = [tuple(t.to(device) for t in recipe.batch(SAMPLES)) for _ in range(self.n_batches)]
+        batches = [tuple(t.to(device) for t in recipe.batch(self.samples)) for _ in range(self.n_batches)]
         wide = [(x.double() if x.is_floating_point() else x, y) for x, y in batches]
         oracle = loop(copy.deepcopy(model).double(), wide)()
         scales = scales_of(oracle)
@@ -232,8 +235,14 @@ class Group:
         )
 
 
-# The MLP again with one batch: its totals, written once per pass, weigh as much as that batch's work.
-GROUPS = [*(Group(model, n) for model, n in BATCHES.items()), Group("mlp", 1)]
+# The MLP again with one batch: its totals, written once per pass, weigh as much as that batch's work. The
+# depthwise network with few images: what a call costs for every parameter, whatever the work.
+GROUPS = [
+    *(Group(model, n) for model, n in BATCHES.items()),
+    Group("mlp", 1),
+    Group("mobilenet", 1, samples=3),
+    Group("mobilenet", 8, samples=3),
+]
 
 ERRORS: dict[str, dict[str, float]] = {}
 
@@ -246,9 +255,8 @@ ERRORS: dict[str, dict[str, float]] = {}
 def test_fisher(group: Group, name: str, compete: Callable, races, benchmark) -> None:
     errors = ERRORS.setdefault(group.label, {})
     compete(f"{group.label}/{races.device.type}", name, lambda: group.build(races.device, errors))
-    benchmark.extra_info.update(
-        samples=SAMPLES * group.n_batches, error=errors[name] if name != PLAIN else None
-    )
+    samples, error = group.samples * group.n_batches, errors[name] if name != PLAIN else None
+    benchmark.extra_info.update(samples=samples, batches=group.n_batches, error=error)
 
 
 def section(benchmarks: Iterable[Mapping[str, Any]]) -> str:
@@ -271,7 +279,7 @@ def section(benchmarks: Iterable[Mapping[str, Any]]) -> str:
         if PLAIN not in group:
             continue
         price = group[PLAIN]["stats"]
-        n_batches = group[PLAIN]["extra_info"]["samples"] / SAMPLES
+        n_batches = group[PLAIN]["extra_info"]["batches"]
         cells = [model, f"{price['median'] / n_batches * 1e3:.3g}"]
         for name in peers:
             if name not in group:
@@ -302,8 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(pytest.main([*fixed, f"--benchmark-json={output}", *options]))
         if output.exists():
             print(
-                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples, by medians "
-                "and by best laps; in brackets the largest error against float64.\n"
+                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples, or as many as it "
+                "says, by medians and by best laps; in brackets the largest error against float64.\n"
             )
             print(section(json.loads(output.read_text())["benchmarks"]))
     return code

@@ -1,4 +1,4 @@
-"""Five networks in full, each with a batch maker: what the per-sample engine is raced and tested on."""
+"""Six networks in full, each with a batch maker: what the per-sample engine is raced and tested on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +64,37 @@ def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
+
+
+class InvertedResidual(nn.Module):
+    """MobileNet-v2's block: a wide depthwise convolution between two narrow layers."""
+
+    def __init__(self, channels: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = channels * expansion
+        self.layers = nn.Sequential(
+            *[nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(inplace=True)],
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
+            *[nn.BatchNorm2d(inner), nn.ReLU6(inplace=True)],
+            *[nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)],
+        )
+        self.passes_by = stride == 1 and channels == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.passes_by else self.layers(x)
+
+
+def mobilenet(classes: int = 10) -> nn.Module:
+    """Build MobileNet-v2: many parameters that are small, in layers that have little to do."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6(True)]
+    channels = 32
+    stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2)]
+    for expansion, width, blocks, stride in [*stages, (6, 320, 1, 1)]:
+        for block in range(blocks):
+            layers.append(InvertedResidual(channels, width, 1 if block else stride, expansion))
+            channels = width
+    head = [nn.Conv2d(channels, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6(True)]
+    return nn.Sequential(*layers, *head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes))
 
 
 class Attention(nn.Module):
@@ -166,6 +197,7 @@ MODELS = {
     "mlp": Model(mlp, lambda n, inputs=784: _images(n, (inputs,))),
     "cnn": Model(cnn, lambda n: _images(n, (3, 32, 32))),
     "resnet18": Model(resnet18, lambda n: _images(n, (3, 32, 32))),
+    "mobilenet": Model(mobilenet, lambda n, size=64: _images(n, (3, size, size))),
     "vit": Model(ViT, lambda n, size=32: _images(n, (3, size, size))),
     "gpt": Model(GPTLMHeadModel, _texts),
 }
