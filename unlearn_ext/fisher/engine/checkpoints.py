@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from unlearn_ext._internal.undo import Undone
+
 _reading = threading.local()
 
 
@@ -25,11 +27,9 @@ def reading(*, again: bool) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    _reading.again = again
-    try:
+    with Undone(lambda: setattr(_reading, "again", False)):
+        _reading.again = again
         yield
-    finally:
-        _reading.again = False
 
 
 @contextmanager
@@ -49,11 +49,13 @@ def patched() -> Iterator[None]:
         return
 
     twice, not_reentrant = _readable_kinds(checkpoint, hook)
-    checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = twice, not_reentrant
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = hook, function
+
+    with Undone(put_back):
+        checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = twice, not_reentrant
+        yield
 
 
 @functools.cache

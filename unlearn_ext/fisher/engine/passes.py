@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from unlearn_ext._internal.undo import Undone, handles
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
 from unlearn_ext.fisher.engine.coupling import Watch
@@ -143,13 +144,13 @@ class Trace:
             waiting.setdefault(node, [])
             outputs.setdefault(node, set()).add(output)
         above = self.graph.above(waiting)
-        handles = []
-        try:
+        # Nodes own the hooks that own what is waiting.
+        with Undone(waiting.clear), handles() as hooks:
             for node in above & waiting.keys():
-                handles.append(node.register_prehook(functools.partial(_call, waiting[node], again=True)))
+                hooks.append(node.register_prehook(functools.partial(_call, waiting[node], again=True)))
             for node, arrived in watched:
                 if node in above:
-                    handles.append(node.register_prehook(functools.partial(_call, [arrived], again=True)))
+                    hooks.append(node.register_prehook(functools.partial(_call, [arrived], again=True)))
             # Nodes that have none below them do not have to run: it is enough to ask for their gradients.
             edges = [(node, output) for node in waiting if node not in above for output in outputs[node]]
             if not edges:
@@ -173,10 +174,6 @@ class Trace:
                     found = by_output.pop(node)
                     every = [found.get(output) for output in range(max(found) + 1)]
                     _call(waiting[node], every, again=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-            waiting.clear()  # nodes own the hooks that own this
 
 
 def _call(arrived: Iterable[Arrived], grads: Sequence[Tensor | None], *, again: bool) -> None:
