@@ -182,3 +182,9 @@ check-faults: build
 	$(PY) tests/faults/kill_writers.py
 	$(PY) tests/faults/op_fuzz.py
 	$(PY) -m pytest -q -n 0 -m slow -s tests/faults
+
+# Random calls of every op with the extension under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+.PHONY: check-asan
+check-asan: $(READY)
+	PYTHON=$(PY) tests/faults/asan.sh $(ARGS)

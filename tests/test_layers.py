@@ -24,7 +24,7 @@ ALLOWED = {
     "results": {"_internal"},
     "optim": {"ops", "_internal"},
     "fisher": {"fisher.engine", "ops", "subspace", "distributed", "resume", "tasks", "_internal"},
-    "fisher.engine": {"ops", "tasks"},
+    "fisher.engine": {"ops", "tasks", "_internal"},
     "subspace": {"ops", "tasks", "distributed", "resume", "_internal"},
     "masks": {"ops", "tasks", "fisher", "fisher.engine", "distributed", "_internal"},
     "evaluation.metrics": {"tasks", "distributed", "_internal"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import chosen_names, parameters_by_name, plain_name
+from unlearn_ext._internal.undo import Undone
 
 Params: TypeAlias = str | Iterable[str] | None
 Patterns: TypeAlias = str | Iterable[str] | None
@@ -68,15 +69,17 @@ def only_trainable(model: nn.Module, names: Iterable[str] | None) -> Iterator[No
         return
     chosen = set(names)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
+
+    def put_back() -> None:
+        for parameter, flag in before.items():
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    with Undone(put_back):
         for name, parameter in parameters_by_name(model).items():
             if parameter.requires_grad != (name in chosen):
                 parameter.requires_grad_(name in chosen)
         yield
-    finally:
-        for parameter, flag in before.items():
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
 
 
 @contextmanager

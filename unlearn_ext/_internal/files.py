@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from unlearn_ext._internal.digests import update_digest
+from unlearn_ext._internal.undo import Undone
 
 _WRITTEN: ContextVar[list[Path] | None] = ContextVar("written", default=None)
 
@@ -29,13 +30,15 @@ def noting_files() -> Iterator[list[Path]]:
     """
     outer = _WRITTEN.get()
     noted: list[Path] = []
-    token = _WRITTEN.set(noted)
-    try:
-        yield noted
-    finally:
-        _WRITTEN.reset(token)
+
+    def put_back() -> None:
+        _WRITTEN.set(outer)
         if outer is not None:
             outer.extend(path for path in noted if path not in outer)
+
+    with Undone(put_back):
+        _WRITTEN.set(noted)
+        yield noted
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from unlearn_ext._internal.undo import Undone
+
 
 @contextmanager
 def shown(level: int = logging.INFO) -> Iterator[None]:
@@ -23,10 +25,12 @@ def shown(level: int = logging.INFO) -> Iterator[None]:
         yield
         return
     before, handler = package.level, logging.StreamHandler(sys.stderr)
-    package.addHandler(handler)
-    package.setLevel(min(level, package.getEffectiveLevel()))
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         package.removeHandler(handler)
         package.setLevel(before)
+
+    with Undone(put_back):
+        package.addHandler(handler)
+        package.setLevel(min(level, package.getEffectiveLevel()))
+        yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 
 class Undone:
@@ -31,3 +33,35 @@ class Undone:
         except BaseException:
             self._undo()
             raise
+
+
+class Handle(Protocol):
+    """What torch gives out for a hook; ``remove`` may be called again."""
+
+    def remove(self) -> None:
+        """Take the hook off."""
+
+
+@contextmanager
+def handles() -> Iterator[list[Handle]]:
+    """Take hooks off on the way out, whatever happens.
+
+    Yields:
+        Where to put the handles of the hooks.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Identity()
+        >>> with handles() as hooks:
+        ...     hooks.append(layer.register_forward_hook(print))
+        >>> len(layer._forward_hooks)
+        0
+    """
+    found: list[Handle] = []
+
+    def remove() -> None:
+        for handle in found:
+            handle.remove()
+
+    with Undone(remove):
+        yield found

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from unlearn_ext import ops
 from unlearn_ext._internal.modules import kind_of
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.subspace.layers import Layer, layer_of, square
 
 
@@ -181,11 +182,9 @@ class Factored:
         """
         own = self.module._parameters
         before = {name: own[name] for name in values}
-        try:
+        with Undone(lambda: own.update(before)):
             own.update(cast("dict[str, nn.Parameter]", values))
             yield
-        finally:
-            own.update(before)
 
     def plain_call(self, inputs: Tensor) -> Tensor:
         """Call the layer as its kind defines it, whatever a subclass or a hook makes of it.

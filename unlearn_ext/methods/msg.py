@@ -12,7 +12,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -23,6 +22,7 @@ from unlearn_ext import ops
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.plain import callable_name
+from unlearn_ext._internal.undo import handles
 from unlearn_ext.distributed import Group, lockstep
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import count_batches, refuse_group, trainable
@@ -146,10 +146,9 @@ def msg(
         model.train()
         parameters = list(trainable(model, "msg").values())
         scales = [torch.where(chosen[p], 1.0, factor).to(p) if p in chosen else factor for p in parameters]
-        with ExitStack() as hooks:
+        with handles() as hooks:
             for p, scale in zip(parameters, scales, strict=True):
-                handle = p.register_hook(lambda grad, scale=scale: grad * scale)  # type: ignore[no-untyped-call]
-                hooks.callback(handle.remove)
+                hooks.append(p.register_hook(lambda grad, scale=scale: grad * scale))  # type: ignore[no-untyped-call]
             optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
             steps = max(1, epochs * count_batches(retain))
             rates = iter(_rates(lr, steps, max(1, count_batches(retain) // 2)))

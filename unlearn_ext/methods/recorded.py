@@ -17,6 +17,7 @@ from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.distributed import ALONE, Group, MeshRanks, Ranks, ranks_of
 from unlearn_ext.fisher.importance import Importance
+from unlearn_ext.methods.readings import Reading, difference
 from unlearn_ext.methods.run import Run, at_the_end
 from unlearn_ext.methods.until import Measured, figures, measure
 from unlearn_ext.results import UnlearnResult
@@ -146,19 +147,21 @@ class Record:
         if not after:
             return result
         both = {name: self._before[name] for name in after}
+        notes = []
         for name, part in after.items():
-            if part.samples != both[name].samples:
-                warnings.warn(
-                    f"{result.method}: the {name} set had {both[name].samples} samples before the run and "
-                    f"{part.samples} after it: it must yield the same ones in every pass",
-                    stacklevel=4,
-                )
+            first, later = (found.reading or Reading.of(found.samples, 0, 0) for found in (both[name], part))
+            text, are_others = difference(self._sets[name], name, first, later)
+            if are_others:
+                warnings.warn(f"{result.method}: {text}", stacklevel=4)
+            elif text:
+                notes.append({"phase": "measure", "note": text})
         if "forget" in after and self._warn_if_known:
             _warn_if_known(result.method, both["forget"], after["forget"])
         return replace(
             result,
             before=figures(both),
             after=figures(after),
+            history=(*result.history, *notes),
             passes=result.passes + 2.0,
         )
 

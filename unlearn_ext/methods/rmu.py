@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.seeding import random_states_kept
+from unlearn_ext._internal.undo import handles
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
     Paired,
@@ -185,11 +186,9 @@ def activations(model: nn.Module, layer: str, batch: Batch, task: Task) -> tuple
         if isinstance(first, Tensor):
             caught.append(first)
 
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    try:
+    with handles() as hooks:
+        hooks.append(model.get_submodule(layer).register_forward_hook(hook))
         outputs = task.forward(model, batch)
-    finally:
-        handle.remove()
     shape = list(caught[-1].shape) if caught else None
     if shape is None or len(shape) not in (2, 3) or shape[0] != task.count(batch):
         raise ValueError(f"rmu: layer {layer!r} must give out [N, D] or [N, T, D], got {shape}")

@@ -16,6 +16,7 @@ from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name
 from unlearn_ext._internal.seeding import random_states_kept, seeded
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.distributed.agree import check_same_weights
 from unlearn_ext.distributed.fsdp import reshard
@@ -38,11 +39,10 @@ def at_the_end(call: Callable[[Run], object]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    token = _AT_END.set(call)
-    try:
+    before = _AT_END.get()
+    with Undone(lambda: _AT_END.set(before)):
+        _AT_END.set(call)
         yield
-    finally:
-        _AT_END.reset(token)
 
 
 class Run:

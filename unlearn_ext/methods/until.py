@@ -10,8 +10,9 @@ held-out data where the goal is ``"unseen"``); test data are never read.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.distributed.fsdp import fsdp_modules, reshard
 from unlearn_ext.distributed.group import on_all
+from unlearn_ext.methods.readings import Reading, Tally, difference
 from unlearn_ext.methods.sharded import figures_of, on_all_shards
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
@@ -57,11 +59,13 @@ class Measured:
         accuracy: Share of what is counted that it answers rightly; NaN where nothing is counted.
         loss: Mean of the samples' losses.
         samples: Number of samples.
+        reading: What tells these samples from others; None for sharded models.
     """
 
     accuracy: float
     loss: float
     samples: int
+    reading: Reading | None = field(default=None, compare=False, repr=False)
 
 
 def measure(
@@ -96,6 +100,7 @@ def measure(
         return Measured(accuracy, mean, _at_least_one(n))
     right = counted = samples = 0
     loss = 0.0
+    tally = Tally(model, task)
     with borrowed(model), random_states_kept(data), torch.no_grad():
         for batch in read_batches(check_batches(data), device_of(model)):
             n = judge.count(batch)
@@ -104,6 +109,7 @@ def measure(
             outputs = judge.forward(model, batch)
             loss += float(judge.losses(outputs, batch).double().sum())
             samples += n
+            tally.add(batch, n)
             try:
                 hits, valid = judge.correct(outputs, batch)
             except NotImplementedError:  # there is no right and wrong, as for numbers without a tolerance
@@ -112,11 +118,15 @@ def measure(
             classes = None if classes_seen is None else judge.classes_of(batch)
             if classes_seen is not None and classes is not None:
                 classes_seen.update(torch.unique(classes[valid > 0]).tolist())
-    right, counted, samples, loss = ranks.total("measured", right, counted, samples, loss)
+    right, counted, samples, loss, *sums = ranks.total(
+        "measured", right, counted, samples, loss, *tally.sums()
+    )
     if classes_seen is not None:
         classes_seen.update(*ranks.exchange("classes", classes_seen))
     _at_least_one(samples)
-    return Measured(right / counted if counted else math.nan, loss / samples, samples)
+    return Measured(
+        right / counted if counted else math.nan, loss / samples, samples, Reading.of(samples, *sums)
+    )
 
 
 def _at_least_one(samples: int) -> int:
@@ -166,6 +176,7 @@ class Watch:
         self._model, self._until, self._validation = model, until, validation
         self._sets = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
         self._task, self._ranks = task, ranks
+        self._who, self._told = who, set[str]()
         self.yardstick = resolve(task, who=who).yardstick(model)
         self._classes: dict[str, set[int]] = {name: set() for name in self._sets}
         self._before = {
@@ -228,6 +239,12 @@ class Watch:
         """
         found = measure(self._model, self._sets[name], self._task, ranks=self._ranks)
         self._read += found.samples
+        first = self._before[name].reading
+        if name not in self._told and first is not None and found.reading is not None:
+            text, are_others = difference(self._sets[name], name, first, found.reading)
+            if are_others:
+                self._told.add(name)
+                warnings.warn(f"{self._who}: {text}", stacklevel=3)
         return found
 
     def count(self, samples: int) -> None:

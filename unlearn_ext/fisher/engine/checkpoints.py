@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from unlearn_ext._internal.undo import Undone
+
 # ``reading.again`` is True while somebody reads what a node has saved that is still going to run, since a
 # checkpoint gives a recomputed tensor out only once, and the node itself will want it too. It is set for each
 # node, and in a small network entering a context would cost as much as what is done inside.
@@ -33,11 +35,14 @@ def patched() -> Iterator[None]:
         return
 
     twice, not_reentrant = _readable_kinds(checkpoint, hook)
-    checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = twice, not_reentrant
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = hook, function
+        reading.again = False  # whatever an interrupted pass was doing
+
+    with Undone(put_back):
+        checkpoint._checkpoint_hook, checkpoint.CheckpointFunction = twice, not_reentrant
+        yield
 
 
 @functools.cache

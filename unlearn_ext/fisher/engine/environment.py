@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unlearn_ext._internal.undo import Undone, handles
 from unlearn_ext.fisher.engine import checkpoints
 
 
@@ -25,19 +26,44 @@ class _Shared:
 
     def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
         self._change, self._lock = change, threading.RLock()
-        self._count, self._stack = 0, ExitStack()
+        self._inside: set[object] = set()
+        self._is_made, self._stack = False, ExitStack()
 
-    def __enter__(self) -> None:
+    def enter(self, who: object) -> None:
+        """Come in.
+
+        Args:
+            who: To leave by.
+        """
         with self._lock:
-            if not self._count:
+            self._inside.add(who)
+            if not self._is_made:
                 self._stack.enter_context(self._change())
-            self._count += 1
+                self._is_made = True
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self, who: object) -> None:
+        """Go; who is not inside, and who has been interrupted while going, may do so again.
+
+        Args:
+            who: As for ``enter``.
+        """
         with self._lock:
-            self._count -= 1
-            if not self._count:
+            if self._inside <= {who}:
+                self._is_made = False
                 self._stack.close()
+            self._inside.discard(who)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Be inside.
+
+        Yields:
+            Nothing.
+        """
+        who = object()
+        with Undone(lambda: self.leave(who)):
+            self.enter(who)
+            yield
 
 
 @contextmanager
@@ -54,13 +80,15 @@ def _plain_operators() -> Iterator[None]:
     # The fused kernels are one opaque node to autograd, and that of cuDNN has no backward in eval mode. The
     # setters below the public flags, which a program may have frozen.
     saved = torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()
-    torch._C._set_cudnn_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         torch._C._set_cudnn_enabled(saved[0])
         torch._C._set_mkldnn_enabled(saved[1])
+
+    with Undone(put_back):
+        torch._C._set_cudnn_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
+        yield
 
 
 _shared_readable, _shared_plain = _Shared(_readable), _Shared(_plain_operators)
@@ -77,7 +105,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(_shared_readable)
+        stack.enter_context(_shared_readable.inside())
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 _run_plainly(module, stack)
@@ -85,24 +113,25 @@ def prepared(model: nn.Module) -> Iterator[None]:
 
 
 def _run_plainly(module: nn.RNNBase, stack: ExitStack) -> None:
-    entered: list[int] = []
+    entered: list[object] = []
 
     def before(*_: object) -> None:
-        _shared_plain.__enter__()
-        entered.append(threading.get_ident())
+        entered.append(object())
+        _shared_plain.enter(entered[-1])
 
     def after(*_: object) -> None:
         if entered:
+            _shared_plain.leave(entered[-1])
             entered.pop()
-            _shared_plain.__exit__()
 
     def rest() -> None:
         while entered:
             after()
 
-    stack.callback(rest)
-    stack.callback(module.register_forward_pre_hook(before).remove)
-    stack.callback(module.register_forward_hook(after, always_call=True).remove)
+    stack.enter_context(Undone(rest))
+    hooks = stack.enter_context(handles())
+    hooks.append(module.register_forward_pre_hook(before))
+    hooks.append(module.register_forward_hook(after, always_call=True))
 
 
 class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -205,20 +234,23 @@ def unwritten(model: nn.Module) -> Iterator[ParameterGuard]:
             tables[id(weight)] = weight, weight.detach().clone()
     guard = ParameterGuard(model, tables.keys())
     buffers = {module: set(module._buffers) for module in model.modules()}
-    try:
-        yield guard
-    finally:
+    written: list[str] = []
+
+    def put_back() -> None:
         with torch.no_grad():
             for weight, value in tables.values():
                 if not torch.equal(weight, value):
                     weight.copy_(value)
-        written = guard.put_back()
+        written.extend(filter(None, [guard.put_back()]))
         for module, names in buffers.items():
             for name in set(module._buffers) - names:
-                del module._buffers[name]
                 module._non_persistent_buffers_set.discard(name)
-    if written is not None:
+                del module._buffers[name]
+
+    with Undone(put_back):
+        yield guard
+    if written:
         raise RuntimeError(
             f"fisher_diagonal: the forward pass must not write to parameters, got a model that writes to "
-            f"{written}; take that out of its forward method"
+            f"{written[0]}; take that out of its forward method"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples, add_gradient, describe
 from unlearn_ext.fisher.engine.settled import SettledTotals
 from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, tensors_in
@@ -196,13 +197,15 @@ def _kept_in_place(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("the forward pass converts or moves a module's parameters")
 
     modules = [module for module in model.modules() if "_apply" not in vars(module)]
-    for module in modules:
-        object.__setattr__(module, "_apply", refuse)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module in modules:
-            object.__delattr__(module, "_apply")
+            vars(module).pop("_apply", None)
+
+    with Undone(put_back):
+        for module in modules:
+            object.__setattr__(module, "_apply", refuse)
+        yield
 
 
 class _Module(nn.Module):

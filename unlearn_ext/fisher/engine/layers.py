@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
 
+from unlearn_ext._internal.undo import Undone, handles
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients
 from unlearn_ext.fisher.engine.graph import Node
 from unlearn_ext.fisher.engine.layout import MismatchError
@@ -169,8 +170,7 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
         The recording, to be closed (``is_open``) when the forward pass is over.
     """
     recording = Recording()
-    handles = []
-    try:
+    with Undone(recording.edges.clear), handles() as hooks:
         for module in model.modules() if _rules else ():
             rule = rule_of(type(module))
             if rule is not None:
@@ -184,12 +184,8 @@ def recorded(model: nn.Module) -> Iterator[Recording]:
                 ) -> None:
                     recording.add(layer, rule, (*args, *kwargs.values()), output)
 
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
-        recording.edges.clear()
 
 
 def rule_of(layer: type[nn.Module]) -> LayerRule | None:

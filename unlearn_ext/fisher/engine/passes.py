@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from unlearn_ext._internal.undo import Undone, handles
 from unlearn_ext.fisher.engine import checkpoints
 from unlearn_ext.fisher.engine.combine import as_parameter_gradients, is_for_later, merged
 from unlearn_ext.fisher.engine.coupling import Watch
@@ -143,13 +144,13 @@ class Trace:
             waiting.setdefault(node, [])
             outputs.setdefault(node, set()).add(output)
         above = self.graph.above(waiting)
-        handles = []
-        try:
+        # Nodes own the hooks that own what is waiting.
+        with Undone(waiting.clear), handles() as hooks:
             for node in above & waiting.keys():
-                handles.append(node.register_prehook(functools.partial(_come_by, waiting[node])))
+                hooks.append(node.register_prehook(functools.partial(_come_by, waiting[node])))
             for node, arrived in watched:
                 if node in above:
-                    handles.append(node.register_prehook(functools.partial(_come_by, [arrived])))
+                    hooks.append(node.register_prehook(functools.partial(_come_by, [arrived])))
             # Nodes that have none below them do not have to run: it is enough to ask for their gradients.
             edges = [(node, output) for node in waiting if node not in above for output in outputs[node]]
             if not edges:
@@ -175,10 +176,6 @@ class Trace:
                         every = [found.get(output) for output in range(max(found) + 1)]
                         for callback in waiting[node]:
                             callback(every)
-        finally:
-            for handle in handles:
-                handle.remove()
-            waiting.clear()  # nodes own the hooks that own this
 
 
 def _come_by(arrived: Iterable[Arrived], grads: Sequence[Tensor | None]) -> None:

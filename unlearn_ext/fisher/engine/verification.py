@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unlearn_ext._internal.undo import handles
 from unlearn_ext.fisher.engine.gradients import PerSampleGradients, Projection
 from unlearn_ext.fisher.engine.graph import Graph
 from unlearn_ext.fisher.engine.layout import MismatchError
@@ -161,18 +162,14 @@ class Verification:
         return found
 
     def _differentiate(self, found: Alone, value: Tensor) -> None:
-        handles = []
-        try:
+        with handles() as hooks:
             for name, parameter in self._chosen.items():
                 hook = functools.partial(self._project, found, name)
-                handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+                hooks.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
             grads = torch.autograd.grad(value.sum(), list(self._chosen.values()), allow_unused=True)
             for name, grad in zip(self._chosen, grads, strict=True):
                 if grad is not None and grad.layout is not torch.strided:
                     self._project(found, name, grad.to_dense())
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _project(self, found: Alone, name: str, grad: Tensor) -> Tensor | None:
         if grad.layout is not torch.strided:
