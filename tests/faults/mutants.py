@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -64,7 +65,6 @@ LEFT_OUT = (
 MEMORY, FILE_SIZE = 8 << 30, 1 << 30
 # What tests import as they go.
 LATER = ["hypothesis", "safetensors.torch", "sklearn.datasets", "torch._dynamo", "torch.distributed.tensor"]
-FIRST = 12  # tests run before the rest is collected
 
 
 class Recorder:
@@ -135,11 +135,22 @@ def read(journal):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def run_tests(tests, *plugins):
+def run_tests(tests, plugin, *more):
     """Exit code of pytest for tests by their names, from the repository's root."""
-    quiet = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
+    quiet = [
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *more,
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:benchmark",
+    ]
     config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--basetemp", "pytest"]
-    return int(pytest.main([*quiet, *config, *(f"{ROOT}/{test}" for test in tests)], plugins=list(plugins)))
+    return int(pytest.main([*quiet, *config, *(f"{ROOT}/{test}" for test in tests)], plugins=[plugin]))
 
 
 def in_child(work, seconds, wall):
@@ -150,9 +161,11 @@ def in_child(work, seconds, wall):
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         child = os.fork()
         if not child:
-            _confine(folder, seconds)
-            Path("answer").write_text(json.dumps(work()))
-            os._exit(0)
+            try:
+                _confine(folder, seconds)
+                Path("answer").write_text(json.dumps(work()))
+            finally:
+                os._exit(0)
         deadline, status = time.monotonic() + wall, None
         while status is None and time.monotonic() < deadline:
             ended, code = os.waitpid(child, os.WNOHANG)
@@ -235,16 +248,12 @@ class Tests:
             self._collecting[file] = min(self._collecting[file], record["file_seconds"])
 
     def of(self, file, place, limit):
-        """Tests that execute a place, up to ``limit`` seconds of them, and the seconds.
-
-        Then names of tests whose other variants may do so: of those that execute the place, or, where none is
-        known to, that use its module.
-        """
+        """Tests that execute a place, up to ``limit`` seconds of them, and the seconds."""
         lines = set(range(place.first_line, place.last_line + 1))
         using = [record for record in self.records if file in record["lines"]]
         found = [record for record in using if lines & set(record["lines"][file])]
         if place.at_import:
-            found = using
+            found = found or using
         chosen, files, seconds = [], set(), 0.0
         for record in sorted(found, key=self._cost):
             test_file = record["test"].partition("::")[0]
@@ -253,8 +262,7 @@ class Tests:
                 seconds += cost
                 files.add(test_file)
                 chosen.append(record["test"])
-        names = [record["test"].partition("[") for record in sorted(found or using, key=self._cost)]
-        return chosen, seconds, list(dict.fromkeys(name for name, bracket, _ in names if bracket))
+        return chosen, seconds
 
     def _cost(self, record):
         return record["seconds"] + self._collecting[record["test"].partition("::")[0]] / 4
@@ -272,8 +280,65 @@ def sampled(seed):
     return found
 
 
-def failing(tests, file="", tree=None):
-    """Run tests in this process, with another tree for one module: the first that failed."""
+class Session:
+    """A plugin of pytest: collects once, and then forks for every mutant instead of running the tests."""
+
+    def __init__(self, work):
+        self._work = work
+        self._items = {}
+        self._functions = []
+        self._failed = ""
+
+    def pytest_runtestloop(self, session):
+        self._items = {item.nodeid: item for item in session.items}
+        # Before they are frozen, which hides them.
+        functions = [thing for thing in gc.get_objects() if isinstance(thing, types.FunctionType)]
+        self._functions = [one for one in functions if one.__code__.co_filename.startswith(str(PACKAGE))]
+        gc.collect()
+        gc.freeze()
+        self._work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._failed = self._failed or report.nodeid
+
+    def change(self, file, tree):
+        """Give the functions of a module the code of another tree; whether any has changed."""
+        path = str(ROOT / file)
+        new = {(code.co_qualname, code.co_firstlineno): code for code in _codes(compile(tree, path, "exec"))}
+        changed = False
+        for function in self._functions:
+            code = function.__code__
+            other = new.get((code.co_qualname, code.co_firstlineno))
+            if code.co_filename == path and other is not None and other != code:
+                if other.co_freevars != code.co_freevars:
+                    return False
+                function.__code__ = other
+                changed = True
+        return changed
+
+    def failing(self, tests, file="", tree=None):
+        """The first of these tests that fails on a mutant; None where only importing would change it."""
+        if tree is not None and not self.change(file, tree):
+            return None
+        items = [self._items[test] for test in tests if test in self._items]
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self._failed:
+                break
+        return self._failed
+
+
+def _codes(code):
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def failing_import(tests, file, tree):
+    """As `Session.failing`, for what the import of a module evaluates: in a process without the package."""
     original = importlib.machinery.SourceFileLoader.get_code
 
     def get_code(loader, name):
@@ -283,48 +348,60 @@ def failing(tests, file="", tree=None):
 
     importlib.machinery.SourceFileLoader.get_code = get_code
     failure = Failure()
-    for part in (tests[:FIRST], tests[FIRST:]):
-        if part and run_tests(part, failure) not in (0, 5):
-            return failure.test or "collection"
-    return ""
+    return (failure.test or "collection") if run_tests(tests, failure) not in (0, 5) else ""
 
 
 def run(options):
     """Try mutants that the journal lacks, in the order of the sample; print a table of all."""
+    if (session := os.fork()) == 0:
+        in_session(options, lambda session: try_all(options, session.failing))
+        os._exit(0)
+    os.waitpid(session, 0)
+    try_all(options, failing_import)
+    return report(options)
+
+
+def in_session(options, work):
+    """Do work within a session of pytest that has collected the test files of the map."""
+    files = sorted({record["test"].partition("::")[0] for record in read(options.map) if "test" in record})
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        run_tests(files, Session(work), "-s")
+
+
+def try_all(options, failing):
     tests = Tests(options.map)
     done = {record["number"] for record in read(options.journal)}
     for number, (room, file, place) in enumerate(sampled(options.seed)[: options.count]):
         if number in done or (options.numbers and number not in options.numbers):
             continue
-        chosen, seconds, variants = tests.of(file, place, options.seconds)
+        chosen, seconds = tests.of(file, place, options.seconds)
         tree, words = mutant((ROOT / file).read_text(), place)
         outcome, killer = "not covered", ""
         if chosen:
             work = functools.partial(failing, chosen, file, tree)
             killer, why = in_child(work, 4 * seconds + 20, 12 * seconds + 240)
+            if why == "returned" and killer is None:
+                continue
             outcome = ("killed" if killer else "survived") if why == "returned" else why
-        if variants and not killer and outcome in ("survived", "not covered"):
-            # How long all variants take is not known: running out of time says nothing.
-            work = functools.partial(failing, variants, file, tree)
-            killer, _ = in_child(work, options.seconds, 12 * options.seconds)
-            outcome = "killed" if killer else outcome
         record = {"number": number, "room": room, "file": file, **place._asdict(), "change": words}
-        record |= {"outcome": outcome, "by": killer, "tests": len(chosen)}
-        append(options.journal, record)
+        append(options.journal, record | {"outcome": outcome, "by": killer, "tests": len(chosen)})
         print(number, outcome, f"{file}:{place.first_line}", words, killer, flush=True)
-    return report(options)
 
 
 def control(options):
     """Run what the first mutants are judged by on the code as it is."""
-    tests, wrong = Tests(options.map), 0
-    for number, (_, file, place) in enumerate(sampled(options.seed)[: options.count]):
-        chosen, seconds, _ = tests.of(file, place, options.seconds)
-        killer, why = in_child(functools.partial(failing, chosen), 4 * seconds + 20, 12 * seconds + 240)
-        wrong += bool(killer) or why != "returned"
-        print(number, killer or why, flush=True)
-    print(f"{wrong} of {options.count} wrong")
-    return int(bool(wrong))
+
+    def try_unchanged(session):
+        tests = Tests(options.map)
+        for number, (_, file, place) in enumerate(sampled(options.seed)[: options.count]):
+            chosen, seconds = tests.of(file, place, options.seconds)
+            work = functools.partial(session.failing, chosen)
+            killer, why = in_child(work, 4 * seconds + 20, 600)
+            print(number, f"WRONG {killer}" if killer else why, flush=True)
+
+    in_session(options, try_unchanged)
+    return 0
 
 
 def report(options):

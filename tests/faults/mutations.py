@@ -126,8 +126,13 @@ def places(source: str) -> list[Place]:
         if node in alone:
             return
         for child in ast.iter_child_nodes(node):
+            # Defaults and decorators are evaluated outside the function.
+            is_inside = isinstance(node, _SCOPES) and child not in (
+                node.args,
+                *getattr(node, "decorator_list", []),
+            )
             if child not in alone:
-                visit(child, node if isinstance(node, _SCOPES) else scope, lines)
+                visit(child, node if is_inside else scope, lines)
 
     visit(tree, None, (0, 0))
     return found
