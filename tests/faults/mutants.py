@@ -248,7 +248,7 @@ class Tests:
             self._collecting[file] = min(self._collecting[file], record["file_seconds"])
 
     def of(self, file, place, limit):
-        """Tests that execute a place, up to ``limit`` seconds of them, and the seconds."""
+        """Tests that execute a place, up to ``limit`` seconds of them; the seconds; tests that may do so too."""
         lines = set(range(place.first_line, place.last_line + 1))
         using = [record for record in self.records if file in record["lines"]]
         found = [record for record in using if lines & set(record["lines"][file])]
@@ -262,7 +262,8 @@ class Tests:
                 seconds += cost
                 files.add(test_file)
                 chosen.append(record["test"])
-        return chosen, seconds
+        names = [record["test"].partition("[")[0] for record in sorted(found or using, key=self._cost)]
+        return chosen, seconds, list(dict.fromkeys(names))
 
     def _cost(self, record):
         return record["seconds"] + self._collecting[record["test"].partition("::")[0]] / 4
@@ -286,11 +287,14 @@ class Session:
     def __init__(self, work):
         self._work = work
         self._items = {}
+        self._variants = defaultdict(list)
         self._functions = []
         self._failed = ""
 
     def pytest_runtestloop(self, session):
         self._items = {item.nodeid: item for item in session.items}
+        for test in self._items:
+            self._variants[test.partition("[")[0]].append(test)
         # Before they are frozen, which hides them.
         functions = [thing for thing in gc.get_objects() if isinstance(thing, types.FunctionType)]
         self._functions = [one for one in functions if one.__code__.co_filename.startswith(str(PACKAGE))]
@@ -318,16 +322,25 @@ class Session:
                 changed = True
         return changed
 
-    def failing(self, tests, file="", tree=None):
-        """The first of these tests that fails on a mutant; None where only importing would change it."""
+    def failing(self, tests, file="", tree=None, names=(), limit=0.0):
+        """The first of these tests that fails on a mutant; None where only importing would change it.
+
+        Where all pass, also of the other variants of the tests of some names, for so many seconds.
+        """
         if tree is not None and not self.change(file, tree):
             return None
-        items = [self._items[test] for test in tests if test in self._items]
+        self._run([self._items[test] for test in tests if test in self._items], float("inf"))
+        if not self._failed:
+            others = [test for name in names for test in self._variants[name] if test not in tests]
+            self._run([self._items[test] for test in others], time.process_time() + limit)
+        return self._failed
+
+    def _run(self, items, until):
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            if self._failed:
-                break
-        return self._failed
+            if self._failed or time.process_time() > until:
+                item.session._setupstate.teardown_exact(None)
+                return
 
 
 def _codes(code):
@@ -337,8 +350,10 @@ def _codes(code):
             yield from _codes(inner)
 
 
-def failing_import(tests, file, tree):
+def failing_import(tests, file, tree, names=(), limit=0.0):
     """As `Session.failing`, for what the import of a module evaluates: in a process without the package."""
+    if not tests:
+        return ""
     original = importlib.machinery.SourceFileLoader.get_code
 
     def get_code(loader, name):
@@ -375,15 +390,16 @@ def try_all(options, failing):
     for number, (room, file, place) in enumerate(sampled(options.seed)[: options.count]):
         if number in done or (options.numbers and number not in options.numbers):
             continue
-        chosen, seconds = tests.of(file, place, options.seconds)
+        chosen, seconds, names = tests.of(file, place, options.seconds)
         tree, words = mutant((ROOT / file).read_text(), place)
         outcome, killer = "not covered", ""
-        if chosen:
-            work = functools.partial(failing, chosen, file, tree)
-            killer, why = in_child(work, 4 * seconds + 20, 12 * seconds + 240)
+        if chosen or names:
+            work = functools.partial(failing, chosen, file, tree, names, options.seconds)
+            killer, why = in_child(work, 4 * seconds + 3 * options.seconds + 20, 12 * seconds + 240)
             if why == "returned" and killer is None:
                 continue
-            outcome = ("killed" if killer else "survived") if why == "returned" else why
+            passed = "survived" if chosen else "not covered"
+            outcome = ("killed" if killer else passed) if why == "returned" else why
         record = {"number": number, "room": room, "file": file, **place._asdict(), "change": words}
         append(options.journal, record | {"outcome": outcome, "by": killer, "tests": len(chosen)})
         print(number, outcome, f"{file}:{place.first_line}", words, killer, flush=True)
@@ -395,7 +411,7 @@ def control(options):
     def try_unchanged(session):
         tests = Tests(options.map)
         for number, (_, file, place) in enumerate(sampled(options.seed)[: options.count]):
-            chosen, seconds = tests.of(file, place, options.seconds)
+            chosen, seconds, _ = tests.of(file, place, options.seconds)
             work = functools.partial(session.failing, chosen)
             killer, why = in_child(work, 4 * seconds + 20, 600)
             print(number, f"WRONG {killer}" if killer else why, flush=True)
