@@ -248,7 +248,7 @@ class Tests:
             self._collecting[file] = min(self._collecting[file], record["file_seconds"])
 
     def of(self, file, place, limit):
-        """Tests that execute a place, up to ``limit`` seconds of them; the seconds; tests that may do so too."""
+        """Tests that execute a place, up to ``limit`` seconds of them; the seconds; tests that may too."""
         lines = set(range(place.first_line, place.last_line + 1))
         using = [record for record in self.records if file in record["lines"]]
         found = [record for record in using if lines & set(record["lines"][file])]
@@ -336,7 +336,7 @@ class Session:
         return self._failed
 
     def _run(self, items, until):
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        for item, following in zip(items, [*items[1:], None], strict=False):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self._failed or time.process_time() > until:
                 item.session._setupstate.teardown_exact(None)
