@@ -196,6 +196,22 @@ def test_labels_are_drawn_from_the_model(generator):
     assert sure.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("task", [tasks.Binary(), tasks.MultiLabel(), tasks.Classification()], ids=repr)
+def test_a_temperature_divides_the_logits(task, generator):
+    outputs = torch.randn(6, 1 if isinstance(task, tasks.Binary) else 3, generator=generator)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    batch = (None, labels[:, None].expand(-1, 3) if isinstance(task, tasks.MultiLabel) else labels)
+    cooled = task.log_scores(outputs, batch, temperature=4.0)
+    torch.testing.assert_close(cooled, task.log_scores(outputs / 4, batch))
+    assert not torch.allclose(cooled, task.log_scores(outputs, batch))
+
+
+def test_a_temperature_draws_labels_of_one_logit_more_evenly(generator):
+    outputs, batch = torch.full((2000,), 4.0), (None, torch.zeros(2000, dtype=torch.long))
+    drawn = tasks.Binary().sampled(outputs, batch, generator, temperature=4.0)[1]
+    assert abs(drawn.double().mean() - 1 / (1 + math.exp(-1))) < 0.05
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 import copy
 import functools
+import math
 import warnings
 
 import pytest
@@ -417,6 +418,14 @@ def test_other_weights_and_passes_without_gradients_go_through():
         assert mode.calls == 0
         layer(torch.ones(2, 3))
         assert mode.calls == 1
+
+
+def test_the_learning_rate_falls_to_a_tenth_along_a_cosine():
+    model, forget, retain = make("resnet")
+    result = gradient_masking(model, forget, retain, density=0.2, epochs=4, lr=0.05, generator=seeded())
+    rates = [record["lr"] for record in result.history if "lr" in record]
+    expected = [0.05 * (0.1 + 0.45 * (1 + math.cos(math.pi * epoch / 4))) for epoch in range(4)]
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["resnet", "gpt"])

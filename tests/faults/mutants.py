@@ -1,0 +1,475 @@
+"""Do the tests notice a small wrong change? ``python tests/faults/mutants.py map``, then ``run --count 400``.
+
+``map`` runs test files once and writes, for each test that passes, its time and the lines of the package that
+it executes; of a test with variants it runs two. ``run`` changes one random place at a time and runs tests
+that execute it, cheapest first, up to ``--seconds`` of them, then their other variants; a mutant is killed by
+the first that fails. ``control`` runs the tests of the first mutants on the code as it is: none may fail.
+``map`` and ``run`` go on where their journals end.
+
+Each mutant lives in a process of its own, forked from one that has imported everything but the package, with
+bounded memory, time and file size, in an empty folder. Processes that tests start anew run the code as it is.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.machinery
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mutations import mutant, places
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "unlearn_ext"
+# Room: folders of the package. The engine is measured with what it stands on.
+ROOMS = {
+    "engine": ["fisher", "ops", "tasks", "subspace", "resume", "distributed", "_internal"],
+    "methods": ["methods"],
+    "evaluation": ["evaluation"],
+}
+TEST_FILES = [
+    *["tests/engine", "tests/methods", "tests/test_[a-z]*.py", "tests/faults/test_files.py"],
+    *[f"unlearn_ext/{folder}" for folders in ROOMS.values() for folder in folders],
+]
+# They build, start other processes throughout, or take minutes.
+LEFT_OUT = (
+    "build",
+    "cuda",
+    "docs",
+    "examples",
+    "gpu_script",
+    "hf_trainer",
+    "install",
+    "library",
+    "lightning",
+    "site",
+)
+
+MEMORY, FILE_SIZE = 8 << 30, 1 << 30
+# What tests import as they go.
+LATER = ["hypothesis", "safetensors.torch", "sklearn.datasets", "torch._dynamo", "torch.distributed.tensor"]
+
+
+class Recorder:
+    """A plugin of pytest: what each test executes of the package, what it takes and whether it passes."""
+
+    def __init__(self, journal):
+        self._journal = journal
+        self._lines = defaultdict(set)
+        self._calls = Counter()
+        self._passed = {}
+
+    def _call(self, frame, event, arg):
+        code = frame.f_code
+        if not code.co_filename.startswith(str(PACKAGE)):
+            return None
+        self._lines[code.co_filename].add(code.co_firstlineno)
+        self._calls[code] += 1
+        return self._line if self._calls[code] < 10 else None
+
+    def _line(self, frame, event, arg):
+        self._lines[frame.f_code.co_filename].add(frame.f_lineno)
+        return self._line
+
+    def pytest_collection_modifyitems(self, items):
+        variants = defaultdict(list)
+        for item in items:
+            variants[item.nodeid.partition("[")[0]].append(item)
+        items[:] = [kept for some in variants.values() for kept in {some[0], some[len(some) // 2]}]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self._lines.clear()
+        self._calls.clear()
+        started = time.process_time()
+        threading.settrace(self._call)
+        sys.settrace(self._call)
+        yield
+        sys.settrace(None)
+        threading.settrace(None)
+        if self._passed.get(item.nodeid):
+            lines = {str(Path(name).relative_to(ROOT)): sorted(got) for name, got in self._lines.items()}
+            record = {"test": item.nodeid, "seconds": time.process_time() - started, "lines": lines}
+            append(self._journal, {**record, "file_seconds": started})
+
+    def pytest_runtest_logreport(self, report):
+        self._passed[report.nodeid] = report.passed and self._passed.get(report.nodeid, True)
+
+
+class Failure:
+    """A plugin of pytest that keeps the first test that failed."""
+
+    test = None
+
+    def pytest_runtest_logreport(self, report):
+        self.test = self.test or (report.nodeid if report.failed else None)
+
+    def pytest_collectreport(self, report):
+        self.test = self.test or (report.nodeid if report.failed else None)
+
+
+def append(journal, record):
+    with journal.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(journal):
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def run_tests(tests, plugin, *more):
+    """Exit code of pytest for tests by their names, from the repository's root."""
+    quiet = [
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *more,
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:benchmark",
+    ]
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--basetemp", "pytest"]
+    return int(pytest.main([*quiet, *config, *(f"{ROOT}/{test}" for test in tests)], plugins=[plugin]))
+
+
+def in_child(work, seconds, wall):
+    """What ``work`` returned in a fork that may do no harm: ``(answer or None, why it ended)``.
+
+    ``seconds`` bounds the processor's time, which a busy machine does not stretch, ``wall`` the clock's.
+    """
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        child = os.fork()
+        if not child:
+            try:
+                _confine(folder, seconds)
+                Path("answer").write_text(json.dumps(work()))
+            finally:
+                os._exit(0)
+        deadline, status = time.monotonic() + wall, None
+        while status is None and time.monotonic() < deadline:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            status = code if ended else time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        if status is None:
+            os.waitpid(child, 0)
+            return None, "timeout"
+        answer = Path(folder, "answer")
+        if answer.exists():
+            return json.loads(answer.read_text()), "returned"
+        is_late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        return None, "timeout" if is_late else "crash"
+
+
+def _confine(folder, seconds):
+    os.setpgid(0, 0)
+    os.chdir(folder)
+    os.environ.update(HOME=folder, TMPDIR=folder, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    tempfile.tempdir = None
+    for limit, value in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, FILE_SIZE),
+        (resource.RLIMIT_CPU, int(seconds) + 1),
+    ):
+        resource.setrlimit(limit, (value, value))
+    output = os.open("output", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def preload():
+    """Import all that importing the package imports, but not the package; children then start at once."""
+    script = "import sys, unlearn_ext; print(*(m for m in sys.modules if not m.startswith('unlearn_ext')))"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    for name in [*found, *LATER]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    sys.dont_write_bytecode = False  # a child starts in a tenth of the time where modules are compiled
+    gc.collect()
+    gc.freeze()  # forks then share the memory
+
+
+def files_to_map():
+    names = [path for pattern in TEST_FILES for path in sorted(ROOT.glob(pattern))]
+    found = [file for path in names for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    is_test = [file for file in found if file.name.startswith("test_") or PACKAGE in file.parents]
+    return [
+        str(file.relative_to(ROOT))
+        for file in is_test
+        if file.stem.removeprefix("test_") not in LEFT_OUT
+        and (PACKAGE not in file.parents or ">>> " in file.read_text())
+    ]
+
+
+def draw_map(options):
+    """Run each test file that the map lacks under `Recorder`."""
+    done = {record["file"] for record in read(options.map) if "file" in record}
+    for file in [file for file in options.files or files_to_map() if file not in done]:
+        recorder = Recorder(options.map)
+        limit = options.file_seconds
+        _, why = in_child(functools.partial(run_tests, [file], recorder), limit, 12 * limit)
+        append(options.map, {"file": file, "why": why})
+        print(file, why, flush=True)
+    return 0
+
+
+class Tests:
+    """What the map knows: tests by the lines they execute, cheapest first."""
+
+    def __init__(self, journal):
+        self.records = [record for record in read(journal) if "test" in record]
+        self.records.sort(key=lambda record: record["seconds"])
+        self._collecting = defaultdict(lambda: float("inf"))
+        for record in self.records:
+            file = record["test"].partition("::")[0]
+            self._collecting[file] = min(self._collecting[file], record["file_seconds"])
+
+    def of(self, file, place, limit):
+        """Tests that execute a place, up to ``limit`` seconds of them; the seconds; tests that may too."""
+        lines = set(range(place.first_line, place.last_line + 1))
+        using = [record for record in self.records if file in record["lines"]]
+        found = [record for record in using if lines & set(record["lines"][file])]
+        if place.at_import:
+            found = found or using
+        chosen, files, seconds = [], set(), 0.0
+        for record in sorted(found, key=self._cost):
+            test_file = record["test"].partition("::")[0]
+            cost = record["seconds"] + (0 if test_file in files else self._collecting[test_file])
+            if seconds + cost <= limit:
+                seconds += cost
+                files.add(test_file)
+                chosen.append(record["test"])
+        names = [record["test"].partition("[")[0] for record in sorted(found or using, key=self._cost)]
+        return chosen, seconds, list(dict.fromkeys(names))
+
+    def _cost(self, record):
+        return record["seconds"] + self._collecting[record["test"].partition("::")[0]] / 4
+
+
+def sampled(seed):
+    """All mutants of the rooms in a random order: ``(room, file, place)``."""
+    found = []
+    for room, folders in ROOMS.items():
+        for folder in folders:
+            for path in sorted((PACKAGE / folder).rglob("*.py")):
+                file = str(path.relative_to(ROOT))
+                found += [(room, file, place) for place in places(path.read_text())]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+class Session:
+    """A plugin of pytest: collects once, and then forks for every mutant instead of running the tests."""
+
+    def __init__(self, work):
+        self._work = work
+        self._items = {}
+        self._variants = defaultdict(list)
+        self._functions = []
+        self._failed = ""
+
+    def pytest_runtestloop(self, session):
+        self._items = {item.nodeid: item for item in session.items}
+        for test in self._items:
+            self._variants[test.partition("[")[0]].append(test)
+        # Before they are frozen, which hides them.
+        functions = [thing for thing in gc.get_objects() if isinstance(thing, types.FunctionType)]
+        self._functions = [one for one in functions if one.__code__.co_filename.startswith(str(PACKAGE))]
+        gc.collect()
+        gc.freeze()
+        self._work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._failed = self._failed or report.nodeid
+
+    def change(self, file, tree):
+        """Give the functions of a module the code of another tree; whether any has changed."""
+        path = str(ROOT / file)
+        new = {(code.co_qualname, code.co_firstlineno): code for code in _codes(compile(tree, path, "exec"))}
+        changed = False
+        for function in self._functions:
+            code = function.__code__
+            other = new.get((code.co_qualname, code.co_firstlineno))
+            if code.co_filename == path and other is not None and other != code:
+                if other.co_freevars != code.co_freevars:
+                    return False
+                function.__code__ = other
+                changed = True
+        return changed
+
+    def failing(self, tests, file="", tree=None, names=(), limit=0.0):
+        """The first of these tests that fails on a mutant; None where only importing would change it.
+
+        Where all pass, also of the other variants of the tests of some names, for so many seconds.
+        """
+        if tree is not None and not self.change(file, tree):
+            return None
+        self._run([self._items[test] for test in tests if test in self._items], float("inf"))
+        if not self._failed:
+            others = [test for name in names for test in self._variants[name] if test not in tests]
+            self._run([self._items[test] for test in others], time.process_time() + limit)
+        return self._failed
+
+    def _run(self, items, until):
+        for item, following in zip(items, [*items[1:], None], strict=False):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self._failed or time.process_time() > until:
+                item.session._setupstate.teardown_exact(None)
+                return
+
+
+def _codes(code):
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def failing_import(tests, file, tree, names=(), limit=0.0):
+    """As `Session.failing`, for what the import of a module evaluates: in a process without the package."""
+    if not tests:
+        return ""
+    original = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(loader, name):
+        if loader.path == str(ROOT / file):
+            return compile(tree, loader.path, "exec", dont_inherit=True)
+        return original(loader, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
+    failure = Failure()
+    return (failure.test or "collection") if run_tests(tests, failure) not in (0, 5) else ""
+
+
+def run(options):
+    """Try mutants that the journal lacks, in the order of the sample; print a table of all."""
+    if (session := os.fork()) == 0:
+        in_session(options, lambda session: try_all(options, session.failing))
+        os._exit(0)
+    os.waitpid(session, 0)
+    try_all(options, failing_import)
+    return report(options)
+
+
+def in_session(options, work):
+    """Do work within a session of pytest that has collected the test files of the map."""
+    files = sorted({record["test"].partition("::")[0] for record in read(options.map) if "test" in record})
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        run_tests(files, Session(work), "-s")
+
+
+def try_all(options, failing):
+    tests = Tests(options.map)
+    done = {record["number"] for record in read(options.journal)}
+    for number, (room, file, place) in enumerate(sampled(options.seed)[: options.count]):
+        if number in done or (options.numbers and number not in options.numbers):
+            continue
+        chosen, seconds, names = tests.of(file, place, options.seconds)
+        tree, words = mutant((ROOT / file).read_text(), place)
+        outcome, killer = "not covered", ""
+        if chosen or names:
+            work = functools.partial(failing, chosen, file, tree, names, options.seconds)
+            killer, why = in_child(work, 4 * seconds + 3 * options.seconds + 20, 12 * seconds + 240)
+            if why == "returned" and killer is None:
+                continue
+            passed = "survived" if chosen else "not covered"
+            outcome = ("killed" if killer else passed) if why == "returned" else why
+        record = {"number": number, "room": room, "file": file, **place._asdict(), "change": words}
+        append(options.journal, record | {"outcome": outcome, "by": killer, "tests": len(chosen)})
+        print(number, outcome, f"{file}:{place.first_line}", words, killer, flush=True)
+
+
+def control(options):
+    """Run what the first mutants are judged by on the code as it is."""
+
+    def try_unchanged(session):
+        tests = Tests(options.map)
+        for number, (_, file, place) in enumerate(sampled(options.seed)[: options.count]):
+            chosen, seconds, _ = tests.of(file, place, options.seconds)
+            work = functools.partial(session.failing, chosen)
+            killer, why = in_child(work, 4 * seconds + 20, 600)
+            print(number, f"WRONG {killer}" if killer else why, flush=True)
+
+    in_session(options, try_unchanged)
+    return 0
+
+
+def report(options):
+    """Print how many of each room came to what, and the survivors."""
+    latest = {record["number"]: record for record in read(options.journal)}
+    counts = defaultdict(Counter)
+    for record in latest.values():
+        for room in (record["room"], "all"):
+            counts[room][record["outcome"]] += 1
+    print(
+        "\n| room | sampled | killed | timed out | crashed | survived | not covered |\n|---"
+        + "|---" * 6
+        + "|"
+    )
+    for room, found in sorted(counts.items(), key=lambda item: item[0] == "all"):
+        numbers = [found[name] for name in ("killed", "timeout", "crash", "survived", "not covered")]
+        print("|", " | ".join([room, *map(str, [found.total(), *numbers])]), "|")
+    for record in latest.values():
+        if record["outcome"] in ("survived", "not covered"):
+            place = f"{record['file'].removeprefix('unlearn_ext/')}:{record['first_line']}"
+            print(f"- {record['outcome']}: `{place}` {record['kind']}: `{record['change']}`")
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    folder = ROOT / "build" / "mutants"
+    parser.add_argument("what", choices=["map", "run", "control", "report"])
+    parser.add_argument("--map", type=Path, default=folder / "map.jsonl")
+    parser.add_argument("--journal", type=Path, default=folder / "journal.jsonl")
+    parser.add_argument(
+        "--files", nargs="+", default=[], help="test files of the map; without: all but slow ones"
+    )
+    parser.add_argument(
+        "--file-seconds", type=float, default=90, help="the most that a file of the map may take"
+    )
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument(
+        "--numbers", type=int, nargs="+", default=[], help="mutants by their place in the sample"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="the most that the tests of a mutant may take"
+    )
+    parser.add_argument("--seed", default="0")
+    options = parser.parse_args()
+    for path in (options.map, options.journal):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if options.what == "report":
+        return report(options)
+    preload()
+    return {"map": draw_map, "run": run, "control": control}[options.what](options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
