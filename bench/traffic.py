@@ -58,7 +58,7 @@ _CASES = {
     "unpack_mask": "unpack_mask",
 }
 _SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "bf16"}
-# pack_mask and unpack_mask start a kernel per tensor: their cases have nine.
+# These ops take one mask, a launch for each; their cases are lists of nine masks in one.
 _PER_TENSOR = ("pack_mask", "unpack_mask")
 
 

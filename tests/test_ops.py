@@ -454,6 +454,31 @@ def test_twenty_thousand_tensors_in_one_call(device, generator):
     assert sum(int(grad.count_nonzero()) for grad in grads) == 30_000
 
 
+def _clear_in_any_order(shapes, orders, dtypes, device, generator):
+    """apply_mask_ to a list of tensors in several memory orders, against plain indexing."""
+    grads, masks, wanted = [], [], []
+    for shape, order, dtype in zip(shapes, orders, dtypes, strict=True):
+        grads.append(torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=order))
+        flags = (torch.rand(shape, generator=generator) < 0.5).to(device)
+        masks.append(ops.pack_mask(flags))
+        wanted.append(flags.to(dtype))
+    ops.apply_mask_(grads, masks)
+    assert all(torch.equal(grad, clear) for grad, clear in zip(grads, wanted, strict=True))
+
+
+def test_masks_are_brought_into_the_memory_order_of_each_tensor_of_a_list(device, generator):
+    orders = [torch.channels_last, torch.contiguous_format, torch.channels_last, torch.channels_last]
+    shapes = [(3, 5, 2, 3), (2, 3, 3, 2), (0, 4, 2, 2), (9, 2, 3, 3)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float16]
+    _clear_in_any_order(shapes * 3, orders * 3, dtypes * 3, device, generator)
+
+
+@pytest.mark.slow
+def test_masks_of_more_scalars_than_wait_for_their_memory_order_at_once(device, generator):
+    shapes = [(2**22, 3, 1, 3), (2**22, 3, 3, 1), (2, 3, 2, 2)]  # 2^26 wait at most
+    _clear_in_any_order(shapes, [torch.channels_last] * 3, [torch.float16] * 3, device, generator)
+
+
 # ---- Tensors of more than 2^31 scalars, each test under 16 GB
 
 HUGE = 2**31 + 77

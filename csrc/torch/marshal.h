@@ -201,8 +201,10 @@ inline void require_writable(const char* op, const char* name, int64_t index, co
 template <int N>
 class Paired {
  public:
-  Paired(const char* op, std::array<List, N> lists, at::Tensor (*repack)(const at::Tensor&, const at::Tensor&))
-      : op_(op), lists_(lists), repack_(repack) {
+  using Repack = std::vector<at::Tensor> (*)(const std::vector<at::Tensor>& bits,
+                                             const std::vector<at::Tensor>& orders);
+
+  Paired(const char* op, std::array<List, N> lists, Repack repack) : op_(op), lists_(lists), repack_(repack) {
     const at::TensorList& first = lists_[0].tensors;
     for (const List& list : lists_)
       TORCH_CHECK_VALUE(list.tensors.size() == first.size(), op, ": ", list.name, " must have ", first.size(),
@@ -215,6 +217,7 @@ class Paired {
         add_extent(extents, list.name, static_cast<int64_t>(t), list.tensors[t], list.written);
     require_no_aliases(op, extents);
     for (size_t t = 0; t < first.size(); ++t) add(t);
+    repack_waiting();
   }
 
   std::vector<Group<N>>& groups() { return groups_; }
@@ -279,16 +282,50 @@ class Paired {
     // The memory order everything else is brought into.
     at::Tensor order = lead;
     if (!lead.is_non_overlapping_and_dense()) order = keep(lead.contiguous());
-    Slice<N> slice{};
+    const size_t g = group_of(lead.device(), row_type(t)), s = groups_[g].slices.size();
+    Slice<N>& slice = groups_[g].slices.emplace_back();
     slice.numel = lead.numel();
     for (int l = 0; l < N; ++l) {
       const List& list = lists_[static_cast<size_t>(l)];
       const at::Tensor& tensor = list.tensors[t];
-      slice.data[l] = list.holds == Holds::bits ? bits_for(tensor, order) : values_for(tensor, order, list.written);
+      if (list.holds != Holds::bits) {
+        slice.data[l] = values_for(tensor, order, list.written);
+        continue;
+      }
+      const at::Tensor dense = keep(tensor.contiguous());
+      slice.data[l] = const_cast<void*>(dense.const_data_ptr());
+      if (!is_row_major(order)) wait_for_repack(dense, order, {g, s, l});
     }
-    Group<N>& group = group_of(lead.device(), row_type(t));
-    group.slices.push_back(slice);
-    group.positions.push_back(static_cast<int64_t>(t));
+    groups_[g].positions.push_back(static_cast<int64_t>(t));
+  }
+
+  // Bits to be brought into another memory order are collected, so that a model in channels_last takes two launches
+  // rather than two per tensor; no more of them than this many scalars, each a byte meanwhile, and of one device.
+  static constexpr int64_t kMostWaiting = int64_t{1} << 26;
+  struct Waiting {
+    size_t group, slice;
+    int list;
+  };
+
+  void wait_for_repack(const at::Tensor& bits, const at::Tensor& order, Waiting place) {
+    if (!waiting_.empty() &&
+        (bits.device() != waiting_bits_[0].device() || waiting_scalars_ + order.numel() > kMostWaiting))
+      repack_waiting();
+    waiting_.push_back(place);
+    waiting_bits_.push_back(bits);
+    waiting_orders_.push_back(order);
+    waiting_scalars_ += order.numel();
+  }
+
+  void repack_waiting() {
+    if (waiting_.empty()) return;
+    const std::vector<at::Tensor> repacked = repack_(waiting_bits_, waiting_orders_);
+    for (size_t i = 0; i < waiting_.size(); ++i) {
+      const Waiting& to = waiting_[i];
+      groups_[to.group].slices[to.slice].data[to.list] = const_cast<void*>(keep(repacked[i]).const_data_ptr());
+    }
+    waiting_.clear(), waiting_bits_.clear(), waiting_orders_.clear();
+    waiting_scalars_ = 0;
   }
 
   void* values_for(const at::Tensor& tensor, const at::Tensor& order, bool written) {
@@ -301,25 +338,24 @@ class Paired {
     return const_cast<void*>(source.const_data_ptr());
   }
 
-  void* bits_for(const at::Tensor& bits, const at::Tensor& order) {
-    const at::Tensor dense = keep(bits.contiguous());
-    return const_cast<void*>((is_row_major(order) ? dense : keep(repack_(dense, order))).const_data_ptr());
-  }
-
   const at::Tensor& keep(at::Tensor t) { return kept_.emplace_back(std::move(t)); }
 
-  Group<N>& group_of(c10::Device device, at::ScalarType type) {
-    for (Group<N>& group : groups_)
-      if (group.device == device && group.type == type) return group;
-    return groups_.emplace_back(Group<N>{device, type, {}, {}});
+  size_t group_of(c10::Device device, at::ScalarType type) {
+    for (size_t g = 0; g < groups_.size(); ++g)
+      if (groups_[g].device == device && groups_[g].type == type) return g;
+    groups_.push_back(Group<N>{device, type, {}, {}});
+    return groups_.size() - 1;
   }
 
   const char* op_;
   std::array<List, N> lists_;
-  at::Tensor (*repack_)(const at::Tensor&, const at::Tensor&);
+  Repack repack_;
   std::vector<Group<N>> groups_;
   std::vector<at::Tensor> kept_;
   std::vector<std::pair<at::Tensor, at::Tensor>> write_back_;
+  std::vector<Waiting> waiting_;
+  std::vector<at::Tensor> waiting_bits_, waiting_orders_;
+  int64_t waiting_scalars_ = 0;
 };
 
 }  // namespace unlearn_ext

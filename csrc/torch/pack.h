@@ -9,6 +9,10 @@
 namespace unlearn_ext {
 namespace {
 
+Slice<2> mask_slice(const at::Tensor& flags, const at::Tensor& packed) {
+  return {{const_cast<void*>(flags.const_data_ptr()), const_cast<void*>(packed.const_data_ptr())}, flags.numel()};
+}
+
 at::Tensor pack_mask(const at::Tensor& mask) {
   require_supported("pack_mask", mask.device());
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "pack_mask: mask must be bool, got ", mask.scalar_type());
@@ -16,10 +20,8 @@ at::Tensor pack_mask(const at::Tensor& mask) {
                     mask.layout());
   const at::Tensor flags = mask.contiguous();
   at::Tensor packed = at::empty({packed_bytes(mask.numel())}, mask.options().dtype(at::kByte));
-  run("pack_mask", mask.device(), [&]<Backend B>(const Exec& exec) {
-    return pack_mask<B>(static_cast<const uint8_t*>(flags.const_data_ptr()), packed.mutable_data_ptr<uint8_t>(),
-                        flags.numel(), exec);
-  });
+  const Slice<2> slice = mask_slice(flags, packed);
+  run("pack_mask", mask.device(), [&]<Backend B>(const Exec& exec) { return pack_masks<B>(&slice, 1, exec); });
   return packed;
 }
 
@@ -38,17 +40,30 @@ at::Tensor unpack_mask(const at::Tensor& packed, at::IntArrayRef shape) {
                     packed_bytes(numel), "] for ", numel, " scalars, got ", packed.sizes());
   const at::Tensor bits = packed.contiguous();
   at::Tensor mask = at::empty(shape, packed.options().dtype(at::kBool));
-  run("unpack_mask", packed.device(), [&]<Backend B>(const Exec& exec) {
-    return unpack_mask<B>(bits.const_data_ptr<uint8_t>(), static_cast<uint8_t*>(mask.mutable_data_ptr()), numel, exec);
-  });
+  const Slice<2> slice = mask_slice(mask, bits);
+  run("unpack_mask", packed.device(), [&]<Backend B>(const Exec& exec) { return unpack_masks<B>(&slice, 1, exec); });
   return mask;
 }
 
-// Row-major mask bits in the memory order of `order`.
-at::Tensor repack(const at::Tensor& bits, const at::Tensor& order) {
-  at::Tensor flags = at::empty_strided(order.sizes(), order.strides(), bits.options().dtype(at::kBool));
-  flags.copy_(unpack_mask(bits, order.sizes()));
-  return pack_mask(flags.as_strided({flags.numel()}, {1}));
+// Row-major mask bits in the memory order of `orders`, which are dense; all on one device. Two launches for the list.
+std::vector<at::Tensor> repack(const std::vector<at::Tensor>& bits, const std::vector<at::Tensor>& orders) {
+  const auto count = static_cast<int64_t>(bits.size());
+  const c10::Device device = bits[0].device();
+  std::vector<at::Tensor> flags, packed;
+  std::vector<Slice<2>> slices;
+  for (size_t t = 0; t < bits.size(); ++t) {
+    flags.push_back(at::empty(orders[t].sizes(), bits[t].options().dtype(at::kBool)));
+    slices.push_back(mask_slice(flags[t], bits[t]));
+  }
+  run("unpack_mask", device, [&]<Backend B>(const Exec& exec) { return unpack_masks<B>(slices.data(), count, exec); });
+  for (size_t t = 0; t < bits.size(); ++t) {
+    at::Tensor ordered = at::empty_strided(orders[t].sizes(), orders[t].strides(), flags[t].options());
+    flags[t] = ordered.copy_(flags[t]);
+    packed.push_back(at::empty_like(bits[t]));
+    slices[t] = mask_slice(flags[t], packed[t]);
+  }
+  run("pack_mask", device, [&]<Backend B>(const Exec& exec) { return pack_masks<B>(slices.data(), count, exec); });
+  return packed;
 }
 
 using PackOps = OpList<Op<"pack_mask(Tensor mask) -> Tensor", &pack_mask>,

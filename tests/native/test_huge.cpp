@@ -100,8 +100,9 @@ const Case pack_case("huge masks", [] {
   on_ends([]<Backend B>(const Exec& exec) {
     Sparse<uint8_t> mask(kHuge), packed((kHuge + 7) / 8), unpacked(kHuge);
     for (int64_t i = 0; i < 12; i += 3) mask[i] = mask.last(i) = 1;
-    CHECK(pack_mask<B>(mask.data(), packed.data(), kHuge, exec) == 0, "error code");
-    CHECK(unpack_mask<B>(packed.data(), unpacked.data(), kHuge, exec) == 0, "error code");
+    const Slice<2> pack{{mask.data(), packed.data()}, kHuge}, unpack{{unpacked.data(), packed.data()}, kHuge};
+    CHECK(pack_masks<B>(&pack, 1, exec) == 0, "error code");
+    CHECK(unpack_masks<B>(&unpack, 1, exec) == 0, "error code");
     for (int64_t i = 0; i < 12; ++i) {
       const int64_t far = kHuge - 1 - i;
       CHECK((packed[far / 8] >> far % 8 & 1) == (i % 3 == 0), "bit " + std::to_string(i));

@@ -11,31 +11,62 @@ namespace {
 
 bool bit(const Buf<uint8_t>& packed, int64_t i) { return packed[i / 8] >> (i % 8) & 1; }
 
-// ---- pack_mask, unpack_mask
+// ---- pack_masks, unpack_masks
 
-const Case pack_case("pack_mask", [] {
-  on_backends([]<Backend B>(const Exec& exec) {
-    for (const int64_t n : thinned<int64_t>({0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 16383, 16384, 300001, 16385}, 3))
-      for (const int64_t offset : {0, 1}) {
-        const Scope scope("numel " + std::to_string(n) + ", offset " + std::to_string(offset));
-        Buf<uint8_t> mask(n, offset), packed((n + 7) / 8, offset), unpacked(n, offset);
-        for (int64_t i = 0; i < n; ++i)
-          mask[i] = below(3) ? static_cast<uint8_t>(rng()()) : 0;  // any byte but 0 is set
-        CHECK(pack_mask<B>(mask.device(), packed.device(), n, exec) == 0, "error code");
-        CHECK(packed.fetch(), "a write outside the packed mask");
-        for (int64_t i = 0; i < 8 * packed.size(); ++i)
-          CHECK(bit(packed, i) == (i < n && mask[i] != 0), "bit " + std::to_string(i));
-        for (int64_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint8_t>(rng()());
-        CHECK(unpack_mask<B>(packed.device(), unpacked.device(), n, exec) == 0, "error code");
-        CHECK(unpacked.fetch(), "a write outside the mask");
-        for (int64_t i = 0; i < n; ++i) CHECK(unpacked[i] == bit(packed, i), "flag " + std::to_string(i));
-      }
+using Sizes = std::vector<int64_t>;
+
+// Packs and unpacks masks of these sizes in one call each; every one begins `offset` bytes behind an aligned address.
+void pack_and_unpack(const Sizes& sizes, int64_t offset) {
+  on_backends([&]<Backend B>(const Exec& exec) {
+    std::vector<Buf<uint8_t>> masks, packed;
+    for (const int64_t n : sizes) {
+      auto& mask = masks.emplace_back(n, offset);
+      packed.emplace_back((n + 7) / 8, offset);
+      for (int64_t i = 0; i < n; ++i) mask[i] = below(3) ? static_cast<uint8_t>(rng()()) : 0;  // any byte but 0 is set
+    }
+    const auto count = static_cast<int64_t>(sizes.size());
+    const auto slices = [&] {
+      std::vector<Slice<2>> all;
+      for (size_t t = 0; t < sizes.size(); ++t) all.push_back({{masks[t].device(), packed[t].device()}, sizes[t]});
+      return all;
+    };
+    CHECK(pack_masks<B>(slices().data(), count, exec) == 0, "error code");
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      const Scope scope("mask " + std::to_string(t) + " of " + std::to_string(sizes[t]) + " flags");
+      CHECK(packed[t].fetch(), "a write outside the packed mask");
+      for (int64_t i = 0; i < 8 * packed[t].size(); ++i)
+        CHECK(bit(packed[t], i) == (i < sizes[t] && masks[t][i] != 0), "bit " + std::to_string(i));
+      for (int64_t i = 0; i < packed[t].size(); ++i) packed[t][i] = static_cast<uint8_t>(rng()());
+    }
+    CHECK(unpack_masks<B>(slices().data(), count, exec) == 0, "error code");
+    for (size_t t = 0; t < sizes.size(); ++t) {
+      const Scope scope("mask " + std::to_string(t) + " of " + std::to_string(sizes[t]) + " flags");
+      CHECK(masks[t].fetch(), "a write outside the mask");
+      for (int64_t i = 0; i < sizes[t]; ++i) CHECK(masks[t][i] == bit(packed[t], i), "flag " + std::to_string(i));
+    }
   });
+}
+
+const Case pack_case("pack_masks, one", [] {
+  for (const int64_t n : thinned<int64_t>({0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 16383, 16384, 300001, 16385}, 3))
+    for (const int64_t offset : {0, 1}) {
+      const Scope scope("offset " + std::to_string(offset));
+      pack_and_unpack({n}, offset);
+    }
+});
+
+// More masks than a table holds, empty ones among them; a chunk ends inside some, and at the end of one.
+const Case pack_list_case("pack_masks, lists", [] {
+  Sizes sizes{0, 8192, 8193, 1, 0, 3 * 8192 + 5, 8191};
+  for (int64_t i = 0; i < 240; ++i) sizes.push_back(i % 7 == 0 ? 0 : i * 13 % 97 + 1);
+  for (const int64_t offset : {0, 1}) {
+    const Scope scope("offset " + std::to_string(offset));
+    pack_and_unpack(sizes, offset);
+  }
 });
 
 // ---- selected_counts
 
-using Sizes = std::vector<int64_t>;
 std::vector<std::pair<const char*, Sizes>> lists() {
   Sizes many;
   for (int64_t i = 0; i < 400; ++i) many.push_back(i % 5 == 0 ? 0 : i * 13 % 97 + 1);

@@ -253,19 +253,17 @@ void topk(bool tied) {
 }
 
 void pack() {
-  for (const int64_t n : kSizes) {
-    auto* mask = array<uint8_t>("mask", Role::in, n);
-    auto* packed = array<uint8_t>("packed", Role::out, (n + 7) / 8);
-    must(pack_mask<kCuda>(mask, packed, n, kExec));
-  }
+  std::vector<Slice<2>> slices;
+  for (const int64_t n : kSizes)
+    slices.push_back({{array<uint8_t>("mask", Role::in, n), array<uint8_t>("packed", Role::out, (n + 7) / 8)}, n});
+  must(pack_masks<kCuda>(slices.data(), static_cast<int64_t>(slices.size()), kExec));
 }
 
 void unpack() {
-  for (const int64_t n : kSizes) {
-    auto* packed = array<uint8_t>("packed", Role::in, (n + 7) / 8);
-    auto* mask = array<uint8_t>("mask", Role::out, n);
-    must(unpack_mask<kCuda>(packed, mask, n, kExec));
-  }
+  std::vector<Slice<2>> slices;
+  for (const int64_t n : kSizes)
+    slices.push_back({{array<uint8_t>("mask", Role::out, n), array<uint8_t>("packed", Role::in, (n + 7) / 8)}, n});
+  must(unpack_masks<kCuda>(slices.data(), static_cast<int64_t>(slices.size()), kExec));
 }
 
 // ---- Layers
