@@ -46,6 +46,7 @@ help:
 	@echo "make docs              the documentation as a site in build/site; tutorials are run"
 	@echo "make lint, format      ruff, mypy, clang-format; make mypy: types alone"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make check-portable    CPU kernels built with Clang, and for aarch64, run by QEMU; -clang, -aarch64: one of the two"
 	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
 	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
 	@echo "make check-static      registers, occupancy and instructions of the CUDA kernels against their budgets; needs"
@@ -188,3 +189,17 @@ check-faults: build
 .PHONY: check-asan
 check-asan: $(READY)
 	PYTHON=$(PY) tests/faults/asan.sh $(ARGS)
+
+# ---- CPU kernels by another compiler, and for another processor.
+
+.PHONY: check-portable check-portable-clang check-portable-aarch64
+check-portable: check-portable-clang check-portable-aarch64
+
+check-portable-clang: $(READY)
+	@compgen -c clang++ >/dev/null || { echo "make $@ needs Clang (Debian: clang-16) on PATH: there is none" >&2; exit 1; }
+	tests/native/run.sh clang
+
+check-portable-aarch64: $(READY)
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64-static >/dev/null || \
+	  { echo "make $@ needs g++-aarch64-linux-gnu and qemu-user-static" >&2; exit 1; }
+	tests/native/run.sh aarch64

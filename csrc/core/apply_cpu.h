@@ -2,6 +2,7 @@
 // namespace keeps every build's copy to itself.
 #pragma once
 
+#include "core/compiler.h"
 #include "core/lists.h"
 
 namespace unlearn_ext {
@@ -50,7 +51,7 @@ void for_each_range(const Slice<N>* slices, int64_t count, const Exec& exec, con
 template <class R, class Op, size_t... I>
 void apply_range(const Op& op, void* const* data, int64_t begin, int64_t end, std::index_sequence<I...> indices) {
   [&](auto*... list) {
-#pragma GCC ivdep
+    UNLEARN_INDEPENDENT
     for (int64_t i = begin; i < end; ++i) apply_at<R>(op, true, indices, list + i...);
   }(static_cast<typename R::template at<I>*>(data[I])...);
 }
@@ -85,7 +86,7 @@ void apply_masked_word(const Op& op, void* const* data, int64_t begin, int64_t e
     for (; begin < end; begin += kWord / 2, word >>= kWord / 2) {
       const auto bits = static_cast<uint32_t>(word);
       const auto n = static_cast<uint32_t>(std::min(kWord / 2, end - begin));
-#pragma GCC ivdep
+      UNLEARN_INDEPENDENT
       for (uint32_t i = 0; i < n; ++i) apply_at<R>(op, (bits & kBits32.value[i]) != 0, indices, list + begin + i...);
     }
   }(static_cast<typename R::template at<I>*>(data[I])...);

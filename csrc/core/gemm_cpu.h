@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "core/compiler.h"
 #include "core/dtype.h"
 
 namespace unlearn_ext {
@@ -30,18 +31,19 @@ template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 template <class A>
 constexpr int kTileCols = 2 * kLanes<A>;
+template <class A>
+using VectorRegister = typename VectorOf<A, kVectorBytes>::type;
 
 // c[r][n] = sum_k a[k][r] * b[k][n], or += with `accumulate`.
 template <class A>
-__attribute__((always_inline)) inline void multiply_panels(const A* __restrict__ a, const A* __restrict__ b,
-                                                           int64_t depth, A (&c)[kTileRows][kTileCols<A>],
-                                                           bool accumulate) {
-  typedef A Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
+UNLEARN_ALWAYS_INLINE inline void multiply_panels(const A* __restrict__ a, const A* __restrict__ b, int64_t depth,
+                                                  A (&c)[kTileRows][kTileCols<A>], bool accumulate) {
+  using Vector = VectorRegister<A>;
   Vector sum[kTileRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector left = *reinterpret_cast<const Vector*>(b);
     const Vector right = *reinterpret_cast<const Vector*>(b + kLanes<A>);
-#pragma GCC unroll 16
+    UNLEARN_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       sum[r][0] += a[r] * left;
       sum[r][1] += a[r] * right;
@@ -49,7 +51,7 @@ __attribute__((always_inline)) inline void multiply_panels(const A* __restrict__
     a += kTileRows;
     b += kTileCols<A>;
   }
-#pragma GCC unroll 16
+  UNLEARN_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
     Vector* row = reinterpret_cast<Vector*>(c[r]);
     row[0] = accumulate ? row[0] + sum[r][0] : sum[r][0];

@@ -46,27 +46,21 @@ void copy_rows(const T* from, int64_t step, int64_t channel_step, int64_t rows, 
 
 template <class A>
 struct Square {
-  typedef A Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
-  Vector row[kLanes<A>];
+  VectorRegister<A> row[kLanes<A>];
 };
 
 // Square of kLanes x kLanes values, transposed in registers: log2(kLanes) rounds that exchange blocks of halving size.
 template <class A, int kBlock = kLanes<A> / 2>
-__attribute__((always_inline)) inline void transpose(Square<A>& square) {
+UNLEARN_ALWAYS_INLINE inline void transpose(Square<A>& square) {
   if constexpr (kBlock > 0) {
-    using Vector = typename Square<A>::Vector;
-    typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index __attribute__((vector_size(kVectorBytes)));
-    Index low, high;
-    for (int lane = 0; lane < kLanes<A>; ++lane) {
-      low[lane] = lane & kBlock ? kLanes<A> + lane - kBlock : lane;
-      high[lane] = lane & kBlock ? kLanes<A> + lane : lane + kBlock;
-    }
-#pragma GCC unroll 16
+    constexpr auto kLow = [](int lane) { return lane & kBlock ? kLanes<A> + lane - kBlock : lane; };
+    constexpr auto kHigh = [](int lane) { return lane & kBlock ? kLanes<A> + lane : lane + kBlock; };
+    UNLEARN_UNROLL
     for (int i = 0; i < kLanes<A>; ++i) {
       if (i & kBlock) continue;
-      const Vector a = square.row[i], b = square.row[i | kBlock];
-      square.row[i] = __builtin_shuffle(a, b, low);
-      square.row[i | kBlock] = __builtin_shuffle(a, b, high);
+      const VectorRegister<A> a = square.row[i], b = square.row[i | kBlock];
+      square.row[i] = shuffle<A, kVectorBytes>(a, b, kLow);
+      square.row[i | kBlock] = shuffle<A, kVectorBytes>(a, b, kHigh);
     }
     transpose<A, kBlock / 2>(square);
   }

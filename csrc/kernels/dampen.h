@@ -25,7 +25,7 @@ UNLEARN_HD Comparable<A> comparable(A full, A forget) {
   constexpr bool kDouble = std::is_same_v<A, double>;
   constexpr A kTiny = kDouble ? A(0x1p-950) : A(0x1p-100f), kBoost = kDouble ? A(0x1p110) : A(0x1p50f);
   constexpr A kLargest = std::numeric_limits<A>::max();
-  const bool finite = is_finite(full) & is_finite(forget);
+  const bool finite_full = is_finite(full), finite_forget = is_finite(forget), finite = finite_full & finite_forget;
   const A scale = forget < kTiny ? kBoost : A(1);
   const A scaled = full * scale < kLargest ? full * scale : kLargest;
   return {finite ? scaled : A(0), finite ? forget * scale : A(-1)};

@@ -43,7 +43,7 @@ void sum_rows(const Positions& g, const Positions* x, int64_t sample, acc_t<T>* 
       for (int64_t c = 0; c < channels; ++c) part[c] = 0;
       for (int64_t t = begin; t < end; ++t) {
         const T *row = gradients.data + t * gradients.step, *other = scales.data + t * scales.step;
-#pragma GCC ivdep
+        UNLEARN_INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) {
           if constexpr (kScaled)
             part[c] += acc_t<T>(row[c]) * acc_t<T>(other[c]);
@@ -101,7 +101,7 @@ void accumulate_single(const Positions& g, const Positions* x, double weight, in
     for (int64_t n = 0; n < g.samples; ++n) {
       const T* row = static_cast<const T*>(g.data) + n * g.sample_stride + begin;
       const T* other = static_cast<const T*>((kScaled ? x : &g)->data) + n * (kScaled ? x : &g)->sample_stride + begin;
-#pragma GCC ivdep
+      UNLEARN_INDEPENDENT
       for (int64_t c = 0; c < end - begin; ++c) {
         const A sum = kScaled ? A(row[c]) * A(other[c]) : A(row[c]);
         total[static_cast<size_t>(c)] += raised(sum, power);

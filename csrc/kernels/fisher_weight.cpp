@@ -61,24 +61,18 @@ struct Plan {
   }
 };
 
-template <class A>
-struct Wide {
-  typedef A Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
-};
-
 enum class Part { whole, first, middle, last, plain };
 
 // One tile, kRows x kTileCols, of a sample's product over `depth` positions. `total` gets its power, `product` holds
 // what earlier stretches of the sample gave; a plain tile is added to `total` as it is.
 template <int kRows, int kPower, Part kPart, class A>
-__attribute__((always_inline)) inline void multiply_tile(const A* __restrict__ a, const A* __restrict__ b,
-                                                         int64_t depth, A* __restrict__ product,
-                                                         A* __restrict__ total) {
-  using V = typename Wide<A>::Vector;
+UNLEARN_ALWAYS_INLINE inline void multiply_tile(const A* __restrict__ a, const A* __restrict__ b, int64_t depth,
+                                                A* __restrict__ product, A* __restrict__ total) {
+  using V = VectorRegister<A>;
   V sum[kRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const V left = *reinterpret_cast<const V*>(b), right = *reinterpret_cast<const V*>(b + kLanes<A>);
-#pragma GCC unroll 16
+    UNLEARN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       sum[r][0] += a[r] * left;
       sum[r][1] += a[r] * right;
@@ -86,9 +80,9 @@ __attribute__((always_inline)) inline void multiply_tile(const A* __restrict__ a
     a += kTileRows;
     b += kTileCols<A>;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+  UNLEARN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    UNLEARN_UNROLL
     for (int half = 0; half < 2; ++half) {
       V& before = *reinterpret_cast<V*>(product + r * kTileCols<A> + half * kLanes<A>);
       V& powers = *reinterpret_cast<V*>(total + r * kTileCols<A> + half * kLanes<A>);
@@ -101,15 +95,16 @@ __attribute__((always_inline)) inline void multiply_tile(const A* __restrict__ a
       else
         powers += raised<kPower>(value);
     }
+  }
 }
 
 // The tiles of `samples` samples of few positions each, kRows <= kTileRows / 2: two sets of accumulators in registers.
 template <int kRows, int kPower, class A>
-__attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a, const A* __restrict__ b,
-                                                        int64_t positions, int64_t samples, A* __restrict__ total) {
-  using V = typename Wide<A>::Vector;
+UNLEARN_ALWAYS_INLINE inline void multiply_few(const A* __restrict__ a, const A* __restrict__ b, int64_t positions,
+                                               int64_t samples, A* __restrict__ total) {
+  using V = VectorRegister<A>;
   V powers[kRows][2];
-#pragma GCC unroll 16
+  UNLEARN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     powers[r][0] = *reinterpret_cast<const V*>(total + r * kTileCols<A>);
     powers[r][1] = *reinterpret_cast<const V*>(total + r * kTileCols<A> + kLanes<A>);
@@ -117,7 +112,7 @@ __attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a,
   for (int64_t n = 0; n < samples; ++n) {
     V sum[kRows][2];
     V left = *reinterpret_cast<const V*>(b), right = *reinterpret_cast<const V*>(b + kLanes<A>);
-#pragma GCC unroll 16
+    UNLEARN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       sum[r][0] = a[r] * left;
       sum[r][1] = a[r] * right;
@@ -126,7 +121,7 @@ __attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a,
     b += kTileCols<A>;
     for (int64_t k = 1; k < positions; ++k) {
       left = *reinterpret_cast<const V*>(b), right = *reinterpret_cast<const V*>(b + kLanes<A>);
-#pragma GCC unroll 16
+      UNLEARN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         sum[r][0] += a[r] * left;
         sum[r][1] += a[r] * right;
@@ -134,13 +129,13 @@ __attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a,
       a += kTileRows;
       b += kTileCols<A>;
     }
-#pragma GCC unroll 16
+    UNLEARN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       powers[r][0] += raised<kPower>(sum[r][0]);
       powers[r][1] += raised<kPower>(sum[r][1]);
     }
   }
-#pragma GCC unroll 16
+  UNLEARN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     *reinterpret_cast<V*>(total + r * kTileCols<A>) = powers[r][0];
     *reinterpret_cast<V*>(total + r * kTileCols<A> + kLanes<A>) = powers[r][1];
@@ -149,7 +144,7 @@ __attribute__((always_inline)) inline void multiply_few(const A* __restrict__ a,
 
 // Calls f with the least of a third, two thirds and the whole of kMost that holds `rows`, as a constant.
 template <int kMost, class F>
-__attribute__((always_inline)) inline void with_rows(int64_t rows, const F& f) {
+UNLEARN_ALWAYS_INLINE inline void with_rows(int64_t rows, const F& f) {
   if (rows > kMost / 3 * 2)
     f(std::integral_constant<int, kMost>{});
   else if (rows > kMost / 3)
@@ -160,7 +155,7 @@ __attribute__((always_inline)) inline void with_rows(int64_t rows, const F& f) {
 
 template <int kPower, Part kPart, class A>
 void multiply(int64_t rows, const A* a, const A* b, int64_t depth, A* product, A* total) {
-  with_rows<kTileRows>(rows, [&]<int kRows>(std::integral_constant<int, kRows>) __attribute__((always_inline)) {
+  with_rows<kTileRows>(rows, [&]<int kRows>(std::integral_constant<int, kRows>) UNLEARN_ALWAYS_INLINE {
     multiply_tile<kRows, kPower, kPart>(a, b, depth, product, total);
   });
 }
@@ -170,7 +165,7 @@ void multiply_short(int64_t rows, const A* a, const A* b, int64_t positions, int
   constexpr int kHalf = kTileRows / 2;
   for (int64_t r = 0; r < rows; r += kHalf)
     with_rows<kHalf>(std::min<int64_t>(kHalf, rows - r),
-                     [&]<int kRows>(std::integral_constant<int, kRows>) __attribute__((always_inline)) {
+                     [&]<int kRows>(std::integral_constant<int, kRows>) UNLEARN_ALWAYS_INLINE {
                        multiply_few<kRows, kPower>(a + r, b, positions, samples, total + r * kTileCols<A>);
                      });
 }

@@ -53,13 +53,12 @@ class LocalHistogram {
 // every key that counts and shares a cursor's prefix. key_at(data, i, key) gives key i and whether it counts at all.
 // Always inlined: with n a constant, the usual case, the loop vectorises; with n a variable GCC runs it one by one.
 template <class A, class KeyAt>
-__attribute__((always_inline)) inline uint64_t word_digits(void* const* data, int64_t begin, int n, Key<A> first,
-                                                           Key<A> second, bool two, int pass, const KeyAt& key_at,
-                                                           int32_t (&bins)[kWord]) {
+UNLEARN_ALWAYS_INLINE inline uint64_t word_digits(void* const* data, int64_t begin, int n, Key<A> first, Key<A> second,
+                                                  bool two, int pass, const KeyAt& key_at, int32_t (&bins)[kWord]) {
   const int above = pass == 0 ? 0 : digit_shift<A>(pass - 1);
   const Key<A> any = pass == 0 ? ~Key<A>(0) : Key<A>(0);  // before the first digit every key shares the prefix
   uint8_t found[kWord] = {};
-#pragma GCC ivdep
+  UNLEARN_INDEPENDENT
   for (int j = 0; j < n; ++j) {
     Key<A> key;
     const bool counted = key_at(data, begin + j, key);
@@ -119,10 +118,10 @@ Key<acc_t<T>> score_key(void* const* data, int64_t i, bool largest) {
 
 // One word of scores against the threshold: bit j of *before and *tied. Inlined for the reason given at word_digits.
 template <class T>
-__attribute__((always_inline)) inline void compare_word(void* const* data, int64_t i, int n, bool largest,
-                                                        Key<acc_t<T>> threshold, uint64_t* before, uint64_t* tied) {
+UNLEARN_ALWAYS_INLINE inline void compare_word(void* const* data, int64_t i, int n, bool largest,
+                                               Key<acc_t<T>> threshold, uint64_t* before, uint64_t* tied) {
   uint8_t less[kWord] = {}, equal[kWord] = {};
-#pragma GCC ivdep
+  UNLEARN_INDEPENDENT
   for (int j = 0; j < n; ++j) {
     const Key<acc_t<T>> key = score_key<T>(data, i + j, largest);
     less[j] = key < threshold;
@@ -229,7 +228,7 @@ int ratio_quantile<kBackend>(DType dtype, const Slice<2>* slices, int64_t count,
                              int64_t* n_finite, void* scratch, const Exec& exec) {
   visit_accumulator(dtype, [&]<class A>(Tag<A>) {
     SelectState<A> state{};
-    const auto key_at = [](void* const* data, int64_t i, Key<A>& key) __attribute__((always_inline)) {
+    const auto key_at = [](void* const* data, int64_t i, Key<A>& key) UNLEARN_ALWAYS_INLINE {
       const A ratio = importance_ratio(static_cast<const A*>(data[0])[i], static_cast<const A*>(data[1])[i]);
       key = key_of(ratio);
       return is_finite(ratio);
@@ -252,7 +251,7 @@ int topk_mask<kBackend>(DType dtype, const Slice<2>* slices, int64_t count, int6
     auto* histogram = static_cast<unsigned long long*>(scratch);
     SelectState<A> state{};
     state.cursor[0].rank = state.cursor[1].rank = k - 1;
-    const auto key_at = [largest](void* const* data, int64_t i, Key<A>& key) __attribute__((always_inline)) {
+    const auto key_at = [largest](void* const* data, int64_t i, Key<A>& key) UNLEARN_ALWAYS_INLINE {
       const A score = static_cast<const T*>(data[0])[i];
       key = selection_key<A>(score, largest);
       return score == score;

@@ -3,6 +3,8 @@
 # --build and --run do half of it.
 #   plain         CPU kernels
 #   asan          CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   clang         CPU kernels, built with Clang: CLANGXX=..., or the newest on PATH; clang-asan: under both sanitizers
+#   aarch64       CPU kernels, built by a cross compiler and run by QEMU
 #   emulate       CUDA kernels in the CUDA checker, four schedules
 #   emulate-asan  the same under both sanitizers, one schedule
 #   race          CUDA kernels in the checker under ThreadSanitizer, one schedule: races inside a block
@@ -17,12 +19,16 @@ case ${1:-} in
   --build) run_it=; shift ;;
   --run) build_it=; shift ;;
 esac
-mode=${1:?usage: run.sh [--build|--run] plain|asan|emulate|emulate-asan|race|race-inter|traffic|gpu [text]}
+mode=${1:?usage: run.sh [--build|--run] plain|asan|clang|clang-asan|aarch64|emulate|emulate-asan|race|race-inter|traffic|gpu [text]}
 shift
 sanitize=
+emulator=()
 case $mode in
   plain) backend=cpu ;;
   asan) backend=cpu sanitize=address,undefined ;;
+  clang) backend=cpu ;;
+  clang-asan) backend=cpu sanitize=address,undefined ;;
+  aarch64) backend=cpu ;;
   emulate) backend=emulate ;;
   emulate-asan) backend=emulate sanitize=address,undefined ;;
   race | race-inter) backend=emulate sanitize=thread ;;
@@ -32,12 +38,22 @@ case $mode in
 esac
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+configure=()
+case $mode in
+  clang*)
+    clang=${CLANGXX:-$(compgen -c clang++ | grep -xE 'clang\+\+(-[0-9]+)?' | sort -uV | tail -n 1)}
+    configure=(-DCMAKE_CXX_COMPILER="${clang:?"run.sh: there is no clang++ on PATH: name it in CLANGXX"}")
+    ;;
+  aarch64)
+    configure=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++)
+    emulator=(qemu-aarch64-static -L /usr/aarch64-linux-gnu)
+    ;;
+esac
 build=$(cd "$here/../.." && pwd)/build/native-${mode%-inter}
 if [ "$build_it" ]; then
   mkdir -p "$build"
-  generator=()
-  if command -v ninja >/dev/null; then generator=(-G Ninja); fi
-  cmake -S "$here" -B "$build" "${generator[@]}" -DUNLEARN_TEST_BACKEND=$backend -DUNLEARN_SANITIZE=$sanitize \
+  if command -v ninja >/dev/null; then configure+=(-G Ninja); fi
+  cmake -S "$here" -B "$build" "${configure[@]}" -DUNLEARN_TEST_BACKEND=$backend -DUNLEARN_SANITIZE=$sanitize \
     >"$build.log" || { cat "$build.log"; exit 1; }
   cmake --build "$build" --parallel "${JOBS:-$(nproc)}"
 fi
@@ -47,7 +63,7 @@ if [ $mode = traffic ]; then
 fi
 
 export ASAN_OPTIONS=detect_stack_use_after_return=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
-run=()
+run=("${emulator[@]}")
 if [ "$sanitize" = thread ]; then
   export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
   if [ "$mode" = race ]; then
