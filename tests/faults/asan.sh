@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Random calls of every op (op_fuzz.py) with the extension built under AddressSanitizer and UndefinedBehaviorSanitizer:
 # asan.sh [options of op_fuzz.py, by default --calls 21000 --seed 1000000]. PYTHON names the interpreter for whose torch
-# it is built. The first error ends the run. Builds in build/asan, with a copy of the package's Python, and leaves the package alone.
+# it is built. The first error ends the run. Builds in build/asan, with a copy of the Python, and leaves the package alone.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
