@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Random calls of every op (op_fuzz.py) with the extension built under AddressSanitizer and UndefinedBehaviorSanitizer:
-# asan.sh [options of op_fuzz.py, by default --calls 30000]. PYTHON names the interpreter, whose torch it is built for.
-# The first error ends the run. Builds in build/asan, beside a link to the package's Python, and leaves the package alone.
+# asan.sh [options of op_fuzz.py, by default --calls 21000 --seed 1000000]. PYTHON names the interpreter for whose torch
+# it is built. The first error ends the run. Builds in build/asan, with a copy of the Python, and leaves the package alone.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -20,12 +20,11 @@ mkdir -p "$package"
 (cd "$root/unlearn_ext" && find . -name '*.py' -exec cp --parents {} "$package" \;)
 cp "$build"/_C*.so "$build/_build_info.json" "$package"
 
-# A run without calls tells whether it is the sanitized module that is imported.
 export PYTHONPATH=$build/package${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:${ASAN_OPTIONS:-}
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:${UBSAN_OPTIONS:-}
 preload="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so)"
-[ $# -gt 0 ] || set -- --calls 30000
+[ $# -gt 0 ] || set -- --calls 21000 --seed 1000000
 cd "$build"
 LD_PRELOAD=$preload "$python" -c "
 import unlearn_ext._C as module

@@ -7,8 +7,7 @@ import torch
 from everything import places_of
 from subjects import SUBJECTS
 
-# Interrupts at lines are left to `make check-faults`: which lines are run depends on the clock, and those of
-# restoring itself are not all safe yet.
+# Interrupts at lines are left to `make check-faults`: which lines are run depends on the clock.
 FEW = {"call": 4, "operator": 2}
 
 
