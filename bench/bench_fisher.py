@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(pytest.main([*fixed, f"--benchmark-json={output}", *options]))
         if output.exists():
             print(
-                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples (or as it says), "
+                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples (or as said), "
                 "by medians and by best laps; in brackets the largest error against float64.\n"
             )
             print(section(json.loads(output.read_text())["benchmarks"]))
