@@ -279,7 +279,8 @@ def section(benchmarks: Iterable[Mapping[str, Any]]) -> str:
         if PLAIN not in group:
             continue
         price = group[PLAIN]["stats"]
-        n_batches = group[PLAIN]["extra_info"]["batches"]
+        extra = group[PLAIN]["extra_info"]
+        n_batches = extra.get("batches", extra["samples"] / SAMPLES)
         cells = [model, f"{price['median'] / n_batches * 1e3:.3g}"]
         for name in peers:
             if name not in group:
@@ -310,8 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(pytest.main([*fixed, f"--benchmark-json={output}", *options]))
         if output.exists():
             print(
-                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples, or as many as it "
-                "says, by medians and by best laps; in brackets the largest error against float64.\n"
+                f"Times as multiples of a plain forward and backward pass of {SAMPLES} samples (or as said), "
+                "by medians and by best laps; in brackets the largest error against float64.\n"
             )
             print(section(json.loads(output.read_text())["benchmarks"]))
     return code
