@@ -11,106 +11,23 @@ bounded memory, time and file size, in an empty folder. Processes that tests sta
 """
 
 import argparse
-import contextlib
 import functools
 import gc
-import importlib
 import importlib.machinery
-import json
 import os
 import random
-import resource
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 
+from confined import ROOT, in_child, preload, run_tests
+from mutant_map import PACKAGE, ROOMS, Tests, append, draw_map, read
 from mutations import mutant, places
-
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "unlearn_ext"
-# Room: folders of the package. The engine is measured with what it stands on.
-ROOMS = {
-    "engine": ["fisher", "ops", "tasks", "subspace", "resume", "distributed", "_internal"],
-    "methods": ["methods"],
-    "evaluation": ["evaluation"],
-}
-TEST_FILES = [
-    *["tests/engine", "tests/methods", "tests/test_[a-z]*.py", "tests/faults/test_files.py"],
-    *[f"unlearn_ext/{folder}" for folders in ROOMS.values() for folder in folders],
-]
-# They build, start other processes throughout, or take minutes.
-LEFT_OUT = (
-    "build",
-    "cuda",
-    "docs",
-    "examples",
-    "gpu_script",
-    "hf_trainer",
-    "install",
-    "library",
-    "lightning",
-    "site",
-)
-
-MEMORY, FILE_SIZE = 8 << 30, 1 << 30
-# What tests import as they go.
-LATER = ["hypothesis", "safetensors.torch", "sklearn.datasets", "torch._dynamo", "torch.distributed.tensor"]
-
-
-class Recorder:
-    """A plugin of pytest: what each test executes of the package, what it takes and whether it passes."""
-
-    def __init__(self, journal):
-        self._journal = journal
-        self._lines = defaultdict(set)
-        self._calls = Counter()
-        self._passed = {}
-
-    def _call(self, frame, event, arg):
-        code = frame.f_code
-        if not code.co_filename.startswith(str(PACKAGE)):
-            return None
-        self._lines[code.co_filename].add(code.co_firstlineno)
-        self._calls[code] += 1
-        return self._line if self._calls[code] < 10 else None
-
-    def _line(self, frame, event, arg):
-        self._lines[frame.f_code.co_filename].add(frame.f_lineno)
-        return self._line
-
-    def pytest_collection_modifyitems(self, items):
-        variants = defaultdict(list)
-        for item in items:
-            variants[item.nodeid.partition("[")[0]].append(item)
-        items[:] = [kept for some in variants.values() for kept in {some[0], some[len(some) // 2]}]
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self._lines.clear()
-        self._calls.clear()
-        started = time.process_time()
-        threading.settrace(self._call)
-        sys.settrace(self._call)
-        yield
-        sys.settrace(None)
-        threading.settrace(None)
-        if self._passed.get(item.nodeid):
-            lines = {str(Path(name).relative_to(ROOT)): sorted(got) for name, got in self._lines.items()}
-            record = {"test": item.nodeid, "seconds": time.process_time() - started, "lines": lines}
-            append(self._journal, {**record, "file_seconds": started})
-
-    def pytest_runtest_logreport(self, report):
-        self._passed[report.nodeid] = report.passed and self._passed.get(report.nodeid, True)
 
 
 class Failure:
@@ -123,150 +40,6 @@ class Failure:
 
     def pytest_collectreport(self, report):
         self.test = self.test or (report.nodeid if report.failed else None)
-
-
-def append(journal, record):
-    with journal.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read(journal):
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def run_tests(tests, plugin, *more):
-    """Exit code of pytest for tests by their names, from the repository's root."""
-    quiet = [
-        "-x",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        *more,
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:benchmark",
-    ]
-    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--basetemp", "pytest"]
-    return int(pytest.main([*quiet, *config, *(f"{ROOT}/{test}" for test in tests)], plugins=[plugin]))
-
-
-def in_child(work, seconds, wall):
-    """What ``work`` returned in a fork that may do no harm: ``(answer or None, why it ended)``.
-
-    ``seconds`` bounds the processor's time, which a busy machine does not stretch, ``wall`` the clock's.
-    """
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        child = os.fork()
-        if not child:
-            try:
-                _confine(folder, seconds)
-                Path("answer").write_text(json.dumps(work()))
-            finally:
-                os._exit(0)
-        deadline, status = time.monotonic() + wall, None
-        while status is None and time.monotonic() < deadline:
-            ended, code = os.waitpid(child, os.WNOHANG)
-            status = code if ended else time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        if status is None:
-            os.waitpid(child, 0)
-            return None, "timeout"
-        answer = Path(folder, "answer")
-        if answer.exists():
-            return json.loads(answer.read_text()), "returned"
-        is_late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-        return None, "timeout" if is_late else "crash"
-
-
-def _confine(folder, seconds):
-    os.setpgid(0, 0)
-    os.chdir(folder)
-    os.environ.update(HOME=folder, TMPDIR=folder, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    tempfile.tempdir = None
-    for limit, value in (
-        (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_FSIZE, FILE_SIZE),
-        (resource.RLIMIT_CPU, int(seconds) + 1),
-    ):
-        resource.setrlimit(limit, (value, value))
-    output = os.open("output", os.O_CREAT | os.O_WRONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-
-
-def preload():
-    """Import all that importing the package imports, but not the package; children then start at once."""
-    script = "import sys, unlearn_ext; print(*(m for m in sys.modules if not m.startswith('unlearn_ext')))"
-    command = [sys.executable, "-c", script]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    for name in [*found, *LATER]:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    sys.dont_write_bytecode = False  # a child starts in a tenth of the time where modules are compiled
-    gc.collect()
-    gc.freeze()  # forks then share the memory
-
-
-def files_to_map():
-    names = [path for pattern in TEST_FILES for path in sorted(ROOT.glob(pattern))]
-    found = [file for path in names for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    is_test = [file for file in found if file.name.startswith("test_") or PACKAGE in file.parents]
-    return [
-        str(file.relative_to(ROOT))
-        for file in is_test
-        if file.stem.removeprefix("test_") not in LEFT_OUT
-        and (PACKAGE not in file.parents or ">>> " in file.read_text())
-    ]
-
-
-def draw_map(options):
-    """Run each test file that the map lacks under `Recorder`."""
-    done = {record["file"] for record in read(options.map) if "file" in record}
-    for file in [file for file in options.files or files_to_map() if file not in done]:
-        recorder = Recorder(options.map)
-        limit = options.file_seconds
-        _, why = in_child(functools.partial(run_tests, [file], recorder), limit, 12 * limit)
-        append(options.map, {"file": file, "why": why})
-        print(file, why, flush=True)
-    return 0
-
-
-class Tests:
-    """What the map knows: tests by the lines they execute, cheapest first."""
-
-    def __init__(self, journal):
-        self.records = [record for record in read(journal) if "test" in record]
-        self.records.sort(key=lambda record: record["seconds"])
-        self._collecting = defaultdict(lambda: float("inf"))
-        for record in self.records:
-            file = record["test"].partition("::")[0]
-            self._collecting[file] = min(self._collecting[file], record["file_seconds"])
-
-    def of(self, file, place, limit):
-        """Tests that execute a place, up to ``limit`` seconds of them; the seconds; tests that may too."""
-        lines = set(range(place.first_line, place.last_line + 1))
-        using = [record for record in self.records if file in record["lines"]]
-        found = [record for record in using if lines & set(record["lines"][file])]
-        if place.at_import:
-            found = found or using
-        chosen, files, seconds = [], set(), 0.0
-        for record in sorted(found, key=self._cost):
-            test_file = record["test"].partition("::")[0]
-            cost = record["seconds"] + (0 if test_file in files else self._collecting[test_file])
-            if seconds + cost <= limit:
-                seconds += cost
-                files.add(test_file)
-                chosen.append(record["test"])
-        names = [record["test"].partition("[")[0] for record in sorted(found or using, key=self._cost)]
-        return chosen, seconds, list(dict.fromkeys(names))
-
-    def _cost(self, record):
-        return record["seconds"] + self._collecting[record["test"].partition("::")[0]] / 4
 
 
 def sampled(seed):
@@ -463,6 +236,7 @@ def main():
     )
     parser.add_argument("--seed", default="0")
     options = parser.parse_args()
+    options.map, options.journal = options.map.resolve(), options.journal.resolve()  # children work elsewhere
     for path in (options.map, options.journal):
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "report":
