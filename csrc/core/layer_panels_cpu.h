@@ -153,10 +153,7 @@ class ImagePanels {
     scratch_ = scratch;
     low_ = std::max<int64_t>(0, p_.source(2, at.x, 0));
     length_ = std::max<int64_t>(0, std::min(p_.in[2], low_ + length(p_, at.width)) - low_);
-    // Not assign(): Clang leaves it out of line, where builds for other instruction sets could come to share it.
-    const auto slots = static_cast<size_t>(at.samples * p_.in[0] * p_.in[1]);
-    if (slots_.size() < slots) slots_ = std::vector<int64_t>(slots);
-    std::fill_n(slots_.begin(), slots, int64_t{-1});
+    slots_.assign(static_cast<size_t>(at.samples * p_.in[0] * p_.in[1]), -1);
     int64_t used = 0;
     at.for_each_line([&](int64_t s, int64_t line) {
       for (int64_t kz = 0; kz < p_.kernel[0]; ++kz)
