@@ -46,7 +46,7 @@ help:
 	@echo "make docs              the documentation as a site in build/site; tutorials are run"
 	@echo "make lint, format      ruff, mypy, clang-format; make mypy: types alone"
 	@echo "make check-native      CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make check-portable    CPU kernels built with Clang, and for aarch64, run by QEMU; -clang, -aarch64: one of the two"
+	@echo "make check-portable    CPU kernels built with Clang (fails: tests/native/README.md), and for aarch64, run by QEMU"
 	@echo "make check-kernels     CUDA kernels, executed on the CPU: values, memory errors, races"
 	@echo "make check-planted     bugs planted in copies of the CUDA kernels: check-kernels must see each"
 	@echo "make check-static      registers, occupancy and instructions of the CUDA kernels against their budgets; needs"

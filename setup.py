@@ -73,7 +73,7 @@ def run(*command):
     needs_compiler = re.search(r"CMAKE_C(XX|UDA)_COMPILER|Python_INCLUDE_DIRS|Development", " ".join(said))
     raise CannotBuildError(
         f"the build failed: {why[:200].rstrip('.')}",
-        "install a C++20 compiler (g++ 11, clang 14 or later) and Python's headers" if needs_compiler else "",
+        "install a C++20 compiler (g++ 11 or later) and Python's headers" if needs_compiler else "",
     )
 
 

@@ -75,6 +75,14 @@ inline double uniform(double low, double high) {
   return low + (high - low) * static_cast<double>(rng()() >> 11) * 0x1p-53;
 }
 
+// Wide enough for the product of two doubles.
+#if defined(__SIZEOF_FLOAT128__)
+using Quad = __float128;
+#else
+using Quad = long double;
+static_assert(std::numeric_limits<Quad>::digits >= 106);
+#endif
+
 template <class T>
 struct Format;  // significand bits stored, and the exponent of the least normal
 template <>

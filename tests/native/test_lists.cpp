@@ -161,8 +161,7 @@ const Case conversions_case("half-precision conversions", [] {
 template <class A>
 bool exactly_selected(double alpha, A full, A forget) {
   if (!std::isfinite(full) || !std::isfinite(forget)) return false;
-  return static_cast<__float128>(forget) >
-         static_cast<__float128>(static_cast<A>(alpha)) * static_cast<__float128>(full);
+  return static_cast<Quad>(forget) > static_cast<Quad>(static_cast<A>(alpha)) * static_cast<Quad>(full);
 }
 
 template <class A>

@@ -121,8 +121,7 @@ const Case counts_case("selected_counts", [] {
               for (int64_t i = 0; i < sizes[static_cast<size_t>(t)]; ++i) {
                 const A d = full.before[static_cast<size_t>(t)][i], f = forget.before[static_cast<size_t>(t)][i];
                 want += std::isfinite(d) && std::isfinite(f) &&
-                        static_cast<__float128>(f) >
-                            static_cast<__float128>(static_cast<A>(alphas[static_cast<size_t>(a)])) * d;
+                        static_cast<Quad>(f) > static_cast<Quad>(static_cast<A>(alphas[static_cast<size_t>(a)])) * d;
               }
               CHECK(counts[a * count + t] == want, "alpha " + std::to_string(a) + ", tensor " + std::to_string(t));
             }
@@ -146,8 +145,7 @@ void boundary(const Exec& exec) {
       const A edge = static_cast<A>(alpha) * full.now[0][i];
       const A up = std::nextafter(edge, std::numeric_limits<A>::infinity()), down = std::nextafter(edge, A(0));
       forget.now[0][i] = i % 3 == 0 ? edge : i % 3 == 1 ? up : down;
-      want +=
-          static_cast<__float128>(forget.now[0][i]) > static_cast<__float128>(static_cast<A>(alpha)) * full.now[0][i];
+      want += static_cast<Quad>(forget.now[0][i]) > static_cast<Quad>(static_cast<A>(alpha)) * full.now[0][i];
     }
     Buf<int64_t> counts(1);
     counts[0] = 0;
