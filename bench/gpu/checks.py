@@ -31,7 +31,7 @@ SANITIZED = (
     "selective_dampen",
     "masked_adamw",
     "apply_mask",
-    "pack_mask",
+    "pack_masks, one",
     "topk_mask",
     "selected_counts",
     "ratio_quantile",

@@ -158,7 +158,7 @@ class Shrinking:
 
 @pytest.mark.parametrize("name", ["finetune", "gradient_ascent", "gradient_masking"])
 def test_other_data_in_another_pass_are_told(name):
-    with pytest.warns(UserWarning, match=r"retain set had 18 samples before.* and \d+ after"):
+    with pytest.warns(UserWarning, match=r"18 samples in the first pass and \d+ in a later one"):
         ux.unlearn(name, network(), batches()[:1], Shrinking(batches()[1:]), epochs=1)
 
 
