@@ -100,9 +100,9 @@ def newton(
     validation set) has to stay within its budget whatever chance may do.
 
     For texts (tasks of language models) the goal is a loss on the forget set no lower than on the validation
-    set, reached in ``rounds`` equal parts, and ``budget`` the share by which the perplexity on the retain set
-    may rise. Validation texts should be of the kind that is forgotten: other users' texts where a user is
-    forgotten, other texts of the same users where single texts are.
+    set, both by the model as it ends, reached in ``rounds`` equal parts, and ``budget`` the share by which
+    the perplexity on the retain set may rise. Validation texts should be of the kind that is forgotten: other
+    users' texts where a user is forgotten, other texts of the same users where single texts are.
 
     Limits that were measured: a quarter or half of the data, and most whole classes, are refused (for classes
     use ``ssd``); forgotten samples are learnt again faster than new ones.
