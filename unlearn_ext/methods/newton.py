@@ -253,7 +253,7 @@ def newton(
         read = searched = 0
         for weight in _RETAIN_WEIGHTS if retain is not None else _RETAIN_WEIGHTS[:1]:
             # See Note [Unseen texts are looked at again].
-            moving = validation if until == "unseen" and by == "loss" else None
+            moving = validation if by == "loss" else None
             way = _Way(run, task, forget, by, tried, until if callable(until) else None, moving)
             step = functools.partial(next_step, weight)
             goal = _goal(until, before["validation"], by)
