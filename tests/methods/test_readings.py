@@ -204,3 +204,21 @@ def test_a_batch_in_a_form_of_the_users_own_tells_by_its_labels():
     assert first.rest == 0
     assert first.labels
     assert read([(x, y.flip(0)) for x, y in data], Ragged()) == first
+
+
+def test_labels_that_a_task_cannot_give_are_left_out():
+    """Its loss does without them."""
+
+    class Autoencoder(ux.tasks.Regression):
+        def losses(self, outputs, batch):
+            return (outputs - batch[0]).square().mean(1)
+
+        def correct(self, outputs, batch):
+            raise NotImplementedError
+
+        def count(self, batch):
+            return len(batch[0])
+
+    data = [(torch.randn(4, 3), "no labels")]
+    task = Autoencoder(labels=lambda batch: batch[2])
+    assert measure(nn.Linear(3, 3), data, task).samples == 4

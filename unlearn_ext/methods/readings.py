@@ -83,7 +83,7 @@ class Tally:
         task = self._task or infer(self._model, batch)
         try:
             labels: Tensor | None = task.labels(batch)
-        except ValueError:
+        except Exception:  # of a user's function, perhaps; a loss may do without labels, and so does this
             labels = None
         if labels is not None and not _is_read(labels, n):
             labels = None
