@@ -612,7 +612,7 @@ def gram_conv_accumulate(group: Group, device: torch.device) -> Race:
             "unfold, mm": Contender(unfold),
         },
         written=[gram],
-        rtol=1e-4,
+        rtol=4e-4,  # float32 sums of 8,192 products in another order; either is up to 1.6e-4 off
     )
 
 

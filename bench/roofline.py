@@ -79,8 +79,6 @@ def _cost(op: str, model: str, extra: Mapping[str, Any]) -> tuple[str, str, floa
         return "Fisher kernels", f"{op} {model}", extra["operations"], moved
     if op == "gram_accumulate_":  # one triangle of X^T X
         return "subspaces", op, 4096 * 768 * 769, 4 * (4096 * 768 + 2 * 768**2)
-    if op == "gram_conv_accumulate_":
-        return "subspaces", op, 8 * 1024 * 576 * 577, 4 * (8 * 64 * 1024 + 2 * 576**2)
     return None
 
 

@@ -106,12 +106,14 @@ def layer_seconds(layer: Layer, precision: str, card: Card) -> float:
         Seconds.
     """
     outputs, columns = layer.weight[0], math.prod(layer.weight[1:])
-    # As fisher_weight.cu chooses its tiles, and pads every sample to whole steps.
+    # As fisher_plan.h chooses tiles, and pads samples to whole steps or, where that saves much, to half ones.
     if precision == "float32" or layer.positions == 1:
         m, n, step, rate = 64, 128, 4, card.operations["float32"]
     else:
         m = n = 128 if outputs > 64 and columns > 64 else 64
         step, rate = 8 if precision == "tf32" else 16, card.operations[precision] * card.mma
+        if (layer.positions - 1) % step < step // 2 and layer.positions <= step * 3 // 2:
+            step //= 2
     if layer.positions == 1:
         n, step = 64, 1
     padded = [math.ceil(size / unit) * unit for size, unit in ((outputs, m), (columns, n))]
@@ -156,7 +158,8 @@ def section() -> str:
 - *moved*: the same, of every warp instruction, which the caches serve
 - *efficiency*: bytes used of the sectors moved; *width*: bytes per lane and instruction, 16 at most
 - *passes*: bytes of the inputs that are loaded, over their size
-- *conflicts*: wavefronts of shared memory beyond those without bank conflicts""",
+- *conflicts*: wavefronts of shared memory beyond those without bank conflicts
+- *mmas*: instructions of the tensor cores; one of half the depth counts half""",
             _table(["case", *_FIGURES], rows),
             "### What that predicts: estimates, not measurements",
             "Microseconds for the counted bytes of 11.2 million scalars in 62 tensors (ResNet-18), at "

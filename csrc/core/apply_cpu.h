@@ -52,7 +52,7 @@ template <class R, class Op, size_t... I>
 void apply_range(const Op& op, void* const* data, int64_t begin, int64_t end, std::index_sequence<I...> indices) {
   [&](auto*... list) {
     UNLEARN_INDEPENDENT
-    for (int64_t i = begin; i < end; ++i) apply_at<R>(op, true, indices, list + i...);
+    for (int64_t i = begin; i < end; ++i) apply_at<R>(op, Always{}, indices, list + i...);
   }(static_cast<typename R::template at<I>*>(data[I])...);
 }
 
@@ -101,7 +101,7 @@ void apply_bits(const Op& op, void* const* data, int64_t begin, int64_t end, uin
   [&](auto*... list) {
     for (; word != 0; word &= word - 1) {
       const int64_t i = begin + __builtin_ctzll(word);
-      if (i < end) apply_at<R>(op, true, indices, list + i...);
+      if (i < end) apply_at<R>(op, Always{}, indices, list + i...);
     }
   }(static_cast<typename R::template at<I>*>(data[I])...);
 }

@@ -139,7 +139,8 @@ __device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, con
       for (int u = 0; u < U; ++u) {
         if (keep[u] == 0) continue;
 #pragma unroll
-        for (int j = 0; j < V; ++j) apply_at<R>(op, keep[u] >> j & 1u, indices, &std::get<I>(pack[u]).lane[j]...);
+        for (int j = 0; j < V; ++j)
+          apply_at<R>(op, (keep[u] >> j & 1u) != 0, indices, &std::get<I>(pack[u]).lane[j]...);
         const int v = first + u * kThreads;
         (
             [&] {
@@ -152,7 +153,7 @@ __device__ __forceinline__ void apply_chunk(const Op& op, void* const* data, con
     // The scalars before and behind the vectors.
     for (int k = static_cast<int>(threadIdx.x); k < n - vectors * V; k += kThreads) {
       const int i = vectors == 0 || k < head ? k : k + vectors * V;
-      if (keep_bits<Op, 1>(bits, i)) apply_at<R>(op, true, indices, list + i...);
+      if (keep_bits<Op, 1>(bits, i)) apply_at<R>(op, Always{}, indices, list + i...);
     }
   }(static_cast<typename R::template at<I>*>(data[I]) + begin...);
 }

@@ -16,7 +16,8 @@
 
 namespace unlearn_ext {
 
-enum class Backend { cpu_baseline, cpu_avx2, cpu_avx512, cuda };
+// No file is compiled for cpu_amx: it is cpu_avx512 on a CPU whose matrix unit may be used, Exec::matrix_unit.
+enum class Backend { cpu_baseline, cpu_avx2, cpu_avx512, cpu_amx, cuda };
 
 #if defined(UNLEARN_BACKEND)
 inline constexpr Backend kBackend = Backend::UNLEARN_BACKEND;
@@ -28,6 +29,8 @@ struct Exec {
   void* stream = nullptr;
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void* context, int64_t begin, int64_t end),
                        const void* context) = nullptr;
+  int threads = 1;           // of that pool, for how work is cut up; results don't depend on it
+  bool matrix_unit = false;  // see Backend::cpu_amx
 };
 
 }  // namespace unlearn_ext

@@ -110,13 +110,27 @@ UNLEARN_HD A multiply_add(A x, A y, A z) {
 #endif
 }
 
-// keep ? a : b on values: a choice between addresses would keep loops from vectorising.
+// keep ? a : b on values, to the bit: a choice between addresses would keep loops from vectorising.
+//
+// LLVM before version 20 makes x * (keep ? y : 1) of keep ? x * y : x, also where the choice is written with the bits
+// of an integer mask, and the product by 1 turns a signalling NaN into a quiet one. So the mask is made of bits of
+// which the compiler does not know that they are set. GCC keeps the choice, and has an instruction for it. Source:
+// https://github.com/llvm/llvm-project/issues/82726.
 template <class T>
 UNLEARN_HD T choose(bool keep, T a, T b) {
-  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)
+  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>) {
     return {static_cast<uint16_t>(keep ? a.bits : b.bits)};
-  else
+  } else {
+#if defined(__clang__) && !defined(__CUDA_ARCH__)
+    using Bits = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
+    Bits ones = ~Bits{0};
+    asm("" : "+r"(ones));
+    const Bits mask = keep ? ones : Bits{0};
+    return bit_cast<T>((bit_cast<Bits>(a) & mask) | (bit_cast<Bits>(b) & ~mask));
+#else
     return keep ? a : b;
+#endif
+  }
 }
 
 template <class A>

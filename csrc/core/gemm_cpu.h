@@ -34,23 +34,32 @@ constexpr int kTileCols = 2 * kLanes<A>;
 template <class A>
 using VectorRegister = typename VectorOf<A, kVectorBytes>::type;
 
-// c[r][n] = sum_k a[k][r] * b[k][n], or += with `accumulate`.
-template <class A>
-UNLEARN_ALWAYS_INLINE inline void multiply_panels(const A* __restrict__ a, const A* __restrict__ b, int64_t depth,
-                                                  A (&c)[kTileRows][kTileCols<A>], bool accumulate) {
+// sum[r][n] += sum_k a[k][r] * b[k][n] over `depth` lines of both panels, of the first kRows rows. In registers only if
+// kRows of them fit.
+template <int kRows, class A>
+UNLEARN_ALWAYS_INLINE inline void add_products(const A* __restrict__ a, const A* __restrict__ b, int64_t depth,
+                                               VectorRegister<A> (&sum)[kRows][2]) {
   using Vector = VectorRegister<A>;
-  Vector sum[kTileRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector left = *reinterpret_cast<const Vector*>(b);
     const Vector right = *reinterpret_cast<const Vector*>(b + kLanes<A>);
     UNLEARN_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       sum[r][0] += a[r] * left;
       sum[r][1] += a[r] * right;
     }
     a += kTileRows;
     b += kTileCols<A>;
   }
+}
+
+// c[r][n] = sum_k a[k][r] * b[k][n], or += with `accumulate`.
+template <class A>
+UNLEARN_ALWAYS_INLINE inline void multiply_panels(const A* __restrict__ a, const A* __restrict__ b, int64_t depth,
+                                                  A (&c)[kTileRows][kTileCols<A>], bool accumulate) {
+  using Vector = VectorRegister<A>;
+  Vector sum[kTileRows][2] = {};
+  add_products(a, b, depth, sum);
   UNLEARN_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
     Vector* row = reinterpret_cast<Vector*>(c[r]);

@@ -141,6 +141,25 @@ class ImagePanels {
   // Whether natural() changes nothing.
   bool is_natural() const { return order_ == Order::taps_fastest || p_.window() == 1 || channels_ == 1; }
 
+  // Whether a column is a channel, seen where it is.
+  bool is_plain() const {
+    for (int axis = 0; axis < kMaxSpatial; ++axis)
+      if (p_.kernel[axis] != 1 || p_.stride[axis] != 1 || p_.padding[axis] != 0 || p_.in[axis] != p_.out[axis])
+        return false;
+    return true;
+  }
+  // These channels of a plain image.
+  Positions plain() const {
+    return {p_.dtype,
+            p_.samples,
+            channels_,
+            {p_.out[0], p_.out[1], p_.out[2]},
+            p_.sample_stride,
+            p_.channel_stride,
+            {p_.space_stride[0], p_.space_stride[1], p_.space_stride[2]},
+            data_};
+  }
+
   // Elements that load() needs for one sample of a stretch.
   static int64_t scratch(const Patches& p, int64_t channels, int64_t lines, int64_t width) {
     const int64_t looked_at = std::min(p.in[0], p.out[0] * p.kernel[0]) * std::min(p.in[1], p.out[1] * p.kernel[1]);
@@ -153,7 +172,10 @@ class ImagePanels {
     scratch_ = scratch;
     low_ = std::max<int64_t>(0, p_.source(2, at.x, 0));
     length_ = std::max<int64_t>(0, std::min(p_.in[2], low_ + length(p_, at.width)) - low_);
-    slots_.assign(static_cast<size_t>(at.samples * p_.in[0] * p_.in[1]), -1);
+    const auto lines = static_cast<size_t>(at.samples * p_.in[0] * p_.in[1]);
+    // Not by assign(): Clang makes a weak function of it, one name for every instruction set.
+    if (slots_.size() != lines) slots_ = std::vector<int64_t>(lines);
+    std::fill(slots_.begin(), slots_.end(), int64_t{-1});
     int64_t used = 0;
     at.for_each_line([&](int64_t s, int64_t line) {
       for (int64_t kz = 0; kz < p_.kernel[0]; ++kz)

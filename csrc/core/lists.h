@@ -32,19 +32,29 @@ struct Slice {
 // Masks are read in words of this many scalars, so ranges handed to threads start at multiples of it.
 inline constexpr int64_t kWord = 64;
 
+// For `keep` of apply_at(): every result is stored that op does not hold back.
+using Always = std::true_type;
+
 // Applies op to one scalar of every list and stores the first Op::writes results where `keep` is set and, for an op
 // that returns a bool, where it is true. Elsewhere the stored bits stay as they are, whatever they encode.
-template <class R, class Op, size_t... I, class... P>
-UNLEARN_HD void apply_at(const Op& op, bool keep, std::index_sequence<I...>, P*... element) {
+template <class R, class Op, class Keep, size_t... I, class... P>
+UNLEARN_HD void apply_at(const Op& op, Keep keep, std::index_sequence<I...>, P*... element) {
   typename Op::acc_type value[] = {typename Op::acc_type(*element)...};
-  if constexpr (std::is_same_v<decltype(op(value[I]...)), bool>)
-    keep = op(value[I]...) & keep;
+  constexpr bool kDecides = std::is_same_v<decltype(op(value[I]...)), bool>;
+  bool stored = keep;
+  if constexpr (kDecides)
+    stored = op(value[I]...) & stored;
   else
     op(value[I]...);
   (
       [&] {
         using T = typename R::template at<I>;
-        if constexpr (I < static_cast<size_t>(Op::writes)) *element = choose<T>(keep, store_as<T>(value[I]), *element);
+        if constexpr (I >= static_cast<size_t>(Op::writes))
+          return;
+        else if constexpr (std::is_same_v<Keep, Always> && !kDecides)
+          *element = store_as<T>(value[I]);
+        else
+          *element = choose<T>(stored, store_as<T>(value[I]), *element);
       }(),
       ...);
 }

@@ -37,25 +37,34 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
 }
 
-// c (16 x 8, float) += a (16 x depth) * b (depth x 8) by one warp, laid out as the PTX ISA says for mma.m16n8k*.
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// Which part of the depth of its fragments an mma multiplies; the halves by an instruction half as deep.
+enum class Part { whole, lower, upper };
+
+// d (16 x 8, float) = a (16 x depth) * b (depth x 8) + c by one warp, laid out as the PTX ISA says for mma.m16n8k*. A
+// fragment half as deep is the first half of the registers of a whole one, and so is the second half.
+#define UNLEARN_MMA(name, shape, half_shape, type)                                                                   \
+  template <Part kPart = Part::whole>                                                                                \
+  __device__ __forceinline__ void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2],                   \
+                                       const float(&c)[4]) {                                                         \
+    constexpr int kUpper = kPart == Part::upper ? 1 : 0;                                                             \
+    if constexpr (kPart == Part::whole)                                                                              \
+      asm("mma.sync.aligned." shape ".row.col.f32." type "." type                                                    \
+          ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "                                                                \
+          "{%8, %9}, {%10, %11, %12, %13};"                                                                          \
+          : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                           \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),       \
+            "f"(c[3]));                                                                                              \
+    else                                                                                                             \
+      asm("mma.sync.aligned." half_shape ".row.col.f32." type "." type                                               \
+          ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "                                                                  \
+          "{%7, %8, %9, %10};"                                                                                       \
+          : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                           \
+          : "r"(a[2 * kUpper]), "r"(a[2 * kUpper + 1]), "r"(b[kUpper]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])); \
+  }
+UNLEARN_MMA(mma_bf16, "m16n8k16", "m16n8k8", "bf16")
+UNLEARN_MMA(mma_f16, "m16n8k16", "m16n8k8", "f16")
+UNLEARN_MMA(mma_tf32, "m16n8k8", "m16n8k4", "tf32")
+#undef UNLEARN_MMA
 
 // A value to be kept in registers: without this the compiler works the cheaper ones out again wherever they are used.
 template <class T>

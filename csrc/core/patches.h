@@ -1,6 +1,8 @@
 // Rows of a matrix that is never stored: im2col patches of a batch, or plain rows of a strided tensor.
 #pragma once
 
+#include <optional>
+
 #include "core/dtype.h"
 
 namespace unlearn_ext {
@@ -27,6 +29,25 @@ struct Patches {
   UNLEARN_HD int64_t sample_of(int64_t row) const { return row / positions(); }
   UNLEARN_HD int64_t tap(int axis, int64_t column) const { return digit(kernel, axis, column); }
   UNLEARN_HD int64_t position(int axis, int64_t row) const { return digit(out, axis, row); }
+
+  // How far apart neighbouring rows are where that is the same for all and a row is the channels of one position: so
+  // are plain rows, and images of 1x1 convolutions whose positions lie one after the other, sample after sample.
+  std::optional<int64_t> row_stride() const {
+    std::optional<int64_t> apart;
+    int64_t faster = 1;
+    const auto fits = [&](int64_t extent, int64_t between) {
+      if (extent == 1) return true;
+      const bool even = !apart || between == *apart * faster;
+      if (!apart) apart = between;
+      faster *= extent;
+      return even;
+    };
+    for (int axis = kMaxSpatial - 1; axis >= 0; --axis)
+      if (kernel[axis] != 1 || stride[axis] != 1 || out[axis] != in[axis] || !fits(in[axis], space_stride[axis]))
+        return std::nullopt;
+    if (!fits(samples, sample_stride)) return std::nullopt;
+    return apart.value_or(0);
+  }
 
   // Where along an axis output position `at` looks through tap `tap`; outside [0, in) is padding.
   UNLEARN_HD int64_t source(int axis, int64_t at, int64_t tap) const {

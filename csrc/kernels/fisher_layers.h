@@ -23,12 +23,13 @@ struct LayerProduct {
 };
 
 // fisher: [groups * outputs][inputs.columns()], dense, of acc_t of the inputs' type.
-// partial: fisher_weight_partials<B>(layer) zeroed copies of fisher's type and size, or null if that is 1.
+// partial: fisher_weight_partials<B>(layer) arrays of fisher's type and size, whose order is the kernel's own,
+// or null for none.
 template <Backend B>
 int fisher_weight(const LayerProduct& layer, void* fisher, void* partial, const Exec& exec);
 
-// Runs that the samples are split into where there are few tiles of F; depends on the shapes alone, so that results do
-// not depend on the number of threads. 1 for none.
+// Runs that the samples are split into, of which each needs an array; 0 where a single one needs none. How many runs
+// depends on the shapes alone, so that results do not depend on the number of threads or on strides.
 template <Backend B>
 int64_t fisher_weight_partials(const LayerProduct& layer);
 

@@ -3,14 +3,10 @@
 #pragma once
 
 #include "core/simt.h"
-#include "kernels/fisher_layers.h"
+#include "kernels/fisher_plan.h"
 
 namespace unlearn_ext {
 namespace {
-
-// Estimates for an H100, from its data sheet and not measured, for choosing between ways: multiprocessors, bytes of
-// global memory per clock of each, and clocks to start a kernel.
-[[maybe_unused]] constexpr double kProcessors = 132, kBytesPerClock = 20, kLaunchClocks = 5000;
 
 template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));

@@ -25,7 +25,7 @@ struct alignas(16) Position {
 struct alignas(16) Column {
   int64_t offset;     // in bytes, from a row's place
   uint32_t shift[3];  // of the image position
-  int to;             // its place in a row of F
+  int to;             // its place in a row of F, or of partial sums
 };
 
 // Images are at most this large along any axis. No sum with these is inside one, not even that of both.
@@ -257,6 +257,31 @@ struct PowerLoader {
   }
 };
 
+// ---- Chunks of a row of F or of partial sums, of which `left` elements are in the row: of all rows whole ones where
+// `chunks`, else element by element
+
+template <class A>
+__device__ __forceinline__ void load_row(const A* from, int left, bool chunks, Chunk<A>& to) {
+  to = {};
+  if (chunks) {
+    to = *reinterpret_cast<const Chunk<A>*>(from);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kChunk<A>; ++j)
+    if (j < left) to.set(j, from[j]);
+}
+template <class A>
+__device__ __forceinline__ void store_row(A* to, int left, bool chunks, const Chunk<A>& from) {
+  if (chunks) {
+    *reinterpret_cast<Chunk<A>*>(to) = from;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kChunk<A>; ++j)
+    if (j < left) to[j] = from[j];
+}
+
 // ---- Tiles: the products of a sample so far, and the sums of their powers over the samples before it
 //
 // Registers hold both, which halves the tile that a plain product would have. A block of 128 x 128 halves does 64 flops
@@ -265,8 +290,9 @@ struct PowerLoader {
 // clocks, next to 210 clocks of multiplication. So every fragment is read once, early, and by whole instructions of 16
 // bytes per lane.
 
-// By tensor cores, kRows x kCols fragments of 16 x 8 to a warp. T: BFloat16, Half, or float for tf32.
-template <class T, int kWarpsM, int kWarpsN, int kRows, int kCols, int kMinBlocks, bool kGathers>
+// By tensor cores, kRows x kCols fragments of 16 x 8 to a warp. T: BFloat16, Half, or float for tf32. kHalves: samples
+// may end in the middle of a step, whose halves are then multiplied by instructions half as deep.
+template <class T, int kWarpsM, int kWarpsN, int kRows, int kCols, int kMinBlocks, bool kGathers, bool kHalves>
 struct MmaTile {
   using Element = T;
   using Shared = T;
@@ -275,7 +301,8 @@ struct MmaTile {
   static constexpr int kM = 16 * kRows * kWarpsM, kN = 8 * kCols * kWarpsN;
   static constexpr int kStep = 32 / static_cast<int>(sizeof(T)), kDepth = 2 * kStep;
   static constexpr int kBatches = kRows, kBatch = 4 * kCols;
-  static constexpr bool kBySample = true;
+  static constexpr int kPadding = kHalves ? kStep / 2 : kStep;  // samples are padded to a multiple of this
+  static constexpr bool kBySample = true, kStartsAnew = true;
   // Fragments of the next step are read while those of this one are multiplied; where a gathering loader needs the
   // registers, other warps have to fill the gap.
   static constexpr bool kReadsAhead = !kGathers;
@@ -319,6 +346,18 @@ struct MmaTile {
   __device__ __forceinline__ int m(int b, int i) const { return m0 + 16 * b + i % 4 / 2 * 8 + lane() / 4; }
   __device__ __forceinline__ int n(int, int i) const { return n0 + i / 4 * 8 + lane() % 4 * 2 + i % 2; }
   __device__ __forceinline__ float value(int b, int i) const { return total[b][i / 4][i % 4]; }
+  // Four elements side by side, made of elements [i, i + 4) of this lane's and its neighbour's batch `b`: the even one
+  // gets the upper row, the odd one the lower. For whole warps.
+  __device__ __forceinline__ void chunk(int b, int i, int& m, int& n, Chunk<float>& to) const {
+    const bool odd = lane() % 2 != 0;
+    const float(&mine)[4] = total[b][i / 4];
+    const float first = __shfl_xor_sync(0xffffffffu, odd ? mine[0] : mine[2], 1);
+    const float second = __shfl_xor_sync(0xffffffffu, odd ? mine[1] : mine[3], 1);
+    to.set(0, odd ? first : mine[0]), to.set(1, odd ? second : mine[1]);
+    to.set(2, odd ? mine[2] : first), to.set(3, odd ? mine[3] : second);
+    m = m0 + 16 * b + (odd ? 8 : 0) + lane() / 4;
+    n = n0 + i / 4 * 8 + lane() % 4 / 2 * 4;
+  }
   // Nothing of the thread's share is within these bounds; the same for all lanes.
   __device__ __forceinline__ bool idle(int rows, int columns) const { return m0 >= rows || n0 >= columns; }
 
@@ -349,17 +388,17 @@ struct MmaTile {
     }
   }
 
+  // kFirst: of a sample, whose products start from nothing.
+  template <simt::Part kPart, bool kFirst>
   __device__ __forceinline__ void multiply(const Fragments& f) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
-        if constexpr (std::is_same_v<T, BFloat16>)
-          simt::mma_bf16(product[i][j], f.grads[i], f.inputs[j]);
-        else if constexpr (std::is_same_v<T, Half>)
-          simt::mma_f16(product[i][j], f.grads[i], f.inputs[j]);
+        if constexpr (kFirst)
+          multiply<kPart>(product[i][j], f.grads[i], f.inputs[j], {});
         else
-          simt::mma_tf32(product[i][j], f.grads[i], f.inputs[j]);
+          multiply<kPart>(product[i][j], f.grads[i], f.inputs[j], product[i][j]);
       }
   }
 
@@ -378,7 +417,17 @@ struct MmaTile {
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) f(product[i][j][e], total[i][j][e]), product[i][j][e] = 0;
+        for (int e = 0; e < 4; ++e) f(product[i][j][e], total[i][j][e]);
+  }
+  template <simt::Part kPart>
+  __device__ __forceinline__ static void multiply(float (&to)[4], const uint32_t (&grads)[4],
+                                                  const uint32_t (&inputs)[2], const float (&before)[4]) {
+    if constexpr (std::is_same_v<T, BFloat16>)
+      simt::mma_bf16<kPart>(to, grads, inputs, before);
+    else if constexpr (std::is_same_v<T, Half>)
+      simt::mma_f16<kPart>(to, grads, inputs, before);
+    else
+      simt::mma_tf32<kPart>(to, grads, inputs, before);
   }
   __device__ __forceinline__ const T* at(const T* tile, int i) const {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(tile) + places[i]);
@@ -395,9 +444,10 @@ struct FmaTile {
   using Acc = acc_t<T>;
   static constexpr int kAcross = 16, kThreads = kAcross * kAcross, kBlocks = kMinBlocks, kStages = 2;
   static constexpr int kM = kRows * kAcross, kN = kCols * kAcross, kDepth = 16;
-  static constexpr int kStep = kPowers ? kDepth : 4;
+  static constexpr int kStep = kPowers ? kDepth : 4, kPadding = kPowers ? 1 : kStep;
   static constexpr int kBatches = kRows, kBatch = kCols;
-  static constexpr bool kBySample = !kPowers, kReadsAhead = false;
+  // Products are cleared when a sample ends: for two kinds of steps some architectures lack the registers.
+  static constexpr bool kBySample = !kPowers, kReadsAhead = false, kStartsAnew = false;
   struct Fragments {  // nothing is worth reading early: a step is long
     const Shared *grads, *inputs;
     int k;
@@ -418,11 +468,18 @@ struct FmaTile {
     else
       return total[b][i];
   }
+  // Elements [i, i + kChunk<Acc>) of batch `b`, side by side.
+  __device__ __forceinline__ void chunk(int b, int i, int& row, int& column, Chunk<Acc>& to) const {
+    row = m(b, i), column = n(b, i);
+#pragma unroll
+    for (int j = 0; j < kChunk<Acc>; ++j) to.set(j, value(b, i + j));
+  }
   __device__ __forceinline__ bool idle(int rows, int columns) const { return m(0, 0) >= rows || n(0, 0) >= columns; }
 
   __device__ __forceinline__ void read(const Acc* grads, const Acc* inputs, int k, Fragments& to) const {
     to = {grads, inputs, k};
   }
+  template <simt::Part, bool>
   __device__ __forceinline__ void multiply(const Fragments& f) {
 #pragma unroll 4
     for (int depth = 0; depth < kStep; ++depth) {

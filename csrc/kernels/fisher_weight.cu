@@ -1,98 +1,12 @@
 #include <algorithm>
-#include <cmath>
 
-#include "kernels/fisher_layers.h"
+#include "kernels/fisher_plan.h"
 #include "kernels/fisher_tiles.cuh"
 
 namespace unlearn_ext {
 namespace {
 
-// ---- What to launch: depends on the shapes and types alone
-
-enum class Way { narrow, powers, fma, small_mma, large_mma };
-
-struct Plan {
-  Way way;
-  int m, n;        // one block's tile of a group's part of F
-  int step;        // samples are padded to a multiple of this many positions
-  int64_t splits;  // runs of samples
-};
-
-// A warp's share of a group where groups are small, as those of depth-wise convolutions: all taps of a 3x3 kernel.
-constexpr int kNarrowWarps = 4, kNarrowColumns = 9, kNarrowOutputs = 4, kNarrowGroups = 8;
-
-// Runs of samples, whose partial sums are worth their traffic where there are fewer tiles than multiprocessors.
-int64_t best_splits(int64_t tiles, int64_t samples, double sample_clocks, double tile_bytes, double fisher_bytes) {
-  constexpr int64_t kMost = 64, kLargest = 64 << 20;
-  int64_t best = 1;
-  double best_clocks = 0;
-  for (int64_t splits = 1; splits <= std::min(kMost, samples); ++splits) {
-    if (splits > 1 && static_cast<double>(splits) * fisher_bytes > kLargest) break;
-    const double rounds = std::ceil(static_cast<double>(tiles * splits) / kProcessors);
-    const double run = std::ceil(static_cast<double>(samples) / static_cast<double>(splits));
-    double clocks = rounds * (run * sample_clocks + tile_bytes * (splits > 1 ? 1 : 2) / kBytesPerClock);
-    if (splits > 1)
-      clocks += kLaunchClocks + static_cast<double>(splits + 2) * fisher_bytes / (kProcessors * kBytesPerClock);
-    if (splits == 1 || clocks < best_clocks) best = splits, best_clocks = clocks;
-  }
-  const int64_t run = (samples + best - 1) / best;
-  return (samples + run - 1) / run;  // none of them without samples
-}
-
-Plan plan_of(const LayerProduct& layer) {
-  const DType dtype = layer.inputs.dtype;
-  const int64_t samples = layer.inputs.samples, positions = layer.inputs.positions();
-  const int64_t outputs = layer.outputs(), columns = layer.inputs.columns();
-  const bool half = dtype == DType::f16 || dtype == DType::bf16, wide = dtype == DType::f64;
-  if (samples == 0 || positions == 0 || outputs == 0 || columns == 0) return {Way::fma, 1, 1, 1, 1};
-
-  Plan plan;
-  double rate;  // multiplications per clock
-  if (positions == 1)
-    plan = {Way::powers, 64, 64, 1, 1}, rate = wide ? 32 : 64;
-  else if (!half && (wide || !layer.tf32))
-    plan = {Way::fma, 64, wide ? 64 : 128, 4, 1}, rate = wide ? 50 : 100;
-  else if (outputs > 64 && columns > 64)
-    plan = {Way::large_mma, 128, 128, half ? 16 : 8, 1}, rate = half ? 1000 : 500;
-  else
-    plan = {Way::small_mma, 64, 64, half ? 16 : 8, 1}, rate = half ? 600 : 300;
-  const auto tiles = [&](int m, int n) { return layer.groups * ((outputs + m - 1) / m) * ((columns + n - 1) / n); };
-
-  // A warp of the narrow kernel takes about 45 clocks for 32 positions of its share and as many to add up its lanes,
-  // and longer where few groups have what a load brings in common.
-  const double padded = static_cast<double>((positions + plan.step - 1) / plan.step * plan.step);
-  const double sample_clocks = padded * plan.m * plan.n / rate;
-  const int narrow = outputs == 1 ? 1 : kNarrowOutputs;
-  const double narrow_clocks =
-      (layer.groups < kNarrowGroups ? 135.0 : 45.0) * static_cast<double>((positions + 31) / 32 + 1);
-  if (static_cast<double>(tiles(narrow, kNarrowColumns)) * narrow_clocks <
-      static_cast<double>(tiles(plan.m, plan.n)) * sample_clocks) {
-    const int64_t warps = tiles(narrow, kNarrowColumns), wanted = 132 * 32;
-    const int64_t splits = std::min<int64_t>({(wanted + warps - 1) / warps, samples, 64});
-    const int64_t run = (samples + splits - 1) / splits;
-    return {Way::narrow, narrow, kNarrowColumns, 1, (samples + run - 1) / run};
-  }
-  const double size = wide ? 8 : 4;
-  plan.splits = best_splits(tiles(plan.m, plan.n), samples, sample_clocks, plan.m * plan.n * size,
-                            static_cast<double>(layer.groups * outputs * columns) * size);
-  return plan;
-}
-
 // ---- What every kernel is told
-
-// Division of numbers below 2^31 by one that is known in advance.
-struct Divisor {
-  uint32_t value, multiplier, shift;
-
-  Divisor() = default;
-  explicit Divisor(int64_t by) : value(static_cast<uint32_t>(by)), shift(31) {
-    while (uint64_t{1} << (shift - 31) < value) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value);
-  }
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
-  }
-};
 
 struct Task {
   LayerProduct layer;
@@ -103,7 +17,8 @@ struct Task {
   int tiles_m, tiles_n;
   int lane_groups, group_blocks;  // of the narrow kernel: groups side by side in a warp, warps for all of them
   bool channels_first;            // columns of a tile run over channels, then taps: the order of channels_last memory
-  bool add;                       // to F; otherwise partial sums are stored
+  bool add;                       // to F; otherwise partial sums are stored, their columns in the order of the tiles
+  bool chunks;                    // of F or of partial sums are aligned, and whole in every row
   Access grads, inputs;
 };
 
@@ -119,7 +34,7 @@ __device__ __forceinline__ Column column_of(const Task& task, int64_t j) {
   const Patches& p = task.layer.inputs;
   const int64_t to = column_of_weight(task, j);
   int64_t offset = p.channel_of(to) * p.channel_stride;
-  Column column{0, {}, static_cast<int>(to)};
+  Column column{0, {}, static_cast<int>(task.add ? to : j)};
 #pragma unroll
   for (int axis = 0; axis < kMaxSpatial; ++axis) {
     const int64_t shift = p.tap(axis, to) * p.dilation[axis];
@@ -152,157 +67,243 @@ __device__ __forceinline__ Position position_of(const Task& task, int sample, ui
 
 // ---- Tiles
 
+// Adds a tile to F, or stores it among the partial sums: `to` is the place of its first element. In the order of the
+// tile, whose columns lie side by side, 16 bytes at a time; many loads at once: waiting for each chunk of F in turn
+// would take longer than the products. For whole warps.
+template <class Tile, class A>
+__device__ __forceinline__ void hand_over(const Tile& tile, const Task& task, A weight, A* to, int rows_left,
+                                          int columns_left) {
+  constexpr int kPer = kChunk<A>, kChunks = Tile::kBatch / kPer;
+#pragma unroll
+  for (int b = 0; b < Tile::kBatches; ++b) {
+    Chunk<A> sum[kChunks], before[kChunks];
+    A* address[kChunks];
+    int left[kChunks];  // elements of the chunk, and those behind it, that the row has
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      int m, n;
+      tile.chunk(b, i * kPer, m, n, sum[i]);
+      left[i] = m < rows_left ? columns_left - n : 0;
+      address[i] = to + static_cast<int64_t>(m) * task.columns + n;
+      if (task.add && left[i] > 0) load_row(address[i], left[i], task.chunks, before[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (left[i] <= 0) continue;
+      if (task.add) {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) sum[i].set(j, fused_multiply_add(weight, sum[i][j], before[i][j]));
+      }
+      store_row(address[i], left[i], task.chunks, sum[i]);
+    }
+  }
+}
+
+// The tile of a block, and its run of samples.
+struct Place {
+  int64_t group, split, first_m, first_n;
+  int rows, columns;  // that the tile has within F
+  int first, last;    // samples
+};
+
+template <class Tile>
+__device__ __forceinline__ Place place_of(const Task& task) {
+  // Tiles that share the longer operand run side by side.
+  const unsigned tiles = static_cast<unsigned>(task.tiles_m) * static_cast<unsigned>(task.tiles_n);
+  const unsigned index = blockIdx.x % tiles, rest = blockIdx.x / tiles;
+  const unsigned groups = static_cast<unsigned>(task.layer.groups), shorter = min(task.tiles_m, task.tiles_n);
+  const int in_short = static_cast<int>(index % shorter), in_long = static_cast<int>(index / shorter);
+  const bool m_is_short = task.tiles_m <= task.tiles_n;
+  Place at;
+  at.group = rest % groups, at.split = rest / groups;
+  at.first_m = static_cast<int64_t>(m_is_short ? in_short : in_long) * Tile::kM;
+  at.first_n = static_cast<int64_t>(m_is_short ? in_long : in_short) * Tile::kN;
+  at.rows = static_cast<int>(min(task.outputs - at.first_m, int64_t{Tile::kM}));
+  at.columns = static_cast<int>(min(task.columns - at.first_n, int64_t{Tile::kN}));
+  at.first = static_cast<int>(at.split) * task.run, at.last = min(task.samples, at.first + task.run);
+  return at;
+}
+
+// The rows of a block, one sample's positions after the other's: every thread describes one of a batch, which serves
+// kSlabs slabs of kDepth rows. Two batches, so that one can be described while the other is read.
+template <class Tile>
+struct Rows {
+  static constexpr int kSlabs = Tile::kThreads / Tile::kDepth;
+  static_assert((kSlabs & (kSlabs - 1)) == 0);
+  using Batches = Position[2][Tile::kThreads];
+  const Task& task;
+  Batches& batches;
+  int sample, last;  // the thread's next row is position t of `sample`
+  uint32_t t;
+
+  __device__ __forceinline__ Rows(const Task& task_, Batches& batches_, const Place& at)
+      : task(task_), batches(batches_), sample(at.first), last(at.last), t(threadIdx.x) {}
+
+  __device__ __forceinline__ void describe(int batch) {
+    const uint32_t samples = task.padded.quotient(t);
+    sample += static_cast<int>(samples);
+    t -= samples * task.padded.value;
+    batches[batch & 1][threadIdx.x] = sample < last && t < static_cast<uint32_t>(task.positions)
+                                          ? position_of<typename Tile::Element>(task, sample, t)
+                                          : Position{0, 0, {kNoRow, 0, 0}, 0};
+    t += Tile::kThreads;
+  }
+  // The batch that begins behind a slab, if one does.
+  __device__ __forceinline__ void describe_after(int slab) {
+    if ((slab + 1) % kSlabs == 0) describe((slab + 1) / kSlabs);
+  }
+  __device__ __forceinline__ const Position* of(int slab) const {
+    return &batches[slab / kSlabs & 1][slab % kSlabs * Tile::kDepth];
+  }
+};
+
+// Multiplies steps, and ends samples where their last position was in one.
+template <class Tile>
+struct Samples {
+  Tile& tile;
+  int power;
+  int parts, left;  // of kPadding positions: that a sample has, and that the present one still lacks
+
+  __device__ __forceinline__ Samples(Tile& tile_, const Task& task)
+      : tile(tile_),
+        power(task.layer.power),
+        parts(static_cast<int>(task.padded.value) / Tile::kPadding),
+        left(parts) {}
+
+  // `meanwhile` is what to start before the products: in each branch once more, so that it can find its way between
+  // the multiplications.
+  template <class F>
+  __device__ __forceinline__ void step(const typename Tile::Fragments& f, const F& meanwhile) {
+    constexpr int kParts = Tile::kStep / Tile::kPadding;
+    if constexpr (!Tile::kBySample) {
+      meanwhile();
+      tile.template multiply<simt::Part::whole, false>(f);
+      return;
+    }
+    if (kParts == 2 && left == 1) {
+      meanwhile();
+      half<simt::Part::lower>(f);
+      half<simt::Part::upper>(f);
+    } else if (Tile::kStartsAnew && left == parts) {
+      meanwhile();
+      tile.template multiply<simt::Part::whole, true>(f);
+      advance(kParts);
+    } else {
+      meanwhile();
+      tile.template multiply<simt::Part::whole, false>(f);
+      advance(kParts);
+    }
+  }
+
+ private:
+  template <simt::Part kPart>
+  __device__ __forceinline__ void half(const typename Tile::Fragments& f) {
+    if (left == parts)
+      tile.template multiply<kPart, true>(f);
+    else
+      tile.template multiply<kPart, false>(f);
+    advance(1);
+  }
+  __device__ __forceinline__ void advance(int by) {
+    left -= by;
+    if (left != 0) return;
+    tile.end_sample(power);
+    left = parts;
+  }
+};
+
 // A block owns a tile of F, or of one run's partial sums, and walks the positions of its samples, each sample padded to
-// whole steps. Flops: 2 N T O I. Bytes from device memory: the operands once, as blocks walk the samples side by side
-// and find them in the L2 cache, and F twice. Bytes from there: all inputs for every row of tiles, all gradients for
-// every column. That limits halves read in chunks; for exact floats it is the multiplications (128 per clock of a
-// multiprocessor), and for halves read one by one the instructions of the loader, about ten per element.
+// whole steps, or to half ones. Flops: 2 N T O I. Bytes from device memory: the operands once, as blocks walk the
+// samples side by side and find them in the L2 cache, and F twice. Bytes from there: all inputs for every row of tiles,
+// all gradients for every column. That limits halves read in chunks; for exact floats it is the multiplications (128
+// per clock of a multiprocessor), and for halves read one by one the instructions of the loader, about ten per element.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     tile_kernel(const __grid_constant__ Task task, typename Tile::Acc weight, typename Tile::Acc* out) {
   using T = typename Tile::Element;
   using S = typename Tile::Shared;
-  using A = typename Tile::Acc;
+  using Fragments = typename Tile::Fragments;
   constexpr int kDepth = Tile::kDepth, kStages = Tile::kStages, kSteps = kDepth / Tile::kStep;
   static_assert(!Tile::kReadsAhead || kSteps == 2);
   constexpr int kInputs = Tile::GradsLayout::kPitch * kDepth, kStage = kInputs + Tile::InputsLayout::kPitch * kDepth;
-  constexpr int kSlabs = Tile::kThreads / kDepth;  // described at once
-  static_assert((kSlabs & (kSlabs - 1)) == 0);
   SIMT_DYN_SHARED(S, stages);
-  SIMT_SHARED(Position, rows, [2][Tile::kThreads]);
+  SIMT_SHARED(Position, batches, [2][Tile::kThreads]);
   SIMT_SHARED(Column, columns, [Tile::kN]);
-  const int thread = static_cast<int>(threadIdx.x);
 
-  // Tiles that share the longer operand run side by side.
-  const unsigned tiles = static_cast<unsigned>(task.tiles_m) * static_cast<unsigned>(task.tiles_n);
-  const unsigned tile_index = blockIdx.x % tiles, rest = blockIdx.x / tiles;
-  const unsigned groups = static_cast<unsigned>(task.layer.groups), shorter = min(task.tiles_m, task.tiles_n);
-  const int64_t group = rest % groups, split = rest / groups;
-  const int in_short = static_cast<int>(tile_index % shorter), in_long = static_cast<int>(tile_index / shorter);
-  const bool m_is_short = task.tiles_m <= task.tiles_n;
-  const int64_t first_m = static_cast<int64_t>(m_is_short ? in_short : in_long) * Tile::kM,
-                first_n = static_cast<int64_t>(m_is_short ? in_long : in_short) * Tile::kN;
-  const int rows_left = static_cast<int>(min(task.outputs - first_m, int64_t{Tile::kM}));
-  const int columns_left = static_cast<int>(min(task.columns - first_n, int64_t{Tile::kN}));
-  const int first = static_cast<int>(split) * task.run, last = min(task.samples, first + task.run);
-
-  const Grads<T> grads{
-      static_cast<const T*>(task.layer.grads.data) + (group * task.outputs + first_m) * task.layer.grads.channel_stride,
-      task.layer.grads.channel_stride, rows_left};
-  const Patches& p = task.layer.inputs;
-  const Inputs<T> inputs{
-      static_cast<const T*>(p.data) + group * task.layer.group_stride,
-      columns,
-      {static_cast<uint32_t>(p.in[0]), static_cast<uint32_t>(p.in[1]), static_cast<uint32_t>(p.in[2])}};
-
-  for (int n = thread; n < Tile::kN; n += Tile::kThreads) columns[n] = column_of<T>(task, first_n + n);
-  // Every thread describes a row; a batch of them serves kSlabs slabs of kDepth rows.
-  int sample = first;
-  uint32_t t = static_cast<uint32_t>(thread);
-  const auto describe_rows = [&](int batch) {
-    const uint32_t samples = task.padded.quotient(t);
-    sample += static_cast<int>(samples);
-    t -= samples * task.padded.value;
-    rows[batch & 1][thread] = sample < last && t < static_cast<uint32_t>(task.positions)
-                                  ? position_of<T>(task, sample, t)
-                                  : Position{0, 0, {kNoRow, 0, 0}, 0};
-    t += Tile::kThreads;
-  };
-  describe_rows(0);
+  const Place at = place_of<Tile>(task);
+  for (int n = static_cast<int>(threadIdx.x); n < Tile::kN; n += Tile::kThreads)
+    columns[n] = column_of<T>(task, at.first_n + n);
+  Rows<Tile> rows(task, batches, at);
+  rows.describe(0);
   __syncthreads();
 
+  const Positions& g = task.layer.grads;
+  const Patches& p = task.layer.inputs;
+  typename Tile::template Load<Grads<T>, typename Tile::GradsLayout> load_grads(
+      {static_cast<const T*>(g.data) + (at.group * task.outputs + at.first_m) * g.channel_stride, g.channel_stride,
+       at.rows});
+  typename Tile::template Load<Inputs<T>, typename Tile::InputsLayout> load_inputs(
+      {static_cast<const T*>(p.data) + at.group * task.layer.group_stride,
+       columns,
+       {static_cast<uint32_t>(p.in[0]), static_cast<uint32_t>(p.in[1]), static_cast<uint32_t>(p.in[2])}});
   Tile tile;
-  typename Tile::template Load<Grads<T>, typename Tile::GradsLayout> load_grads(grads);
-  typename Tile::template Load<Inputs<T>, typename Tile::InputsLayout> load_inputs(inputs);
-  const bool idle = tile.idle(rows_left, columns_left);
-  const int steps = static_cast<int>(task.padded.value) / Tile::kStep;
-  int steps_left = steps;
-  const int slabs = static_cast<int>((int64_t{last - first} * task.padded.value + kDepth - 1) / kDepth);
+  Samples<Tile> samples(tile, task);
+  const bool idle = tile.idle(at.rows, at.columns);
   // Of the slabs behind the last one all rows are outside: zeros, which nobody reads.
+  const int64_t depth = int64_t{at.last - at.first} * task.padded.value;
+  const int slabs = static_cast<int>((depth + kDepth - 1) / kDepth);
+  const int steps = idle ? 0 : static_cast<int>((depth + Tile::kStep - 1) / Tile::kStep);
   const auto fetch = [&](int slab, S* stage) {
-    const Position* described = &rows[slab / kSlabs & 1][slab % kSlabs * kDepth];
-    load_grads.fetch(described, stage, task.grads, task.layer.power);
-    load_inputs.fetch(described, stage + kInputs, task.inputs, task.layer.power);
+    load_grads.fetch(rows.of(slab), stage, task.grads, task.layer.power);
+    load_inputs.fetch(rows.of(slab), stage + kInputs, task.inputs, task.layer.power);
     simt::cp_async_commit();
-  };
-  const auto describe_after = [&](int slab) {
-    if ((slab + 1) % kSlabs == 0) describe_rows((slab + 1) / kSlabs);
   };
   const auto deposit = [&](S* stage) {
     load_grads.deposit(stage, task.grads);
     load_inputs.deposit(stage + kInputs, task.inputs);
   };
-  const auto read = [&](const S* stage, int step, typename Tile::Fragments& to) {
+  const auto read = [&](const S* stage, int step, Fragments& to) {
     tile.read(stage, stage + kInputs, step * Tile::kStep, to);
-  };
-  const auto end_step = [&] {
-    if (!Tile::kBySample || --steps_left != 0) return;
-    tile.end_sample(task.layer.power);
-    steps_left = steps;
   };
 
   for (int slab = 0; slab < kStages; ++slab) {
     fetch(slab, stages + slab * kStage);
     deposit(stages + slab * kStage);
-    describe_after(slab);
+    rows.describe_after(slab);
   }
   simt::cp_async_wait<kStages - 1>();
   __syncthreads();
-  typename Tile::Fragments now, after;
+  Fragments now, after;
   S *here = stages, *last_here = nullptr;  // the stages of this slab and of the one before
-  if (Tile::kReadsAhead && !idle) read(here, 0, now);
+  if (Tile::kReadsAhead && steps > 0) read(here, 0, now);
   for (int slab = 0; slab < slabs; ++slab) {
     if constexpr (Tile::kReadsAhead) {
-      if (!idle) {
-        read(here, 1, after);
-        tile.multiply(now);
-        end_step();
-      }
-    } else if (!idle) {
+      if (2 * slab < steps) samples.step(now, [&] { read(here, 1, after); });
+    } else {
 #pragma unroll(kSteps > 2 ? 1 : kSteps)
       for (int step = 0; step < kSteps; ++step) {
+        if (slab * kSteps + step >= steps) break;
         read(here, step, now);
-        tile.multiply(now);
-        end_step();
+        samples.step(now, [] {});
       }
     }
     if (slab > 0) deposit(last_here);
     simt::cp_async_wait<kStages - 2>();
     __syncthreads();
     S* next = here == stages + (kStages - 1) * kStage ? stages : here + kStage;
-    if (Tile::kReadsAhead && !idle) {  // in one piece, so that the loads find their way between the multiplications
-      read(next, 0, now);
-      fetch(slab + kStages, here);
-      tile.multiply(after);
-      end_step();
-    } else {
-      fetch(slab + kStages, here);
-    }
-    describe_after(slab + kStages);
+    const auto fetch_next = [&] { fetch(slab + kStages, here); };
+    if (Tile::kReadsAhead && 2 * slab + 1 < steps)
+      samples.step(after, [&] { read(next, 0, now), fetch_next(); });
+    else
+      fetch_next();
+    rows.describe_after(slab + kStages);
     last_here = here, here = next;
   }
   simt::cp_async_wait<0>();
 
-  // Many loads at once: waiting for each element of F in turn would take longer than the products.
   if (idle) return;
-  A* f = out + ((split * groups + group) * task.outputs + first_m) * task.columns;
-#pragma unroll
-  for (int b = 0; b < Tile::kBatches; ++b) {
-    A* address[Tile::kBatch];
-    A before[Tile::kBatch];
-#pragma unroll
-    for (int i = 0; i < Tile::kBatch; ++i) {
-      const int m = tile.m(b, i), n = tile.n(b, i);
-      const bool inside = m < rows_left && n < columns_left;
-      address[i] = inside ? f + static_cast<int64_t>(m) * task.columns + columns[n].to : nullptr;
-      before[i] = inside && task.add ? *address[i] : A(0);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kBatch; ++i) {
-      const A value = tile.value(b, i);
-      if (address[i] != nullptr) *address[i] = task.add ? fused_multiply_add(weight, value, before[i]) : value;
-    }
-  }
+  const int64_t row = (at.split * task.layer.groups + at.group) * task.outputs + at.first_m;
+  hand_over(tile, task, weight, out + row * task.columns + at.first_n, at.rows, at.columns);
 }
 
 // ---- Few outputs per group
@@ -377,6 +378,54 @@ __global__ void __launch_bounds__(32 * kNarrowWarps, 2)
       }
 }
 
+// ---- The runs' partial sums, first to last, where their columns run over channels, then taps
+
+constexpr unsigned kPermuteThreads = 128, kPermuteChannels = 32, kPermuteTaps = 64;
+
+// A block adds up some channels of a row, under some taps, in the order they were stored in, and turns the sums in
+// shared memory into the order of F: all accesses to global memory are to neighbours. Bytes: the partial sums once, F
+// twice.
+template <class A>
+__global__ void __launch_bounds__(kPermuteThreads, 8)
+    add_permuted_kernel(const A* __restrict__ partial, int splits, int64_t n, unsigned channels, unsigned window,
+                        A weight, A* __restrict__ fisher) {
+  // An odd pitch: neighbouring channels lie in different banks.
+  SIMT_SHARED(A, sums, [kPermuteChannels * (kPermuteTaps + 1)]);
+  const unsigned channel_blocks = (channels + kPermuteChannels - 1) / kPermuteChannels;
+  const unsigned tap_blocks = (window + kPermuteTaps - 1) / kPermuteTaps;
+  const unsigned first_channel = blockIdx.x % channel_blocks * kPermuteChannels, rest = blockIdx.x / channel_blocks;
+  const unsigned first_tap = rest % tap_blocks * kPermuteTaps;
+  const unsigned width = min(kPermuteChannels, channels - first_channel);
+  const unsigned taps = min(kPermuteTaps, window - first_tap), pitch = taps | 1u;
+  const int64_t row = static_cast<int64_t>(rest / tap_blocks) * channels * window;
+  for (unsigned i = threadIdx.x; i < width * taps; i += kPermuteThreads) {
+    const unsigned tap = i / width, channel = i % width;
+    const A* from = partial + row + static_cast<int64_t>(first_tap + tap) * channels + first_channel + channel;
+    A sum = 0;
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split, from += n) sum += *from;
+    sums[channel * pitch + tap] = sum;
+  }
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < width * taps; i += kPermuteThreads) {
+    const unsigned channel = i / taps, tap = i % taps;
+    A& f = fisher[row + static_cast<int64_t>(first_channel + channel) * window + first_tap + tap];
+    f = fused_multiply_add(weight, sums[channel * pitch + tap], f);
+  }
+}
+
+template <class A>
+cudaError_t add_permuted(const A* partial, int64_t runs, int64_t n, const Task& task, A* fisher, const Exec& exec) {
+  const int64_t channels = task.layer.inputs.channels, window = task.layer.inputs.window();
+  const int64_t blocks = n / task.columns * ((channels + kPermuteChannels - 1) / kPermuteChannels) *
+                         ((window + kPermuteTaps - 1) / kPermuteTaps);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return simt::launch(add_permuted_kernel<A>, dim3(static_cast<unsigned>(blocks)), dim3(kPermuteThreads), 0,
+                      static_cast<cudaStream_t>(exec.stream), partial, static_cast<int>(runs), n,
+                      static_cast<unsigned>(channels), static_cast<unsigned>(window), static_cast<A>(task.layer.weight),
+                      fisher);
+}
+
 // ---- Launchers
 
 // Every stride a chunk of `lanes` elements is reached by keeps it aligned.
@@ -396,6 +445,9 @@ Access access_of(int64_t lanes, const void* data, int64_t channels, int64_t chan
   return access;
 }
 
+// Whether samples end within steps. Loaders that gather have no tile for that.
+bool halves(const Task& task, const Plan& plan) { return plan.halves && task.grads.vectors && task.inputs.vectors; }
+
 Task task_of(const LayerProduct& layer, const Plan& plan) {
   const Patches& p = layer.inputs;
   const Positions& g = layer.grads;
@@ -403,14 +455,13 @@ Task task_of(const LayerProduct& layer, const Plan& plan) {
   task.layer = layer;
   task.samples = static_cast<int>(p.samples), task.positions = static_cast<int>(p.positions());
   task.outputs = static_cast<int>(layer.outputs()), task.columns = static_cast<int>(p.columns());
-  task.padded = Divisor((p.positions() + plan.step - 1) / plan.step * plan.step);
   task.across = Divisor(p.out[2]), task.down = Divisor(p.out[1]);
   task.run = static_cast<int>((p.samples + plan.splits - 1) / plan.splits);
   task.tiles_m = (task.outputs + plan.m - 1) / plan.m, task.tiles_n = (task.columns + plan.n - 1) / plan.n;
   task.channels_first = p.channel_stride == 1;
   task.lane_groups = task.channels_first && layer.groups >= kNarrowGroups ? kNarrowGroups : 1;
   task.group_blocks = static_cast<int>((layer.groups + task.lane_groups - 1) / task.lane_groups);
-  task.add = plan.splits == 1;
+  task.add = partials_of(layer, plan) == 0;
   const int64_t lanes = p.dtype == DType::f64 ? 2 : p.dtype == DType::f32 ? 4 : 8;
   task.grads =
       access_of(lanes, g.data, layer.outputs(), g.channel_stride, g.sample_stride, g.space_stride, g.extent, 0);
@@ -420,6 +471,8 @@ Task task_of(const LayerProduct& layer, const Plan& plan) {
     moves[axis] = p.in[axis] > 1 || p.padding[axis] != 0 || p.kernel[axis] > 1 ? 2 : 1;
   task.inputs = access_of(lanes, p.data, p.channels, p.channel_stride, p.sample_stride, p.space_stride, moves,
                           layer.groups > 1 ? layer.group_stride : 0);
+  const int64_t padding = plan.step / (halves(task, plan) ? 2 : 1);
+  task.padded = Divisor((p.positions() + padding - 1) / padding * padding);
   return task;
 }
 
@@ -455,11 +508,11 @@ cudaError_t launch_narrow(const Task& task, int64_t splits, acc_t<T>* out, const
 }
 
 // Two sizes: 8 warps of 64 x 32 for large layers, 4 of 32 x 32 for those that have at most 64 outputs or columns.
-template <class T, bool kGathers>
+template <class T, bool kGathers, bool kHalves>
 cudaError_t launch_mma(const Task& task, const Plan& plan, float* out, const Exec& exec) {
   if (plan.way == Way::large_mma)
-    return launch_tiles<MmaTile<T, 2, 4, 4, 4, 1, kGathers>>(task, plan.splits, out, exec);
-  return launch_tiles<MmaTile<T, 2, 2, 2, 4, kGathers ? 2 : 3, kGathers>>(task, plan.splits, out, exec);
+    return launch_tiles<MmaTile<T, 2, 4, 4, 4, 1, kGathers, kHalves>>(task, plan.splits, out, exec);
+  return launch_tiles<MmaTile<T, 2, 2, 2, 4, kGathers ? 2 : 3, kGathers, kHalves>>(task, plan.splits, out, exec);
 }
 
 template <class T>
@@ -476,9 +529,11 @@ cudaError_t launch(const Task& task, const Plan& plan, acc_t<T>* out, const Exec
         return launch_tiles<FmaTile<T, 4, sizeof(T) == 4 ? 8 : 4, 2, false>>(task, plan.splits, out, exec);
       break;
     default:
-      if constexpr (sizeof(T) <= 4)
-        return task.grads.vectors && task.inputs.vectors ? launch_mma<T, false>(task, plan, out, exec)
-                                                         : launch_mma<T, true>(task, plan, out, exec);
+      if constexpr (sizeof(T) <= 4) {
+        if (halves(task, plan)) return launch_mma<T, false, true>(task, plan, out, exec);
+        return task.grads.vectors && task.inputs.vectors ? launch_mma<T, false, false>(task, plan, out, exec)
+                                                         : launch_mma<T, true, false>(task, plan, out, exec);
+      }
   }
   return cudaErrorInvalidValue;
 }
@@ -487,7 +542,7 @@ cudaError_t launch(const Task& task, const Plan& plan, acc_t<T>* out, const Exec
 
 template <>
 int64_t fisher_weight_partials<kBackend>(const LayerProduct& layer) {
-  return plan_of(layer).splits;
+  return partials_of(layer, plan_of(layer));
 }
 
 template <>
@@ -496,13 +551,16 @@ int fisher_weight<kBackend>(const LayerProduct& layer, void* fisher, void* parti
   if (elements == 0 || layer.inputs.rows() == 0) return cudaSuccess;
   if (!countable(layer)) return cudaErrorInvalidValue;
   const Plan plan = plan_of(layer);
-  const Task task = task_of(layer, plan);
+  Task task = task_of(layer, plan);
   return visit(layer.inputs.dtype, [&]<class T>(Tag<T>) -> cudaError_t {
     using A = acc_t<T>;
-    if (plan.splits == 1) return launch<T>(task, plan, static_cast<A*>(fisher), exec);
-    if (const cudaError_t error = launch<T>(task, plan, static_cast<A*>(partial), exec)) return error;
-    return add_partials<A>(static_cast<const A*>(partial), plan.splits, elements, layer.weight, static_cast<A*>(fisher),
-                           exec);
+    void* out = task.add ? fisher : partial;
+    task.chunks = task.columns % kChunk<A> == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Chunk<A>) == 0;
+    if (const cudaError_t error = launch<T>(task, plan, static_cast<A*>(out), exec)) return error;
+    if (task.add) return cudaSuccess;
+    const auto* sums = static_cast<const A*>(partial);
+    if (turned(layer)) return add_permuted<A>(sums, plan.splits, elements, task, static_cast<A*>(fisher), exec);
+    return add_partials<A>(sums, plan.splits, elements, layer.weight, static_cast<A*>(fisher), exec);
   });
 }
 

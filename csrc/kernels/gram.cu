@@ -5,22 +5,65 @@
 namespace unlearn_ext {
 namespace {
 
-// One thread per element, columns fastest: neighbouring threads store next to each other.
+constexpr int kUnfoldRows = 64, kInFlight = 4;  // rows of a block, and how many of them a thread reads at a time
+
+// A block's threads lie along 2^across columns, so that neighbours store next to each other. Where a row is (of its tap
+// 0, along every axis of the image and in elements of the tensor) and what a column adds is worked out once for each.
+// Numbers may pass through values below 0 and wrap around.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    unfold_kernel(const __grid_constant__ Patches p, int64_t first, int64_t n, acc_t<T>* __restrict__ rows) {
-  const int64_t d = p.columns(), element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (element >= n * d) return;
-  const int64_t column = element % d, row = first + element / d;
-  const int64_t y0 = p.source(0, p.position(0, row), p.tap(0, column)),
-                y1 = p.source(1, p.position(1, row), p.tap(1, column)),
-                y2 = p.source(2, p.position(2, row), p.tap(2, column));
-  const bool inside = y0 >= 0 && y0 < p.in[0] && y1 >= 0 && y1 < p.in[1] && y2 >= 0 && y2 < p.in[2];
-  acc_t<T> value = 0;
-  if (inside)
-    value = static_cast<const T*>(p.data)[p.sample_of(row) * p.sample_stride + p.channel_of(column) * p.channel_stride +
-                                          y0 * p.space_stride[0] + y1 * p.space_stride[1] + y2 * p.space_stride[2]];
-  rows[element] = value;
+    unfold_kernel(const __grid_constant__ Patches p, int64_t first, int64_t n, int across, T* __restrict__ rows) {
+  SIMT_SHARED(uint64_t, table, [kMaxSpatial + 1][kUnfoldRows]);
+  const int64_t d = p.columns(), row0 = static_cast<int64_t>(blockIdx.x) * kUnfoldRows;
+  const int thread = static_cast<int>(threadIdx.x),
+            here = static_cast<int>(n - row0 < kUnfoldRows ? n - row0 : kUnfoldRows);
+  if (thread < here) {
+    int64_t rest = first + row0 + thread;
+    uint64_t place = 0;
+    for (int axis = kMaxSpatial - 1; axis >= 0; --axis) {
+      const auto at = static_cast<uint64_t>(p.source(axis, rest % p.out[axis], 0));
+      place += at * static_cast<uint64_t>(p.space_stride[axis]);
+      table[axis][thread] = at;
+      rest /= p.out[axis];
+    }
+    table[kMaxSpatial][thread] = place + static_cast<uint64_t>(rest) * static_cast<uint64_t>(p.sample_stride);
+  }
+  __syncthreads();
+
+  // A matrix of d x d has fewer than 2^31 columns.
+  const uint32_t column = blockIdx.y << across | (static_cast<uint32_t>(thread) & ((1u << across) - 1));
+  if (column >= d) return;
+  uint64_t shift[kMaxSpatial], place = 0;
+  uint32_t rest = column;
+  for (int axis = kMaxSpatial - 1; axis >= 0; --axis) {
+    const auto taps = static_cast<uint32_t>(p.kernel[axis]);
+    shift[axis] = static_cast<uint64_t>(rest % taps) * static_cast<uint64_t>(p.dilation[axis]);
+    place += shift[axis] * static_cast<uint64_t>(p.space_stride[axis]);
+    rest /= taps;
+  }
+  place += static_cast<uint64_t>(rest) * static_cast<uint64_t>(p.channel_stride);
+  const int apart = kThreads >> across;
+  for (int r = thread >> across; r < here; r += kInFlight * apart) {
+    T values[kInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int at = r + i * apart;
+      const bool inside = (at < here) && (table[0][at] + shift[0] < static_cast<uint64_t>(p.in[0])) &
+                                             (table[1][at] + shift[1] < static_cast<uint64_t>(p.in[1])) &
+                                             (table[2][at] + shift[2] < static_cast<uint64_t>(p.in[2]));
+      if (inside) values[i] = static_cast<const T*>(p.data)[table[kMaxSpatial][at] + place];
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i)
+      if (const int at = r + i * apart; at < here) rows[(row0 + at) * d + column] = values[i];
+  }
+}
+
+// The most columns, of 32 to 256, for which hardly any thread has none.
+int columns_across(int64_t d) {
+  int across = 8;
+  while (across > 5 && 8 * (((d + (1 << across) - 1) >> across << across) - d) > d) --across;
+  return across;
 }
 
 constexpr int kEdge = 32;
@@ -54,12 +97,14 @@ __global__ void __launch_bounds__(kThreads)
 
 template <>
 int unfold_rows<kBackend>(const Patches& patches, int64_t first, int64_t n, void* rows, const Exec& exec) {
-  const int64_t elements = n * patches.columns();
-  if (elements == 0) return cudaSuccess;
+  const int64_t d = patches.columns();
+  if (n == 0 || d == 0) return cudaSuccess;
+  const int across = columns_across(d);
+  const dim3 grid(static_cast<unsigned>((n + kUnfoldRows - 1) / kUnfoldRows),
+                  static_cast<unsigned>((d + (1 << across) - 1) >> across));
   return visit(patches.dtype, [&]<class T>(Tag<T>) {
-    return simt::launch(unfold_kernel<T>, dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads)),
-                        dim3(kThreads), 0, static_cast<cudaStream_t>(exec.stream), patches, first, n,
-                        static_cast<acc_t<T>*>(rows));
+    return simt::launch(unfold_kernel<T>, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(exec.stream), patches,
+                        first, n, across, static_cast<T*>(rows));
   });
 }
 

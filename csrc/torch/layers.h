@@ -120,8 +120,8 @@ void run_product(const LayerArguments& args, LayerProduct& layer) {
     run(args.op, args.fisher.device(), [&]<Backend B>(const Exec& exec) {
       const int64_t partials = fisher_weight_partials<B>(layer);
       at::Tensor partial;
-      if (partials > 1) partial = at::empty({partials, args.fisher.numel()}, options);
-      return fisher_weight<B>(layer, fisher, partials > 1 ? partial.mutable_data_ptr() : nullptr, exec);
+      if (partials > 0) partial = at::empty({partials, args.fisher.numel()}, options);
+      return fisher_weight<B>(layer, fisher, partials > 0 ? partial.mutable_data_ptr() : nullptr, exec);
     });
   });
 }

@@ -51,6 +51,9 @@ inline at::ScalarType accumulator_type(at::ScalarType type) { return type == at:
 
 inline int64_t packed_bytes(int64_t numel) { return (numel + 7) / 8; }
 
+// Masks that wait, unpacked, for a common launch are at most this many scalars together, a byte each.
+inline constexpr int64_t kMostWaiting = int64_t{1} << 26;
+
 inline bool is_row_major(const at::Tensor& t) { return t.is_contiguous(); }
 
 // Whether b's memory can be walked like a's. Axes of extent 1 have no stride worth comparing; a lazily negated view
@@ -300,8 +303,7 @@ class Paired {
   }
 
   // Bits to be brought into another memory order are collected, so that a model in channels_last takes two launches
-  // rather than two per tensor; no more of them than this many scalars, each a byte meanwhile, and of one device.
-  static constexpr int64_t kMostWaiting = int64_t{1} << 26;
+  // rather than two per tensor; no more of them than kMostWaiting scalars, and of one device.
   struct Waiting {
     size_t group, slice;
     int list;

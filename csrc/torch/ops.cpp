@@ -32,6 +32,14 @@ pybind11::dict build_info() {
   return info;
 }
 
+// What projecting does on a GPU, wherever the tensors are.
+void project_by_library_anywhere(const std::vector<at::Tensor>& grads, const std::vector<at::Tensor>& bases,
+                                 bool onto) {
+  const char* op = "_project_by_library";
+  TORCH_CHECK_NOT_IMPLEMENTED(is_plain(grads) && is_plain(bases), op, ": tensors must be plain");
+  project_in_place(op, grads, bases, onto, &project_by_library);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(unlearn_ext, m) {
@@ -48,6 +56,8 @@ TORCH_LIBRARY_IMPL(unlearn_ext, Autograd, m) { Ops::without_autograd(m, {"projec
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this module was built, and which CPU kernels it chose.");
+  m.def("_project_by_library", torch::wrap_pybind_function_no_gil(&project_by_library_anywhere),
+        "For tests where there is no GPU.");
   Ops::define_direct(m);
 }
 

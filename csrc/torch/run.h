@@ -29,6 +29,12 @@ inline void parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int
   TORCH_CHECK(error == 0, "unlearn_ext: a CPU kernel ran out of memory");
 }
 
+inline int threads() {
+  uint32_t count = 1;
+  torch_get_num_threads(&count);
+  return static_cast<int>(std::max(1u, count));
+}
+
 inline void require_supported(const char* op, c10::Device device) {
   TORCH_CHECK_NOT_IMPLEMENTED(device.is_cpu() || device.is_cuda(), op, ": tensors must be on cpu or cuda, got ",
                               device);
@@ -43,10 +49,12 @@ inline void require_supported(const char* op, c10::Device device) {
 
 template <class F>
 void run_on_cpu(const F& launch) {
-  const Exec exec{.parallel_for = &parallel_for};
+  const Exec exec{
+      .parallel_for = &parallel_for, .threads = threads(), .matrix_unit = cpu_backend() == Backend::cpu_amx};
   int error = 0;
   switch (cpu_backend()) {
 #if defined(__x86_64__)
+    case Backend::cpu_amx:
     case Backend::cpu_avx512:
       error = launch.template operator()<Backend::cpu_avx512>(exec);
       break;

@@ -25,34 +25,51 @@ struct AsGiven {
 constexpr int64_t kProductRows = 4096, kProductBytes = int64_t{64} << 20, kProductColumns = 1024;
 
 #if defined(UNLEARN_CUDA)
-void gram_on_device(const char* op, const Patches& patches, int64_t groups, int64_t group_stride, at::Tensor& gram,
-                    const at::TensorOptions& compute) {
+// Halves are multiplied as they are: their products are exact in float32, in which the library adds them up unless it
+// has been allowed to do that in float16.
+at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
+  const at::ScalarType given = a.scalar_type(), compute = accumulator_type(given);
+  const bool may_lose = given == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+  at::Tensor product = given == compute ? at::mm(a, b)
+                       : may_lose       ? at::mm(a.to(compute), b.to(compute))
+                                        : at::mm(a, b, compute);
+  TORCH_INTERNAL_ASSERT(product.scalar_type() == compute);
+  return product;
+}
+
+// Rows of inputs that lie evenly apart are read where they are, others unfolded into a buffer.
+void gram_on_device(const char* op, const at::Tensor& inputs, const Patches& patches, int64_t groups,
+                    int64_t group_stride, at::Tensor& gram) {
   const int64_t d = patches.columns(), rows = patches.rows();
   if (d == 0) return;
   const AsGiven as_given;
-  const int64_t bytes = static_cast<int64_t>(compute.dtype().itemsize());
+  const auto bytes = static_cast<int64_t>(inputs.element_size());
   const int64_t step = std::clamp<int64_t>(kProductBytes / (bytes * d), 1, kProductRows);
-  at::Tensor buffer = at::empty({std::min(step, rows), d}, compute);
-  const DType compute_type = *dtype_of(compute.dtype().toScalarType()), gram_type = *dtype_of(gram.scalar_type());
+  const std::optional<int64_t> stride = patches.row_stride();
+  at::Tensor buffer;
+  if (!stride) buffer = at::empty({std::min(step, rows), d}, inputs.options());
+  const DType compute = *dtype_of(accumulator_type(inputs.scalar_type())), total = *dtype_of(gram.scalar_type());
   for (int64_t g = 0; g < groups; ++g) {
     Patches group = patches;
-    group.data = static_cast<const char*>(patches.data) + g * group_stride *
-                                                              static_cast<int64_t>(patches.dtype == DType::f64   ? 8
-                                                                                   : patches.dtype == DType::f32 ? 4
-                                                                                                                 : 2);
+    group.data = static_cast<const char*>(patches.data) + g * group_stride * bytes;
     char* out = static_cast<char*>(gram.mutable_data_ptr()) + g * d * d * static_cast<int64_t>(gram.element_size());
     for (int64_t first = 0; first < rows; first += step) {
       const int64_t n = std::min(step, rows - first);
-      run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
-        return unfold_rows<B>(group, first, n, buffer.mutable_data_ptr(), exec);
-      });
-      const at::Tensor x = buffer.narrow(0, 0, n);
+      at::Tensor x;
+      if (stride) {
+        x = inputs.as_strided({n, d}, {*stride, patches.channel_stride},
+                              inputs.storage_offset() + g * group_stride + first * *stride);
+      } else {
+        x = buffer.narrow(0, 0, n);
+        run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
+          return unfold_rows<B>(group, first, n, buffer.mutable_data_ptr(), exec);
+        });
+      }
       for (int64_t column = 0; column < d; column += kProductColumns) {
         const int64_t width = std::min(kProductColumns, d - column);
-        const at::Tensor block = at::mm(x.narrow(1, 0, column + width).t(), x.narrow(1, column, width));
-        TORCH_INTERNAL_ASSERT(block.scalar_type() == x.scalar_type());
+        const at::Tensor block = product_of(x.narrow(1, 0, column + width).t(), x.narrow(1, column, width));
         run_on_cuda(op, gram.device(), [&]<Backend B>(const Exec& exec) {
-          return add_symmetric<B>(compute_type, block.const_data_ptr(), column, width, gram_type, out, d, exec);
+          return add_symmetric<B>(compute, block.const_data_ptr(), column, width, total, out, d, exec);
         });
       }
     }
@@ -74,11 +91,11 @@ void accumulate_gram(const char* op, const at::Tensor& gram, const at::Tensor& i
   const at::TensorOptions options = dense.options();
 #if defined(UNLEARN_CUDA)
   if (gram.is_cuda()) {
-    gram_on_device(op, patches, groups, group_stride, dense, options.dtype(accumulator_type(inputs.scalar_type())));
+    gram_on_device(op, inputs, patches, groups, group_stride, dense);
   } else
 #endif
   {
-    const int64_t d = patches.columns(), partials = gram_partials(patches.rows(), d, groups);
+    const int64_t d = patches.columns(), partials = gram_partials(patches, groups);
     at::Tensor partial;
     if (partials > 1) partial = at::empty({partials, groups, d, d}, options);
     run_on_cpu([&]<Backend B>(const Exec& exec) {
@@ -179,41 +196,73 @@ ProjectionArguments view_projection(const char* op, const at::Tensor& grad, cons
           plain.dim() == 3 ? plain : plain.unsqueeze(0)};
 }
 
-// Projects grads (dense, each [groups, rows, d]) where they lie. On a GPU none is written before the results of all
-// have memory, so that a call that runs out of it leaves every gradient as it was.
-void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
-#if defined(UNLEARN_CUDA)
-  const AsGiven as_given;
-  // Layers of one shape and dtype go through one batched product.
+// Scalars of a layer's gradient and basis up to which layers of one shape are copied side by side for one batched
+// product; larger ones are multiplied where they are. By estimate what copying a MiB each way takes, about as long as
+// a launch.
+constexpr int64_t kGathered = int64_t{1} << 18;
+
+// Layers of one shape, dtype and device, whose products the library does together.
+struct ProjectedTogether {
+  std::vector<at::Tensor> grads;
+  at::Tensor gradient, basis, coefficients;  // in the compute type; `gradient` is the layer's own where it can be
+};
+
+// The coefficients of all layers, and copies where products need them: all the memory that projecting takes.
+std::vector<ProjectedTogether> coefficients_of(const std::vector<ProjectionArguments>& layers) {
   const auto together = [](const ProjectionArguments& a, const ProjectionArguments& b) {
     return a.grad.sizes() == b.grad.sizes() && a.basis.sizes() == b.basis.sizes() &&
            a.grad.options().type_equal(b.grad.options()) && a.grad.device() == b.grad.device() &&
            a.basis.scalar_type() == b.basis.scalar_type();
   };
   std::vector<bool> done(layers.size(), false);
-  std::vector<std::pair<at::Tensor, at::Tensor>> results;  // a gradient and what it becomes
+  std::vector<ProjectedTogether> all;
   for (size_t i = 0; i < layers.size(); ++i) {
-    if (done[i] || !layers[i].grad.is_cuda() || layers[i].grad.numel() == 0) continue;
+    if (done[i] || layers[i].grad.numel() == 0) continue;
+    const bool gathers = layers[i].grad.numel() + layers[i].basis.numel() <= kGathered;
     std::vector<at::Tensor> grads, bases;
-    for (size_t j = i; j < layers.size(); ++j) {
+    for (size_t j = i; j < layers.size() && (gathers || j == i); ++j) {
       if (done[j] || !together(layers[i], layers[j])) continue;
       done[j] = true;
       grads.push_back(layers[j].grad);
       bases.push_back(layers[j].basis);
     }
     const at::ScalarType compute = accumulator_type(grads[0].scalar_type());
-    const at::Tensor g = grads.size() == 1 ? grads[0].to(compute) : at::cat(grads).to(compute);
-    const at::Tensor u = bases.size() == 1 ? bases[0].to(compute) : at::cat(bases).to(compute);
-    const at::Tensor coefficients = at::bmm(g, u);
-    const at::Tensor result = onto ? at::bmm(coefficients, u.transpose(1, 2))
-                                   : at::baddbmm(g, coefficients, u.transpose(1, 2), /*beta=*/1, /*alpha=*/-1);
+    at::Tensor g = (grads.size() == 1 ? grads[0] : at::cat(grads)).to(compute);
+    at::Tensor u = (bases.size() == 1 ? bases[0] : at::cat(bases)).to(compute);
+    // The library would copy bases of other strides for every product.
+    if (!u.is_contiguous() && !u.transpose(1, 2).is_contiguous()) u = u.contiguous();
+    at::Tensor coefficients = at::bmm(g, u);
+    all.push_back({std::move(grads), std::move(g), std::move(u), std::move(coefficients)});
+  }
+  return all;
+}
+
+// By products of the library, in place: none is written before all have the memory they need, so that a call that runs
+// out of it leaves every gradient as it was.
+void project_by_library(const std::vector<ProjectionArguments>& layers, bool onto) {
+  const AsGiven as_given;
+  for (ProjectedTogether& layer : coefficients_of(layers)) {
+    const at::Tensor transposed = layer.basis.transpose(1, 2);
+    if (onto)
+      at::bmm_out(layer.gradient, layer.coefficients, transposed);
+    else
+      layer.gradient.baddbmm_(layer.coefficients, transposed, /*beta=*/1, /*alpha=*/-1);
     int64_t first = 0;
-    for (const at::Tensor& grad : grads) {
-      results.emplace_back(grad, result.narrow(0, first, grad.size(0)));
-      first += grad.size(0);
+    for (at::Tensor& grad : layer.grads) {
+      const int64_t groups = grad.size(0);
+      if (!grad.is_same(layer.gradient)) grad.copy_(layer.gradient.narrow(0, first, groups));
+      first += groups;
     }
   }
-  for (const auto& [grad, result] : results) grad.copy_(result);
+}
+
+// Projects grads (dense, each [groups, rows, d]) where they lie.
+void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
+#if defined(UNLEARN_CUDA)
+  std::vector<ProjectionArguments> on_device;
+  std::copy_if(layers.begin(), layers.end(), std::back_inserter(on_device),
+               [](const ProjectionArguments& layer) { return layer.grad.is_cuda(); });
+  project_by_library(on_device, onto);
 #endif
   std::vector<Projection> cpu[4][2];  // by dtype of gradient, and whether the basis is float32 beside a half gradient
   for (const ProjectionArguments& layer : layers) {
@@ -239,7 +288,8 @@ void project_dense(const std::vector<ProjectionArguments>& layers, bool onto) {
     }
 }
 
-void project_in_place(const char* op, at::TensorList grads, at::TensorList bases, bool onto) {
+void project_in_place(const char* op, at::TensorList grads, at::TensorList bases, bool onto,
+                      void (*project_layers)(const std::vector<ProjectionArguments>&, bool) = &project_dense) {
   TORCH_CHECK_VALUE(grads.size() == bases.size(), op, ": bases must have ", grads.size(), " tensors like grads, got ",
                     bases.size());
   std::vector<ProjectionArguments> layers;
@@ -251,7 +301,7 @@ void project_in_place(const char* op, at::TensorList grads, at::TensorList bases
     add_extent(extents, "basis", index, bases[l], false);
   }
   require_no_aliases(op, extents);
-  project_dense(layers, onto);
+  project_layers(layers, onto);
   for (size_t l = 0; l < grads.size(); ++l) {
     if (layers[l].grad.numel() != 0 && layers[l].grad.const_data_ptr() != grads[l].const_data_ptr())
       grads[l].detach().copy_(layers[l].grad.view(grads[l].sizes()));

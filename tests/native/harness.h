@@ -297,14 +297,19 @@ inline void in_pieces(int64_t n, int64_t grain, Body body, const void* context) 
   for (int64_t p = pieces - 1; p >= 0; --p) body(context, n * p / pieces, n * (p + 1) / pieces);
 }
 
+// f.operator()<B>(exec) if `capability`, B or B with more than its instructions, is compiled in and runs here.
 template <Backend B, class F>
-void on_cpu(const F& f) {
+void on_cpu(const F& f, Backend capability = B) {
   const auto& compiled = compiled_cpu_backends();
   const auto at = [&](Backend b) { return std::find(compiled.begin(), compiled.end(), b); };
-  if (at(B) == compiled.end() || at(B) < at(cpu_backend())) return;
+  if (at(capability) == compiled.end() || at(capability) < at(cpu_backend())) return;
   for (const auto parallel_for : {&whole, &in_pieces}) {
-    const Scope scope(std::string(name_of(B)) + (parallel_for == &whole ? ", one range" : ", many ranges"));
-    f.template operator()<B>(Exec{nullptr, parallel_for});
+    const bool in_one = parallel_for == &whole;
+    const Scope scope(std::string(name_of(capability)) + (in_one ? ", one range" : ", many ranges"));
+    Exec exec{nullptr, parallel_for};
+    exec.threads = in_one ? 1 : 64;
+    exec.matrix_unit = capability == Backend::cpu_amx;
+    f.template operator()<B>(exec);
   }
 }
 
@@ -315,6 +320,7 @@ void on_backends(const F& f) {
 #if defined(__x86_64__)
   on_cpu<Backend::cpu_avx2>(f);
   on_cpu<Backend::cpu_avx512>(f);
+  on_cpu<Backend::cpu_avx512>(f, Backend::cpu_amx);
 #endif
 }
 #endif

@@ -104,8 +104,8 @@ void check_fisher(Buf<A>& fisher, const std::vector<A>& before, const std::vecto
 }
 
 template <class A>
-std::pair<Buf<A>, std::vector<A>> preloaded(int64_t n) {
-  Buf<A> fisher(n, 1);
+std::pair<Buf<A>, std::vector<A>> preloaded(int64_t n, int64_t offset = 1) {
+  Buf<A> fisher(n, offset);
   std::vector<A> before(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) fisher[i] = before[static_cast<size_t>(i)] = static_cast<A>(uniform(0, 2));
   return {std::move(fisher), std::move(before)};
@@ -117,7 +117,10 @@ struct Options {
   Layout inputs = Layout::channels_last, grads = Layout::channels_last;
   int power = 2;
   bool tf32 = false;
-  int64_t offset = 0;  // of the operands from an aligned address
+  int64_t offset = 0;    // of the operands from an aligned address
+  bool in_runs = false;  // on a GPU: whether the samples have to be split
+  int64_t fisher_offset = 1;
+  bool turned = false;  // on a GPU: whether one run has to be turned into the order of F
 };
 
 template <class T>
@@ -195,12 +198,13 @@ void weight(const Layer& layer, const Options& options, const Exec& exec) {
   product.groups = layer.groups, product.group_stride = layer.channels * p.channel_stride;
   product.weight = 0.37, product.power = options.power, product.tf32 = options.tf32;
 
-  auto [fisher, before] = preloaded<A>(g.channels * p.columns());
+  auto [fisher, before] = preloaded<A>(g.channels * p.columns(), options.fisher_offset);
   const int64_t splits = fisher_weight_partials<B>(product);
-  CHECK(splits >= 1, "fisher_weight_partials");
-  Buf<A> partial(splits > 1 ? splits * fisher.size() : 0);
-  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = 0;
-  CHECK(fisher_weight<B>(product, fisher.device(), splits > 1 ? partial.device() : nullptr, exec) == 0, "error code");
+  CHECK(splits >= (kOnCuda && options.in_runs ? 2 : 0), "fisher_weight_partials");
+  if (kOnCuda && options.turned) CHECK(splits == 1, "not one run in the order of the tiles: " + std::to_string(splits));
+  Buf<A> partial(splits * fisher.size());
+  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<A>(NAN);  // all of it must be written
+  CHECK(fisher_weight<B>(product, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0, "error code");
   CHECK(partial.fetch(), "a write outside the partial sums");
   check_fisher(fisher, before, weights_of(layer, product, inputs.before, grads.before, options), product.weight,
                layer.samples);
@@ -269,6 +273,29 @@ const Case samples_case("fisher_weight: samples", [] {
   });
 });
 
+// Samples that end within the steps of the tensor cores: at every place of a step, in both sizes of tiles, and over
+// more slabs than are described at once.
+const Case halves_case("fisher_weight: halves of steps", [] {
+  std::vector<Layer> layers;
+  for (const int64_t positions : thinned<int64_t>({2, 3, 4, 5, 8, 9, 11, 12, 13, 17, 20, 24, 25}, 4))
+    for (const int64_t outputs : {72, 16}) layers.push_back(linear(positions == 8 ? 37 : 5, positions, 72, outputs));
+  layers.push_back({"2x2 of 3x3", 7, 1, 8, 72, {1, 2, 2}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}});
+  on_backends([&]<Backend B>(const Exec& exec) {
+    for (const Layer& layer : layers)
+      for (const int power : {2, 1}) {
+        if (power == 1 && reduced()) continue;
+        Options options;
+        options.power = power;
+        weight<B, BFloat16>(layer, options, exec);
+        weight<B, Half>(layer, options, exec);
+        options.tf32 = kOnCuda;
+        weight<B, float>(layer, options, exec);
+        options.offset = 1;  // element by element: whole steps
+        weight<B, Half>(layer, options, exec);
+      }
+  });
+});
+
 const Case layouts_case("fisher_weight: layouts", [] {
   const Layer rows = {"rows of three axes", 2, 1, 24, 72, {2, 3, 4}};
   const Layer image = {"image", 2, 1, 8, 16, {1, 5, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}};
@@ -312,14 +339,137 @@ const Case convolutions_case("fisher_weight: convolutions", [] {
     });
 });
 
+// Whole and cut steps, tiles and blocks of a CPU's matrix unit, and samples in parts. The CUDA kernels have no such
+// steps.
+const Case matrix_unit_case("fisher_weight: many positions", [] {
+  if (kOnCuda) return;
+  const std::vector<Layer> layers = {
+      linear(3, 20, 16, 16),
+      linear(7, 31, 33, 17),
+      linear(9, 32, 64, 48),
+      linear(2, 65, 70, 33),
+      linear(2, 257, 40, 20),
+      linear(1, 700, 33, 50),
+      linear(1, 36, 30, 800),
+      linear(1, 33, 1200, 40),
+      {"padded", 3, 1, 20, 18, {1, 9, 13}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"large", 2, 1, 18, 16, {1, 24, 20}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"volumes", 2, 1, 16, 32, {3, 7, 5}},
+      {"planes", 2, 2, 16, 16, {5, 12, 9}},
+  };
+  for (const Layer& layer : thinned(layers, 3))
+    on_dtypes([&]<class T>(Tag<T>) {
+      on_backends([&]<Backend B>(const Exec& exec) {
+        Options options;
+        Layer enough = layer;
+        if (Format<T>::dtype == DType::f32) enough.outputs += 64;
+        for (const Layout layout : kLayouts) {
+          options.inputs = options.grads = layout;
+          options.offset = layout == Layout::channels_last;
+          weight<B, T>(enough, options, exec);
+        }
+        options.grads = Layout::channels_last;
+        weight<B, T>(enough, options, exec);
+      });
+    });
+});
+
+// Factors that the three bfloat16 of a float do not reach: in one sample and one line, so that others are as always.
+const Case magnitudes_case("fisher_weight: magnitudes", [] {
+  if (kOnCuda) return;
+  on_backends([&]<Backend B>(const Exec& exec) {
+    for (const int64_t positions : {40, 600})
+      for (const auto& [of_inputs, of_grads] : {std::pair{0x1p23f, 1.f},
+                                                {1.f, 0x1p23f},
+                                                {0x1p25f, 1.f},
+                                                {1.f, 0x1p25f},
+                                                {0x1p50f, 1.f},
+                                                {0x1p100f, 0x1p-100f},
+                                                {0x1p-120f, 0x1p110f},
+                                                {0x1p-135f, 0x1p120f},
+                                                {0x1p-120f, 1.f},
+                                                {0x1p25f, 0x1p-135f},
+                                                {0x1p-40f, 0x1p-30f}}) {
+        const Layer layer = linear(3, positions, 40, 68);
+        LayerProduct product{};
+        Patches& p = product.inputs;
+        Positions& g = product.grads;
+        p.dtype = g.dtype = DType::f32, p.samples = g.samples = layer.samples;
+        p.channels = layer.channels, g.channels = layer.outputs;
+        for (int axis = 0; axis < 3; ++axis)
+          p.in[axis] = p.out[axis] = g.extent[axis] = layer.in[axis],
+          p.kernel[axis] = p.stride[axis] = p.dilation[axis] = 1;
+        Operand<float> inputs(lay_out(p, layer.samples, layer.channels, p.in, Layout::channels_last), 0);
+        Operand<float> grads(lay_out(g, layer.samples, layer.outputs, g.extent, Layout::channels_last), 0);
+        for (auto [operand, factor] : {std::pair{&inputs, of_inputs}, std::pair{&grads, of_grads}})
+          for (int64_t i = 0; i < operand->now.size() / layer.samples; ++i)
+            operand->now[i] = operand->before[i] = operand->now[i] * factor;
+        p.data = inputs.now.device(), g.data = grads.now.device();
+        product.groups = 1, product.weight = 0.37, product.power = 2;
+        auto [fisher, before] = preloaded<float>(layer.outputs * layer.channels);
+        const int64_t splits = fisher_weight_partials<B>(product);
+        Buf<float> partial(splits * fisher.size());
+        for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<float>(NAN);
+        const Scope scope("2^" + std::to_string(std::ilogb(of_inputs)) + ", 2^" + std::to_string(std::ilogb(of_grads)));
+        CHECK(fisher_weight<B>(product, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0,
+              "error code");
+        check_fisher(fisher, before, weights_of(layer, product, inputs.before, grads.before, Options{}), product.weight,
+                     layer.samples);
+      }
+  });
+});
+
+// Partial sums lie in the order of the tiles, taps before channels where channels lie side by side: for every kind of
+// tile, windows and channels beyond what a block turns around, and rows that no chunk divides.
+const Case runs_case("fisher_weight: runs of convolutions", [] {
+  const std::vector<Layer> layers = {
+      {"3x3", 60, 1, 8, 16, {1, 4, 3}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"few outputs per group", 7, 9, 2, 4, {1, 6, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"large tiles", 40, 1, 20, 72, {1, 4, 4}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"two blocks of channels", 60, 1, 35, 6, {1, 4, 5}, {1, 2, 2}},
+      {"one position", 200, 1, 6, 7, {1, 4, 4}, {1, 4, 4}},
+      {"odd columns", 60, 2, 7, 5, {1, 5, 5}, {1, 3, 3}},
+      {"two blocks of taps", 16, 1, 3, 4, {1, 9, 9}, {1, 9, 9}, {1, 1, 1}, {0, 4, 4}, {0, 4, 4}},
+      {"three axes", 60, 1, 5, 6, {2, 4, 3}, {2, 3, 2}},
+  };
+  for (const Layer& layer : thinned(layers, 2))
+    on_all([&]<Backend B, class T>(Options options, const Exec& exec) {
+      options.in_runs = true;
+      weight<B, T>(layer, options, exec);
+      if (reduced() || options.power == 1) return;
+      options.inputs = options.grads = Layout::channels_first;
+      weight<B, T>(layer, options, exec);
+    });
+});
+
+// One run whose columns lie in the order of the tiles, and one that is added to F: in chunks, where rows consist of
+// them, and element by element, with F off an aligned address. Every row and column of several tiles must get there.
+const Case one_run_case("fisher_weight: one run of convolutions", [] {
+  const std::vector<Layer> layers = {
+      {"one sample", 1, 1, 72, 68, {1, 3, 3}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+      {"one sample, odd", 1, 1, 33, 70, {1, 4, 2}, {1, 2, 1}},
+      {"one sample, groups", 1, 3, 12, 5, {1, 2, 3}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {0, 0, 1}},
+      {"one sample, several tiles", 1, 1, 136, 140, {1, 2, 2}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}},
+  };
+  for (const Layer& layer : thinned<Layer>(layers, 3))
+    on_all([&]<Backend B, class T>(Options options, const Exec& exec) {
+      options.turned = true;
+      weight<B, T>(layer, options, exec);
+      options.turned = false, options.inputs = options.grads = Layout::channels_first;
+      for (options.fisher_offset = 0; options.fisher_offset < 4; options.fisher_offset += 3)
+        weight<B, T>(layer, options, exec);
+    });
+});
+
 // What fills a tile up must not meet an infinite gradient or input: 0 times infinity is not a number.
 const Case infinite_case("fisher_weight: infinite", [] {
   on_dtypes([&]<class T>(Tag<T>) {
     on_backends([&]<Backend B>(const Exec& exec) {
-      for (const bool tf32 : {false, true})
+      for (const auto& [positions, tf32] : {std::pair{3, false}, {3, true}, {40, false}, {600, false}})
         for (const bool in_grads : {false, true}) {
-          constexpr int64_t kSamples = 3, kPositions = 3, kInputs = 80, kOutputs = 72;
-          Operand<T> inputs(kSamples * kPositions * kInputs, 0), grads(kSamples * kPositions * kOutputs, 0);
+          if (kOnCuda && positions > 3) continue;
+          constexpr int64_t kSamples = 3, kInputs = 80, kOutputs = 72;
+          Operand<T> inputs(kSamples * positions * kInputs, 0), grads(kSamples * positions * kOutputs, 0);
           for (int64_t i = 0; i < inputs.now.size(); ++i) inputs.now[i] = nearest<T>(uniform(0.5, 1));
           for (int64_t i = 0; i < grads.now.size(); ++i) grads.now[i] = nearest<T>(uniform(0.5, 1));
           (in_grads ? grads : inputs).now[0] = nearest<T>(INFINITY);
@@ -328,7 +478,7 @@ const Case infinite_case("fisher_weight: infinite", [] {
           Patches& p = product.inputs;
           p.dtype = product.grads.dtype = Format<T>::dtype, p.samples = product.grads.samples = kSamples;
           for (int axis = 0; axis < 3; ++axis)
-            p.in[axis] = p.out[axis] = product.grads.extent[axis] = axis == 2 ? kPositions : 1,
+            p.in[axis] = p.out[axis] = product.grads.extent[axis] = axis == 2 ? positions : 1,
             p.kernel[axis] = p.stride[axis] = p.dilation[axis] = 1;
           lay_out(p, kSamples, kInputs, p.in, Layout::channels_last);
           lay_out(product.grads, kSamples, kOutputs, p.out, Layout::channels_last);
@@ -336,9 +486,9 @@ const Case infinite_case("fisher_weight: infinite", [] {
           product.groups = 1, product.weight = 1, product.power = 2, product.tf32 = tf32;
           auto [fisher, before] = preloaded<acc_t<T>>(kInputs * kOutputs);
           const int64_t splits = fisher_weight_partials<B>(product);
-          Buf<acc_t<T>> partial(splits > 1 ? splits * fisher.size() : 0);
-          for (int64_t i = 0; i < partial.size(); ++i) partial[i] = 0;
-          CHECK(fisher_weight<B>(product, fisher.device(), splits > 1 ? partial.device() : nullptr, exec) == 0,
+          Buf<acc_t<T>> partial(splits * fisher.size());
+          for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<acc_t<T>>(NAN);
+          CHECK(fisher_weight<B>(product, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0,
                 "error code");
           CHECK(fisher.fetch(), "a write outside F");
           for (int64_t o = 0; o < kOutputs; ++o)

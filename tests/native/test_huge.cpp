@@ -164,10 +164,10 @@ void far_weight(int64_t positions, int64_t outputs, bool tf32, const Exec& exec)
   layer.grads = far.along(far.grads.data(), outputs);
   layer.groups = 1, layer.weight = 1, layer.power = 2, layer.tf32 = tf32;
   const int64_t n = outputs * kChannels, splits = fisher_weight_partials<B>(layer);
-  Buf<A> fisher(n), partial(splits > 1 ? splits * n : 0);
+  Buf<A> fisher(n), partial(splits * n);
   for (int64_t i = 0; i < n; ++i) fisher[i] = 0;
-  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = 0;
-  CHECK(fisher_weight<B>(layer, fisher.device(), splits > 1 ? partial.device() : nullptr, exec) == 0, "error code");
+  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<A>(NAN);
+  CHECK(fisher_weight<B>(layer, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0, "error code");
   fisher.fetch();
   for (int64_t i = 0; i < n; ++i) {
     const double sum = static_cast<double>(positions * (i % kChannels + 1));

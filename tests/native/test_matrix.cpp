@@ -1,5 +1,9 @@
 // Gram matrices and projections against triple loops.
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string_view>
 
 #include "harness.h"
 #include "kernels/gram.h"
@@ -85,6 +89,47 @@ Buf<G> symmetric(int64_t groups, int64_t d) {
   return gram;
 }
 
+// Rows are said to lie evenly apart only where they do.
+const Case row_stride_case("row stride", [] {
+  struct Layout {
+    const char* name;
+    int64_t in[3], space_stride[3], sample_stride, samples;
+    std::optional<int64_t> expected;
+  };
+  const Layout layouts[] = {
+      {"rows", {1, 1, 1}, {7, 7, 7}, 7, 5, 7},
+      {"every other row", {1, 1, 1}, {7, 7, 7}, 14, 5, 14},
+      {"channels last", {1, 4, 6}, {0, 42, 7}, 168, 3, 7},
+      {"channels last, cut", {1, 4, 5}, {0, 42, 7}, 168, 3, std::nullopt},
+      {"channels last, samples apart", {1, 4, 6}, {0, 42, 7}, 336, 3, std::nullopt},
+      {"one sample of channels first", {1, 4, 6}, {0, 6, 1}, 168, 1, 1},
+      {"channels first", {1, 4, 6}, {0, 6, 1}, 168, 3, std::nullopt},
+      {"channels last, 3d", {2, 4, 6}, {168, 42, 7}, 336, 3, 7},
+      {"turned", {1, 4, 6}, {0, 7, 28}, 168, 3, std::nullopt},
+      {"one value for all", {1, 4, 6}, {0, 0, 0}, 0, 3, 0},
+      {"one value for all positions", {1, 4, 6}, {0, 0, 0}, 9, 3, std::nullopt},
+      {"one row", {1, 1, 1}, {7, 7, 7}, 7, 1, 0},
+  };
+  for (const Layout& layout : layouts) {
+    const Scope scope(layout.name);
+    Patches p = patches_of(rows_of(layout.name, layout.samples, 7), DType::f32, nullptr);
+    for (int axis = 0; axis < 3; ++axis)
+      p.in[axis] = p.out[axis] = layout.in[axis], p.space_stride[axis] = layout.space_stride[axis];
+    p.sample_stride = layout.sample_stride;
+    CHECK(p.row_stride() == layout.expected, "row stride");
+    const auto offset = [&](int64_t row) {
+      int64_t at = p.sample_of(row) * p.sample_stride;
+      for (int axis = 0; axis < 3; ++axis) at += p.position(axis, row) * p.space_stride[axis];
+      return at;
+    };
+    if (const auto apart = p.row_stride())
+      for (int64_t row = 0; row < p.rows(); ++row) CHECK(offset(row) == row * *apart, std::to_string(row));
+    Patches wide = p, strided = p, padded = p;
+    wide.kernel[2] = 2, strided.stride[2] = 2, padded.padding[2] = 1, padded.out[2] += 1;
+    CHECK(!wide.row_stride() && !strided.row_stride() && !padded.row_stride(), "more than one position to a row");
+  }
+});
+
 #if defined(UNLEARN_TEST_GPU) || defined(UNLEARN_EMULATE)
 
 const Case unfold_case("unfold_rows", [] {
@@ -94,12 +139,12 @@ const Case unfold_case("unfold_rows", [] {
       Buf<T> data = images<T>(c);
       const Patches p = patches_of(c, Format<T>::dtype, data.device());
       const int64_t d = p.columns(), first = p.rows() / 3, n = p.rows() - first;
-      Buf<acc_t<T>> rows(n * d);
+      Buf<T> rows(n * d);
       CHECK(unfold_rows<Backend::cuda>(p, first, n, rows.device(), Exec{}) == 0, "error code");
       CHECK(rows.fetch(), "a write outside the rows");
       for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < d; ++j)
-          CHECK(rows[r * d + j] == element(c, p, data, 0, first + r, j), "row " + std::to_string(r));
+          CHECK(value(rows[r * d + j]) == element(c, p, data, 0, first + r, j), "row " + std::to_string(r));
     });
 });
 
@@ -133,6 +178,20 @@ const Case add_symmetric_case("add_symmetric", [] {
 
 #else
 
+// Multiplied as shifted images by a CPU.
+std::vector<Conv> shifted() {
+  std::vector<Conv> all;
+  all.push_back({"shifted", 20, 35, 1, {1, 8, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, 0});
+  all.push_back({"shifted, unpadded", 30, 32, 2, {1, 9, 6}, {1, 2, 3}, {1, 1, 1}, {}, {}, {1, 1, 1}, 0});
+  all.push_back({"shifted, uneven", 40, 14, 1, {1, 5, 4}, {1, 3, 5}, {1, 1, 1}, {0, 4, 1}, {0, 0, 6}, {1, 2, 1}, 1});
+  all.push_back({"shifted by all", 99, 20, 1, {1, 2, 3}, {1, 3, 3}, {1, 1, 1}, {0, 3, 2}, {0, 2, 3}, {1, 2, 3}, 0});
+  all.push_back({"shifted, 1d", 2, 31, 1, {1, 1, 700}, {1, 1, 6}, {1, 1, 1}, {0, 0, 2}, {0, 0, 3}, {1, 1, 1}, 0});
+  all.push_back({"shifted, 3d", 30, 16, 1, {3, 4, 4}, {2, 3, 2}, {1, 1, 1}, {1, 1, 0}, {0, 1, 1}, {1, 1, 1}, 0});
+  all.push_back({"shifted lines", 2, 16, 1, {1, 50, 47}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 2, 1}, 0});
+  all.push_back({"shifted planes", 1, 30, 1, {5, 3, 200}, {2, 3, 1}, {1, 1, 1}, {1, 1, 0}, {0, 1, 0}, {1, 1, 1}, 0});
+  return all;
+}
+
 void check_close(double got, Real want, Real tolerance, int64_t i, int64_t j,
                  std::source_location where = std::source_location::current()) {
   if (std::fabs(got - want) <= tolerance) return passed();
@@ -141,12 +200,38 @@ void check_close(double got, Real want, Real tolerance, int64_t i, int64_t j,
       where);
 }
 
+// What the products of a convolution's patches add up to, and their magnitudes: [group][d][d], i <= j. In more digits
+// than the kernel has.
+template <class T>
+struct Sums {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, Real, double>;
+  std::vector<Wide> sum, scale;
+
+  Sums(const Conv& c, const Patches& p, const Buf<T>& data) {
+    const int64_t d = p.columns(), rows = p.rows();
+    sum.resize(static_cast<size_t>(c.groups * d * d)), scale.resize(sum.size());
+    for (int64_t g = 0; g < c.groups; ++g) {
+      std::vector<double> x(static_cast<size_t>(rows * d));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < d; ++j) x[static_cast<size_t>(r * d + j)] = element(c, p, data, g, r, j);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < d; ++i)
+          for (int64_t j = i; j < d; ++j) {
+            const Wide product =
+                static_cast<Wide>(x[static_cast<size_t>(r * d + i)]) * x[static_cast<size_t>(r * d + j)];
+            const auto at = static_cast<size_t>((g * d + i) * d + j);
+            sum[at] += product, scale[at] += std::fabs(product);
+          }
+    }
+  }
+};
+
 template <Backend B, class T, class G>
-void gram(const Conv& c, const Exec& exec) {
+void gram(const Conv& c, Buf<T>& data, const Sums<T>& sums, const Exec& exec) {
   using A = acc_t<T>;
-  Buf<T> data = images<T>(c);
   const Patches p = patches_of(c, Format<T>::dtype, data.device());
-  const int64_t d = p.columns(), rows = p.rows(), splits = gram_partials(rows, d, c.groups);
+  const int64_t d = p.columns(), rows = p.rows(), splits = gram_partials(p, c.groups);
+  CHECK(gram_by_shifts(p) == std::string_view(c.name).starts_with("shifted"), "the other way");
   Buf<G> gram = symmetric<G>(c.groups, d), before(gram.size());
   for (int64_t i = 0; i < gram.size(); ++i) before[i] = gram[i];
   Buf<G> partial(splits > 1 ? splits * gram.size() : 0);
@@ -154,35 +239,62 @@ void gram(const Conv& c, const Exec& exec) {
                            splits > 1 ? partial.device() : nullptr, exec) == 0,
         "error code");
   CHECK(gram.fetch() && partial.fetch(), "a write outside the matrix");
-  for (int64_t g = 0; g < c.groups; ++g) {
-    std::vector<double> x(static_cast<size_t>(rows * d));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < d; ++j) x[static_cast<size_t>(r * d + j)] = element(c, p, data, g, r, j);
+  // Runs of kGramDepth products in A, totals in G: the error of a run is at most its length times epsilon, and behaves
+  // like the root of that.
+  const double relative = 16 * spacing<A>(1.0) + static_cast<double>(rows) / kGramDepth * spacing<G>(1.0);
+  for (int64_t g = 0; g < c.groups; ++g)
     for (int64_t i = 0; i < d; ++i)
       for (int64_t j = i; j < d; ++j) {
-        Real sum = before[(g * d + i) * d + j], scale = 1;
-        for (int64_t r = 0; r < rows; ++r) {
-          const Real product = static_cast<Real>(x[static_cast<size_t>(r * d + i)]) * x[static_cast<size_t>(r * d + j)];
-          sum += product, scale += std::fabs(product);
-        }
-        // Runs of kGramDepth products in A, totals in G: the error of a run is at most its length times epsilon, and
-        // behaves like the root of that.
-        const Real tolerance = scale * (16 * spacing<A>(1.0) + static_cast<Real>(rows) / kGramDepth * spacing<G>(1.0));
-        check_close(gram[(g * d + i) * d + j], sum, tolerance, i, j);
-        CHECK(gram[(g * d + j) * d + i] == gram[(g * d + i) * d + j], "not symmetric");
+        const int64_t at = (g * d + i) * d + j;
+        const auto n = static_cast<size_t>(at);
+        check_close(gram[at], before[at] + sums.sum[n], (1 + sums.scale[n]) * relative, i, j);
+        CHECK(gram[(g * d + j) * d + i] == gram[at], "not symmetric");
       }
-  }
 }
 
 const Case gram_case("gram_accumulate", [] {
-  for (const Conv& c : convs())
+  std::vector<Conv> all = convs();
+  for (const Conv& c : shifted()) all.push_back(c);
+  for (const Conv& c : thinned(all, 2))
     on_dtypes([&]<class T>(Tag<T>) {
+      Buf<T> data = images<T>(c);
+      const Sums<T> sums(c, patches_of(c, Format<T>::dtype, nullptr), data);
       on_backends([&]<Backend B>(const Exec& exec) {
         const Scope scope(c.name);
-        gram<B, T, double>(c, exec);
-        if constexpr (!std::is_same_v<T, double>) gram<B, T, float>(c, exec);
+        gram<B, T, double>(c, data, sums, exec);
+        if constexpr (!std::is_same_v<T, double>) gram<B, T, float>(c, data, sums, exec);
       });
     });
+});
+
+// A value that is not finite is multiplied with padding too, and gives NaN there as patches do.
+const Case infinite_case("gram_accumulate of what is not finite", [] {
+  for (const Conv& c : thinned(shifted(), 2))
+    for (const double odd : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})
+      on_backends([&]<Backend B>(const Exec& exec) {
+        const Scope scope(c.name);
+        Buf<float> data = images<float>(c);
+        data[data.size() - 1 - c.gap] = static_cast<float>(odd);
+        const Patches p = patches_of(c, DType::f32, data.device());
+        const int64_t d = p.columns(), splits = gram_partials(p, c.groups);
+        Buf<double> gram(c.groups * d * d), partial(splits > 1 ? splits * gram.size() : 0);
+        for (int64_t i = 0; i < gram.size(); ++i) gram[i] = 0;
+        CHECK(gram_accumulate<B>(p, c.groups, c.channels * p.channel_stride, DType::f64, gram.device(),
+                                 splits > 1 ? partial.device() : nullptr, exec) == 0,
+              "error code");
+        CHECK(gram.fetch() && partial.fetch(), "a write outside the matrix");
+        const int64_t last = c.groups - 1;
+        std::vector<char> met(static_cast<size_t>(d));
+        for (int64_t i = 0; i < d; ++i)
+          for (int64_t r = 0; r < p.rows(); ++r)
+            met[static_cast<size_t>(i)] |= !std::isfinite(element(c, p, data, last, r, i));
+        CHECK(std::count(met.begin(), met.end(), 1) > 0, "no patch sees it");
+        for (int64_t i = 0; i < d; ++i)
+          for (int64_t j = 0; j < d; ++j)
+            CHECK(std::isfinite(gram[(last * d + i) * d + j]) ==
+                      !(met[static_cast<size_t>(i)] || met[static_cast<size_t>(j)]),
+                  std::to_string(i) + ", " + std::to_string(j));
+      });
 });
 
 struct Layer {

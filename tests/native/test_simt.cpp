@@ -97,23 +97,39 @@ __global__ void mma_without_lanes(float* out) {
   if (threadIdx.x < 8) return;
   float c[4] = {};
   const uint32_t a[4] = {}, b[2] = {};
-  simt::mma_bf16(c, a, b);
+  simt::mma_bf16(c, a, b, c);
   out[threadIdx.x] = c[0];
 }
 
 // c = a^T b for a: [depth][16], b: [depth][8], both in shared memory as ldmatrix wants them.
+// Its halves by an instruction each or, what ought to be the same, both by one.
 enum class Format { bf16, f16, tf32 };
-template <Format kFormat>
+template <simt::Part kPart, Format kFormat>
+void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kFormat == Format::bf16)
+    simt::mma_bf16<kPart>(sum, a, b, sum);
+  else if constexpr (kFormat == Format::f16)
+    simt::mma_f16<kPart>(sum, a, b, sum);
+  else
+    simt::mma_tf32<kPart>(sum, a, b, sum);
+}
+template <Format kFormat, bool kInHalves>
 __global__ void product(const uint16_t* a, const uint16_t* b, const float* a32, const float* b32, float* c) {
   SIMT_SHARED(uint16_t, a_tile, [16][16]);
   SIMT_SHARED(uint16_t, b_tile, [16][16]);  // in columns 8 to 15 the second half of a pair that is not used
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   float sum[4] = {};
+  const auto add = [&](const uint32_t(&x)[4], const uint32_t(&y)[2]) {
+    if constexpr (kInHalves)
+      multiply<simt::Part::upper, kFormat>(sum, x, y), multiply<simt::Part::lower, kFormat>(sum, x, y);
+    else
+      multiply<simt::Part::whole, kFormat>(sum, x, y);
+  };
   if constexpr (kFormat == Format::tf32) {
     uint32_t x[4], y[2];
     for (int i = 0; i < 4; ++i) x[i] = simt::to_tf32(a32[(t + i / 2 * 4) * 16 + g + i % 2 * 8]);
     for (int i = 0; i < 2; ++i) y[i] = simt::to_tf32(b32[(t + i * 4) * 8 + g]);
-    simt::mma_tf32(sum, x, y);
+    add(x, y);
   } else {
     // By asynchronous copies: 16 rows of 32 bytes of a, and of 16 bytes of b beside as many zeros.
     simt::cp_async<16>(&a_tile[lane / 2][lane % 2 * 8], a + lane * 8, true);
@@ -125,13 +141,7 @@ __global__ void product(const uint16_t* a, const uint16_t* b, const float* a32, 
     simt::ldmatrix_x4_trans(x, &a_tile[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
     simt::ldmatrix_x4_trans(y, &b_tile[lane % 16][lane / 16 * 8]);
     const uint32_t used[] = {y[0], y[1]}, unused[] = {y[2], y[3]};
-    const auto multiply = [&](const uint32_t(&with)[2]) {
-      if constexpr (kFormat == Format::bf16)
-        simt::mma_bf16(sum, x, with);
-      else
-        simt::mma_f16(sum, x, with);
-    };
-    multiply(used), multiply(unused);
+    add(x, used), add(x, unused);
   }
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
@@ -171,7 +181,7 @@ bool completes(void (*kernel)(P...), unsigned grid, unsigned block, size_t share
 }
 
 // Small integers and halves of them, which every format holds and whose sums are exact.
-template <Format kFormat>
+template <Format kFormat, bool kInHalves>
 bool multiplies() {
   alignas(16) uint16_t a[16 * 16], b[16 * 8];
   float a32[16 * 16], b32[16 * 8], c[16 * 8];
@@ -187,7 +197,7 @@ bool multiplies() {
   };
   fill(a, a32, 16 * 16, 7), fill(b, b32, 16 * 8, 5);
   constexpr int kDepth = kFormat == Format::tf32 ? 8 : 16;
-  if (simt::launch(product<kFormat>, 1, 32, 0, nullptr, a, b, a32, b32, c) != cudaSuccess) return false;
+  if (simt::launch(product<kFormat, kInHalves>, 1, 32, 0, nullptr, a, b, a32, b32, c) != cudaSuccess) return false;
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) {
       float want = 0;
@@ -231,9 +241,12 @@ void all() {
   expect("misaligned copy", "not aligned", reported(misaligned_copy, 32, 0, floats + 0, floats + 0));
   expect("misaligned ldmatrix", "not 16-byte aligned", reported(misaligned_ldmatrix, 32, 0, words + 0));
   expect("mma without lanes", "missing lanes", reported(mma_without_lanes, 32, 0, floats + 0));
-  expect("mma bf16", nullptr, multiplies<Format::bf16>);
-  expect("mma f16", nullptr, multiplies<Format::f16>);
-  expect("mma tf32", nullptr, multiplies<Format::tf32>);
+  expect("mma bf16", nullptr, multiplies<Format::bf16, false>);
+  expect("mma bf16, in halves", nullptr, multiplies<Format::bf16, true>);
+  expect("mma f16", nullptr, multiplies<Format::f16, false>);
+  expect("mma f16, in halves", nullptr, multiplies<Format::f16, true>);
+  expect("mma tf32", nullptr, multiplies<Format::tf32, false>);
+  expect("mma tf32, in halves", nullptr, multiplies<Format::tf32, true>);
   expect("rounding to tf32", nullptr, rounds_to_tf32);
   expect("uninitialised shared", nullptr,
          [&] { return completes(uninitialised_shared, 1, 64, 0, floats + 0) && std::isnan(floats[63]); });

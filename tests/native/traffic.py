@@ -38,7 +38,8 @@ moved       the same, of every warp instruction: what the caches serve
 efficiency  bytes used of the sectors moved
 width       bytes per lane and instruction, 16 at most
 passes      bytes of the inputs that are loaded, over their size
-conflicts   wavefronts of shared memory beyond those without bank conflicts, relative to these"""
+conflicts   wavefronts of shared memory beyond those without bank conflicts, relative to these
+mmas        instructions of the tensor cores; one of half the depth counts half"""
 
 
 def measure(program: str, text: str | None) -> dict[str, dict]:

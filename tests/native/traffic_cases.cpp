@@ -98,7 +98,8 @@ void report(const char* name, const simt::Stats& before) {
       "{\"case\": \"%s\", \"floor\": %" PRIu64
       ", \"memory\": %s, \"moved\": %s, \"efficiency\": %s, \"width\": %s, "
       "\"passes\": %s, "
-      "\"wavefronts\": %" PRIu64 ", \"conflicts\": %s, \"barriers\": %" PRIu64 ", \"mmas\": %" PRIu64
+      "\"wavefronts\": %" PRIu64 ", \"conflicts\": %s, \"barriers\": %" PRIu64
+      ", \"mmas\": %.10g"
       ", \"blocks\": %" PRIu64 ", \"launches\": %" PRIu64 ", \"arrays\": {%s}}\n",
       name, least.bytes, round3(static_cast<double>(distinct) * simt::traffic::kSector / floor).c_str(),
       round3(static_cast<double>(sectors) * simt::traffic::kSector / floor).c_str(),
@@ -107,8 +108,8 @@ void report(const char* name, const simt::Stats& before) {
       round3(static_cast<double>(loaded) / static_cast<double>(inputs)).c_str(), shared.wavefronts,
       round3(shared.least ? static_cast<double>(shared.wavefronts) / static_cast<double>(shared.least) - 1 : 0.0)
           .c_str(),
-      now.barriers - before.barriers, now.mmas - before.mmas, now.blocks - before.blocks,
-      now.launches - before.launches, detail.c_str());
+      now.barriers - before.barriers, static_cast<double>(now.half_mmas - before.half_mmas) / 2,
+      now.blocks - before.blocks, now.launches - before.launches, detail.c_str());
   std::fflush(stdout);
 }
 
@@ -317,7 +318,7 @@ void weight(const Shape& s, bool channels_last, bool tf32 = false) {
   const int64_t elements = s.groups * s.outputs * layer.inputs.columns();
   auto* fisher = array<acc_t<T>>("fisher", Role::inout, elements);
   const int64_t runs = fisher_weight_partials<kCuda>(layer);
-  auto* partial = runs > 1 ? array<acc_t<T>>("partial", Role::scratch, runs * elements) : nullptr;
+  auto* partial = runs > 0 ? array<acc_t<T>>("partial", Role::scratch, runs * elements) : nullptr;
   must(fisher_weight<kCuda>(layer, fisher, partial, kExec));
 }
 
@@ -355,7 +356,7 @@ void embedding() {
 template <class T>
 void unfold() {
   const Patches p = patches<T>({4, 1, 32, 1, {1, 16, 16}, {1, 3, 3}}, false);
-  auto* rows = array<acc_t<T>>("rows", Role::out, p.rows() * p.columns());
+  auto* rows = array<T>("rows", Role::out, p.rows() * p.columns());
   must(unfold_rows<kCuda>(p, 0, p.rows(), rows, kExec));
 }
 
@@ -399,6 +400,12 @@ const std::vector<Case> kCases = {
     {"fisher_weight bf16, linear", [] { weight<BFloat16>({4, 1, 256, 256, {1, 1, 64}, {1, 1, 1}}, true); }},
     {"fisher_weight tf32, linear", [] { weight<float>({4, 1, 256, 256, {1, 1, 64}, {1, 1, 1}}, true, true); }},
     {"fisher_weight f32, linear", [] { weight<float>({4, 1, 256, 256, {1, 1, 64}, {1, 1, 1}}, true); }},
+    {"fisher_weight bf16, linear, 8 positions",
+     [] { weight<BFloat16>({32, 1, 256, 256, {1, 1, 8}, {1, 1, 1}}, true); }},
+    {"fisher_weight bf16, linear, 20 positions",
+     [] { weight<BFloat16>({12, 1, 256, 256, {1, 1, 20}, {1, 1, 1}}, true); }},
+    {"fisher_weight tf32, linear, 4 positions",
+     [] { weight<float>({32, 1, 256, 256, {1, 1, 4}, {1, 1, 1}}, true, true); }},
     {"fisher_weight f32, one position", [] { weight<float>({256, 1, 256, 256, {1, 1, 1}, {1, 1, 1}}, true); }},
     {"fisher_weight bf16, conv 3x3, channels last",
      [] { weight<BFloat16>({8, 1, 128, 64, {1, 7, 7}, {1, 3, 3}}, true); }},
@@ -406,6 +413,16 @@ const std::vector<Case> kCases = {
      [] { weight<BFloat16>({8, 1, 128, 64, {1, 7, 7}, {1, 3, 3}}, false); }},
     {"fisher_weight bf16, conv 3x3, channels last, one run",
      [] { weight<BFloat16>({1, 1, 128, 128, {1, 7, 7}, {1, 3, 3}}, true); }},
+    {"fisher_weight bf16, conv 3x3, channels last, one sample",
+     [] { weight<BFloat16>({1, 1, 256, 256, {1, 4, 4}, {1, 3, 3}}, true); }},
+    {"fisher_weight bf16, conv 3x3, channels first, one sample",
+     [] { weight<BFloat16>({1, 1, 64, 128, {1, 4, 4}, {1, 3, 3}}, false); }},
+    {"fisher_weight f32, conv 3x3, channels last, one sample",
+     [] { weight<float>({1, 1, 64, 64, {1, 4, 4}, {1, 3, 3}}, true); }},
+    {"fisher_weight bf16, conv 3x3, channels last, runs added",
+     [] { weight<BFloat16>({32, 1, 64, 64, {1, 7, 7}, {1, 3, 3}}, true); }},
+    {"fisher_weight f32, conv 3x3, channels last, runs added",
+     [] { weight<float>({16, 1, 64, 64, {1, 7, 7}, {1, 3, 3}}, true); }},
     {"fisher_weight f32, depthwise 3x3", [] { weight<float>({4, 64, 1, 1, {1, 14, 14}, {1, 3, 3}}, true); }},
 };
 

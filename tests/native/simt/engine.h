@@ -41,7 +41,8 @@ struct dim3 {
 namespace simt {
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0, barriers = 0, warp_ops = 0, mmas = 0;
+  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0, barriers = 0, warp_ops = 0;
+  uint64_t half_mmas = 0;  // a whole one is two of half its depth
 };
 inline Stats& stats() {
   static Stats s;

@@ -181,9 +181,12 @@ T smaller_of(T a, T b) {
 
 // ---- Matrix instructions and asynchronous copies: core/mma.cuh has the same for a GPU
 
+enum class Part { whole, lower, upper };
+
 struct MmaArg {
-  float* c;
+  float* d;
   const uint32_t *a, *b;
+  const float* c;
 };
 inline float bf16_at(uint16_t x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
 inline float f16_at(uint16_t x) {
@@ -198,30 +201,31 @@ inline void need_all_lanes(const Rendezvous& r) {  // some may have returned, be
 }
 
 // Elements 0 and 1 of what a register holds: two of 16 bits, or one of 32.
-template <auto F, int kDepth>
+template <auto F, int kWhole>
 float element_of(uint32_t x, [[maybe_unused]] int high) {
-  if constexpr (kDepth == 16)
+  if constexpr (kWhole == 16)
     return F(static_cast<uint16_t>(high ? x >> 16 : x));
   else
     return F(x);
 }
 
-// Fragment layouts of mma.m16n8k16 and m16n8k8, PTX ISA.
-template <auto F, int kDepth>
+// Fragment layouts of mma.m16n8k16, m16n8k8 and m16n8k4, PTX ISA: F and kWhole are those of the whole depth.
+template <auto F, int kWhole, Part kPart>
 void mma_op(Rendezvous& r) {
   need_all_lanes(r);
-  ++stats().mmas;
-  constexpr int kPer = kDepth / 8;  // elements of a register
+  constexpr int kHalves = kPart == Part::whole ? 2 : 1, kUpper = kPart == Part::upper ? 1 : 0;
+  stats().half_mmas += kHalves;
+  constexpr int kDepth = kWhole / 2 * kHalves, kPer = kWhole / 8;  // kPer: elements of a register
   float A[16][kDepth], B[kDepth][8], D[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* x = static_cast<MmaArg*>(r.arg[lane]);
     const int g = lane >> 2, t = lane & 3;
     for (int h = 0; h < kPer; ++h)
-      for (int half = 0; half < 2; ++half) {
-        const int k = t * kPer + half * 4 * kPer + h;
-        A[g][k] = element_of<F, kDepth>(x->a[2 * half], h);
-        A[g + 8][k] = element_of<F, kDepth>(x->a[2 * half + 1], h);
-        B[k][g] = element_of<F, kDepth>(x->b[half], h);
+      for (int half = 0; half < kHalves; ++half) {
+        const int k = t * kPer + half * 4 * kPer + h, from = half + kUpper;
+        A[g][k] = element_of<F, kWhole>(x->a[2 * from], h);
+        A[g + 8][k] = element_of<F, kWhole>(x->a[2 * from + 1], h);
+        B[k][g] = element_of<F, kWhole>(x->b[from], h);
       }
     for (int h = 0; h < 2; ++h) D[g][2 * t + h] = x->c[h], D[g + 8][2 * t + h] = x->c[2 + h];
   }
@@ -231,22 +235,26 @@ void mma_op(Rendezvous& r) {
   for (int lane = 0; lane < 32; ++lane) {
     const auto* x = static_cast<MmaArg*>(r.arg[lane]);
     const int g = lane >> 2, t = lane & 3;
-    for (int h = 0; h < 2; ++h) x->c[h] = D[g][2 * t + h], x->c[2 + h] = D[g + 8][2 * t + h];
+    for (int h = 0; h < 2; ++h) x->d[h] = D[g][2 * t + h], x->d[2 + h] = D[g + 8][2 * t + h];
   }
 }
-template <auto F, int kDepth>
-void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* what, const char* file, int line) {
-  MmaArg x{c, a, b};
-  collective(~0u, &x, &mma_op<F, kDepth>, what, file, line);
+template <auto F, int kWhole, Part kPart>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], const char* what,
+         const char* file, int line) {
+  MmaArg x{d, a, b, c};
+  collective(~0u, &x, &mma_op<F, kWhole, kPart>, what, file, line);
 }
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
-  mma<bf16_at, 16>(c, a, b, "mma_bf16", file, line);
+template <Part kPart = Part::whole>
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], SIMT_SITE) {
+  mma<bf16_at, 16, kPart>(d, a, b, c, "mma_bf16", file, line);
 }
-inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
-  mma<f16_at, 16>(c, a, b, "mma_f16", file, line);
+template <Part kPart = Part::whole>
+void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], SIMT_SITE) {
+  mma<f16_at, 16, kPart>(d, a, b, c, "mma_f16", file, line);
 }
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
-  mma<tf32_at, 8>(c, a, b, "mma_tf32", file, line);
+template <Part kPart = Part::whole>
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], SIMT_SITE) {
+  mma<tf32_at, 8, kPart>(d, a, b, c, "mma_tf32", file, line);
 }
 
 struct MatrixArg {
