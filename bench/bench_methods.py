@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "methods"
 KEPT = Path(__file__).parents[1] / "build" / "methods"
 CLASSES = (0, 3, 7)
 REFERENCE, ORIGINAL = "retrain", "original"
+WANT_UNSEEN = ("newton",)
 
 
 class Batches:
@@ -128,6 +129,8 @@ class Task:
         given: What methods get of it.
         measures: What accuracy is measured on, by name.
         by_heart: Whether the original network has learnt ``known`` by heart.
+        unseen: What methods get that cannot do without samples that the original never saw; nothing is
+            measured on them.
         corrected: The forget set with its right labels, where they were wrong.
     """
 
@@ -139,6 +142,7 @@ class Task:
     given: TensorDataset
     measures: dict[str, TensorDataset]
     by_heart: bool
+    unseen: TensorDataset
     corrected: TensorDataset | None = None
 
     @property
@@ -160,17 +164,27 @@ def _split(retain: TensorDataset, n: int | None) -> tuple[TensorDataset, TensorD
     return _where(retain, order[:n]), _where(retain, order[-n:])
 
 
+def _held_back(test: TensorDataset) -> tuple[TensorDataset, TensorDataset]:
+    """A tenth of the test set, at least 50, and what is left of it to measure on."""
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    n = max(50, len(test) // 10)
+    return _where(test, order[:n]), _where(test, order[n:].sort().values)
+
+
 def class_task(problem: Problem, label: int) -> Task:
-    mine, test_mine = (part.tensors[1] == label for part in (problem.train, problem.test))
+    unseen, test = _held_back(problem.test)
+    mine, test_mine = (part.tensors[1] == label for part in (problem.train, test))
     forget, retain = _where(problem.train, mine), _where(problem.train, ~mine)
     given, measured = _split(retain, problem.n_retain)
     measures = {
         "retain": measured,
         "forget": forget,
-        "test retain": _where(problem.test, ~test_mine),
-        "test forget": _where(problem.test, test_mine),
+        "test retain": _where(test, ~test_mine),
+        "test forget": _where(test, test_mine),
     }
-    return Task("class", str(label), problem.train, forget, retain, given, measures, by_heart=False)
+    return Task(
+        "class", str(label), problem.train, forget, retain, given, measures, by_heart=False, unseen=unseen
+    )
 
 
 def _draw(problem: Problem, seed: int) -> Tensor:
@@ -184,9 +198,12 @@ def random_task(problem: Problem, seed: int) -> Task:
     """Samples that the original knows by heart: one that does not has nothing to forget."""
     mine = _draw(problem, seed)
     forget, retain = _where(problem.small, mine), _where(problem.small, ~mine)
-    measures = {"retain": retain, "forget": forget, "test": problem.test}
+    unseen, test = _held_back(problem.test)
+    measures = {"retain": retain, "forget": forget, "test": test}
     target = str(problem.n_random)
-    return Task("random", target, problem.small, forget, retain, retain, measures, by_heart=True)
+    return Task(
+        "random", target, problem.small, forget, retain, retain, measures, by_heart=True, unseen=unseen
+    )
 
 
 def mislabelled_task(problem: Problem, seed: int) -> Task:
@@ -197,15 +214,11 @@ def mislabelled_task(problem: Problem, seed: int) -> Task:
     wrong = torch.where(mine, (labels + shift.to(labels.device)) % 10, labels)
     known = TensorDataset(images, wrong)
     forget, retain, right = _where(known, mine), _where(known, ~mine), _where(problem.small, mine)
-    measures = {
-        "retain": retain,
-        "forget (wrong labels)": forget,
-        "right labels": right,
-        "test": problem.test,
-    }
+    unseen, test = _held_back(problem.test)
+    measures = {"retain": retain, "forget (wrong labels)": forget, "right labels": right, "test": test}
     target = str(problem.n_random)
     return Task(
-        "mislabelled", target, known, forget, retain, retain, measures, by_heart=True, corrected=right
+        "mislabelled", target, known, forget, retain, retain, measures, True, unseen=unseen, corrected=right
     )
 
 
@@ -250,6 +263,8 @@ def _method(name: str, **settings: object) -> Runner:
         if task.corrected is not None and "objective" in accepted:
             given["objective"], forget = "relabel", task.corrected
         size = problem.batch_size
+        if name in WANT_UNSEEN:
+            given["validation"] = Batches(task.unseen, size, shuffle=False)
         # SSD reads every sample once, and compares importances on the forget set with those on the full set.
         retain = task.retain if name == "ssd" else task.given
         result = METHODS[name](model, Batches(forget, size), Batches(retain, size), **given)
@@ -572,7 +587,8 @@ def _save(stem: Path, rows: object, text: str) -> None:
         "",
         "Networks that are to forget samples have learnt their data by heart, right or wrong labels: all of",
         "the digits, 2,500 images of CIFAR-10. `--retain N`: methods but SSD get N samples of the classes",
-        "that stay, and retain accuracy is measured on N others. `retrain` always learns all of them.",
+        "that stay, and retain accuracy is measured on N others. `retrain` always learns all of them. A",
+        "tenth of the test set tells `newton` how unseen samples are answered; the rest is measured on.",
         "",
         f"- commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, {device}",
         f"- reproduce with `{shlex.join(['python', '-m', 'bench.bench_methods', *_arguments()])}`",
