@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from unlearn_ext._internal.digests import weights_digest
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.evaluation import page
 from unlearn_ext.evaluation.compare import Methods, compare
 from unlearn_ext.evaluation.comparison import Comparison
@@ -384,8 +385,6 @@ def _record(
 def _one_thread() -> Iterator[None]:
     # The layers are too small to share out, and a sum that is not split comes out the same on any computer.
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with Undone(lambda: torch.set_num_threads(n_threads)):
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(n_threads)

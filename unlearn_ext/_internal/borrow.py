@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -40,7 +40,8 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     def put_back() -> None:
         # train() first, for modules that do more in it than set the flag (merging adapters, say).
-        model.train(training[model])
+        with suppress(NotImplementedError):  # of an exported module, which has said so before
+            model.train(training[model])
         for module, flag in training.items():
             if module.training != flag:
                 module.training = flag
@@ -95,18 +96,56 @@ class Buffers:
         )
 
 
+class Tables:
+    """The weights of embeddings with a largest norm, as they are now: looking rows up writes to them.
+
+    Args:
+        model: The user's model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known: list[tuple[nn.Parameter, torch.Tensor]] = []
+        for module in model.modules():
+            # Most modules have no such attribute, and nn.Module takes its time to say so.
+            if "max_norm" not in vars(module) and not hasattr(type(module), "max_norm"):
+                continue
+            weight = module._parameters.get("weight")
+            if module.max_norm is not None and weight is not None and not hasattr(weight, "placements"):
+                self._known.append((weight, weight.detach().clone()))
+
+    @property
+    def ids(self) -> set[int]:
+        """``id`` of each of the weights."""
+        return {id(weight) for weight, _ in self._known}
+
+    def put_back(self, changing: Collection[int] = ()) -> None:
+        """Give every table its values again; one that has them is not written.
+
+        Args:
+            changing: ``id`` of those that are to stay as they are.
+        """
+        with torch.no_grad():
+            for weight, value in self._known:
+                if id(weight) not in changing and not torch.equal(weight, value):
+                    weight.copy_(value)
+
+
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and, on the way out, restore everything but its parameters' values.
 
-    Restored, also after an exception or an interrupt: what ``restored`` restores, and identity and values of
-    every buffer. Inside, gradients are None and autograd works even where the caller has turned it off.
+    Restored, also after an exception or an interrupt: what ``restored`` restores, identity and values of
+    every buffer, and tables that their look-up shortens rows of (``max_norm``). Inside, gradients are None
+    and autograd works even where the caller has turned it off.
 
     Args:
         model: The user's model.
 
     Yields:
         Nothing; the model is ready for a pass.
+
+    Raises:
+        TypeError: If it has no eval mode, as an exported one.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -116,11 +155,19 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    with Undone(Buffers(model).put_back), restored(model):
-        model.eval()
+    with Undone(Tables(model).put_back), Undone(Buffers(model).put_back), restored(model):
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise TypeError(
+                f"model must have a train and an eval mode, got {type(model).__name__} ({error}); pass the "
+                "module that torch.export was given"
+            ) from error
         yield
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     # NaN counts as equal to NaN: an unchanged buffer must not be written.
+    if a.layout is not torch.strided:  # for which PyTorch has no comparison
+        a, b = a.to_dense(), b.to_dense()
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())

@@ -149,6 +149,11 @@ def check_floating(parameters: dict[str, nn.Parameter], who: str) -> None:
         TypeError: If one is not floating point.
     """
     for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise TypeError(
+                f"{who}: {name} must be floating point, got {parameter.dtype}; keep its real and imaginary "
+                "parts as one real parameter and use torch.view_as_complex of it, or leave it out by exclude"
+            )
         if not parameter.is_floating_point():
             raise TypeError(
                 f"{who}: {name} must be floating point, got {parameter.dtype}, as weights of a quantised "

@@ -58,6 +58,9 @@ def update_digest(digest: Digest, tensor: Tensor) -> None:
         tensor: The tensor, on any device, in any layout.
     """
     digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach()
+    if plain.layout is not torch.strided:  # sparse, or in a layout of MKLDNN, whose memory cannot be read
+        plain = plain.to_dense()
+    plain = plain.cpu().contiguous().reshape(-1)
     if plain.numel():
         digest.update(plain.view(torch.uint8).numpy().data)

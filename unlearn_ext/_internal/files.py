@@ -88,11 +88,17 @@ def replacing(path: str | os.PathLike[str], *, keep_old: bool = False) -> Iterat
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Interrupts come between a call and what is done with its result: opening also puts the descriptor down,
+    # and closing takes it up.
+    held: list[int] = []
+
+    def close() -> None:
+        if held:
+            any(map(os.close, map(held.pop, [-1])))
+
+    with Undone(close):
+        held.extend(map(os.open, [folder], [os.O_RDONLY]))
+        os.fsync(held[0])
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -142,12 +148,15 @@ class FileKind:
         owner: The class whose ``save`` and ``load`` use it, for messages.
         contents: What is stored, for messages: "importances".
         instance: What a file of the kind holds, for messages: "saved importances".
+        facts: Names of the facts of every file of the kind. With others, a file is damaged: the name of its
+            digest may have become theirs.
     """
 
     mark: str
     owner: str
     contents: str
     instance: str
+    facts: tuple[str, ...]
 
     def save(
         self,
@@ -200,15 +209,18 @@ class FileKind:
         try:
             tensors = safetensors.torch.load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, LookupError, RuntimeError, TypeError, OverflowError) as error:
+            # The format allows dtypes and shapes that torch has not, which it says in errors of its own.
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must be a safetensors file") from error
-        facts = header.get("__metadata__", {})
+        facts = header.get("__metadata__") or {}
         if facts.get("format") != self.mark:
             raise ValueError(f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}")
         digest = facts.pop("digest", None)
-        if digest is not None and digest != _digest(tensors, facts):
+        is_changed = digest is not None and digest != _digest(tensors, facts)
+        if is_changed or facts.keys() - {"format", *self.facts}:
             raise ValueError(
-                f"{self.owner}.load: {os.fspath(path)} must be as it was written, got a damaged file"
+                f"{self.owner}.load: {os.fspath(path)} must be as it was written, got a damaged file; take a "
+                f"copy of it, or compute the {self.contents} again"
             )
         del facts["format"]
         return tensors, facts
@@ -228,7 +240,7 @@ class FileKind:
         """
         try:
             yield
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{self.owner}.load: {os.fspath(path)} must hold {self.instance}: {reason}"

@@ -53,7 +53,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     totals: list[Tensor] = []
     is_sharded = any(is_dtensor(tensor) for tensor in tensors.values())
     for tensor in () if is_sharded else tensors.values():
-        words = tensor.detach().flatten()
+        plain = tensor.detach()
+        words = (plain if plain.layout is torch.strided else plain.to_dense()).flatten()
         if not words.numel():
             continue
         if words.numel() < _SMALL:

@@ -61,7 +61,7 @@ def check_model(model: nn.Module, who: str, *, may_be_sharded: bool = False) -> 
         TypeError: If it is no module.
         NotImplementedError: If it or a part of it is wrapped in ``DistributedDataParallel``, ``DataParallel``
             or ``FullyShardedDataParallel``, or a parameter is a ``DTensor``, has not been made yet (lazy
-            modules), or is on the meta device, where it has no values.
+            modules), is on the meta device, where it has no values, or is trainable in MKLDNN's layout.
 
     Example:
         >>> check_model(nn.DataParallel(nn.Linear(2, 2)), "ssd")
@@ -72,6 +72,7 @@ def check_model(model: nn.Module, who: str, *, may_be_sharded: bool = False) -> 
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         _check_module(name, module, who)
+    check_made(model, who)
     tensors = sys.modules.get("torch.distributed.tensor")
     for name, parameter in model.named_parameters():
         if not may_be_sharded and tensors is not None and isinstance(parameter, tensors.DTensor):
@@ -80,15 +81,33 @@ def check_model(model: nn.Module, who: str, *, may_be_sharded: bool = False) -> 
                 "with the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True), and load the result back"
             )
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise NotImplementedError(
-                f"{who}: model must have made its parameters, got the lazy {name}; call the model once on a "
-                "batch"
-            )
         if parameter.device.type == "meta":
             raise NotImplementedError(
                 f"{who}: model must have its parameters in memory, got {name} on the meta device; load the "
                 "weights, without offloading them to CPU or disk (device_map=None)"
+            )
+        if parameter.layout is torch._mkldnn and parameter.requires_grad:  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                f"{who}: model must have no trainable parameter in MKLDNN's layout, for which torch computes "
+                f"no gradients, got {name}; give it an nn.Parameter of its to_dense(), or freeze it"
+            )
+
+
+def check_made(model: nn.Module, who: str) -> None:
+    """Refuse models of lazy modules that have not been called yet.
+
+    Args:
+        model: The user's model.
+        who: Whose message it is.
+
+    Raises:
+        NotImplementedError: If a parameter has not been made.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise NotImplementedError(
+                f"{who}: model must have made its parameters, got the lazy {name}; call the model once on a "
+                "batch"
             )
 
 

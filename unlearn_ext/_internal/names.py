@@ -44,6 +44,8 @@ def plain_name(name: str) -> str:
         >>> plain_name("module._orig_mod.block._orig_mod.weight"), plain_name("submodule.weight")
         ('block.weight', 'submodule.weight')
     """
+    if "module" not in name and "_orig_mod" not in name:  # as nearly always
+        return name
     *path, last = name.split(".")
     return ".".join([*(part for part in path if part not in _WRAPPERS), last])
 
@@ -83,10 +85,11 @@ def with_plain_names(
         >>> with_plain_names({"weight": 1, "module.weight": 2})
         {'weight': 1, 'module.weight': 2}
     """
-    exact = {name for name in named if plain(name) == name}
+    shorts = {name: plain(name) for name in named}
+    exact = {name for name, short in shorts.items() if short == name}
     renamed: dict[str, _Value] = {}
     for name, value in named.items():
-        short = plain(name)
+        short = shorts[name]
         is_taken = short in renamed or (short in exact and name not in exact)
         renamed[name if is_taken else short] = value
     return renamed
@@ -118,7 +121,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     wrappers = {
         name
         for name, module in modules.items()
-        if any(child in _WRAPPERS for child in module._modules) and len(module._modules) == 1
+        if any(child in _WRAPPERS for child, _ in module.named_children()) and len(module._modules) == 1
         if not module._parameters
     }
     return with_plain_names(

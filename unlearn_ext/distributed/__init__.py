@@ -5,7 +5,8 @@
     agree     the face of a function that takes ``process_group``: same model, same settings, same outcome
     shards    every rank its own batches of one loader
     fsdp      models that ``fully_shard`` has sharded: gathered parameters, and what is sharded like them;
-              ``fsdp_steps`` has the batches that their ranks read in step, ``mesh`` the ranks themselves
+              ``fsdp_steps`` has the batches that their ranks read in step, ``mesh`` the ranks themselves,
+              ``forward`` what can be told of a pass that fails on one of them
 
 Nothing here starts processes or schedules anything: ``torchrun`` and ``torch.distributed`` do.
 """

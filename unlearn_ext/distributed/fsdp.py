@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.names import plain_name
+from unlearn_ext._internal.undo import Undone
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -124,11 +125,11 @@ class ShardedModel:
         """
         found = {name: p for name, p in self.shards.items() if not is_dtensor(p)}
         for prefix, module in fsdp_modules(self.model):
-            module.unshard()
-            for name, parameter in module.named_parameters(prefix=prefix):
-                if not is_dtensor(parameter):
-                    found.setdefault(plain_name(name), parameter)
-            module.reshard()
+            with Undone(module.reshard):
+                module.unshard()
+                for name, parameter in module.named_parameters(prefix=prefix):
+                    if not is_dtensor(parameter):
+                        found.setdefault(plain_name(name), parameter)
         return {name: found[name] for name in self.shards}
 
     def zeros_like(self, name: str) -> Tensor:
@@ -170,15 +171,19 @@ class ShardedModel:
         Yields:
             Nothing.
         """
-        try:
-            yield
-        finally:
+        is_whole = False
+
+        def put_back() -> None:
             for _, module in fsdp_modules(self.model):
-                if getattr(module, "reset_iter_state", None) is not None and sys.exc_info()[0] is not None:
+                if getattr(module, "reset_iter_state", None) is not None and not is_whole:
                     # Only a root can be reset, and only one that has run.
                     with suppress(RuntimeError, AttributeError):
                         module.reset_iter_state()
                 module.reshard()
+
+        with Undone(put_back):
+            yield
+            is_whole = True
 
 
 def _mesh_of(shards: dict[str, nn.Parameter], who: str) -> DeviceMesh:

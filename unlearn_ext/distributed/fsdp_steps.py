@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from unlearn_ext.distributed.forward import try_up_to_model
 from unlearn_ext.distributed.fsdp import ShardedModel
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches, map_tensors, moved, read_batches
@@ -31,7 +33,13 @@ class Step:
 
 
 def steps(
-    sharded: ShardedModel, data: Batches, task: Task, device: torch.device, **how: object
+    sharded: ShardedModel,
+    data: Batches,
+    task: Task,
+    device: torch.device,
+    *,
+    call: Callable[[nn.Module, Batch], object] | None = None,
+    **how: object,
 ) -> Iterator[Step]:
     """Read every rank's batches until none has any left.
 
@@ -40,6 +48,8 @@ def steps(
         data: This rank's batches, perhaps none.
         task: Counts samples.
         device: Where tensors go.
+        call: ``call(model, batch)`` is what will be done with a batch; by default, what the task or its loss
+            does.
         **how: For ``read_batches``.
 
     Yields:
@@ -47,8 +57,8 @@ def steps(
         had any with samples of another rank's.
 
     Raises:
-        RuntimeError: If reading failed on another rank.
-        Exception: What reading raised on this one.
+        RuntimeError: If reading failed on another rank, or what comes before the model is called.
+        Exception: What that raised on this one.
     """
     reader = enumerate(read_batches(data, device, **how))  # type: ignore[arg-type]
     last: tuple[Batch, int] | None = None
@@ -60,6 +70,7 @@ def steps(
             for index, batch in reader:
                 n = task.count(batch)
                 if n:
+                    try_up_to_model(sharded.model, task, batch, call)
                     step, last = Step(batch, n, index, True), (batch, n)
                     break
         except Exception as raised:  # told to the others first

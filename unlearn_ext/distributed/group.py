@@ -204,8 +204,17 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._announce(error)
-            raise
+            if not is_of_backend(error):
+                self._announce(error)
+                raise
+            self._known = RuntimeError(
+                f"{self.who}: all ranks must come to a collective within the group's timeout, got none from "
+                "another rank, which has failed inside the model, has ended or is slow: its own message says "
+                "why. End the processes, since the group cannot be used again; how long ranks wait is set by "
+                f"init_process_group(timeout=...). The backend: {str(error).splitlines()[0][:200]}"
+            )
+            self._is_broken = True
+            raise self._known from error
         self.exchange(f"end of {self.who}", None)
 
     @contextmanager
@@ -266,6 +275,24 @@ class Ranks:
     def _add_up(self, tensors: Sequence[Tensor]) -> None:
         assert self._group is not None
         sum_in_order(tensors, self._group)
+
+
+_BACKENDS = ("gloo", "Application timeout", "closed by peer", "reset by peer", "NCCL", "Broken pipe")
+
+
+def is_of_backend(error: BaseException) -> bool:
+    """Say whether a collective has failed, because a rank has died or come too late.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True if it is torch's, or the backend's.
+    """
+    if not isinstance(error, RuntimeError):
+        return False
+    kind = getattr(dist, "DistError", ())
+    return isinstance(error, kind) or any(mark in str(error) for mark in _BACKENDS)
 
 
 ALONE = Ranks(None, "")

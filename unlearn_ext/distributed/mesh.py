@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.checksum import checksum
 from unlearn_ext._internal.dtensors import is_dtensor, local_of
+from unlearn_ext.distributed.forward import calls_once, counted_passes
 from unlearn_ext.distributed.fsdp import ShardedModel, reshard
 from unlearn_ext.distributed.group import Ranks
 from unlearn_ext.distributed.reduce import sum_in_order
+from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.batches import Batch
 
 
 class MeshRanks(Ranks):
@@ -52,6 +57,33 @@ class MeshRanks(Ranks):
         self.exchange(step, None)
         reshard(self.sharded.model)
         return self.sharded
+
+    @contextmanager
+    def in_pass(self, task: Task, batches: Sequence[Batch] = ((),)) -> Iterator[None]:
+        """Mark what fails in forward passes as what nobody can be told of, but for what comes after one.
+
+        An exchange must follow; labels that do not fit the outputs, say, are told there, when the passes that
+        were still to come have been made.
+
+        Args:
+            task: What the model is called for.
+            batches: What it is called on, a pass each.
+
+        Yields:
+            Nothing.
+        """
+        with counted_passes(self.sharded.model) as passes:
+            try:
+                yield
+            except Exception:
+                begun, ended = passes
+                with self.in_collectives():
+                    if not (calls_once(task) and begun == ended and 0 < ended <= len(batches)):
+                        raise
+                    with torch.no_grad():
+                        for batch in batches[ended:]:
+                            task.forward(self.sharded.model, batch)
+                raise
 
     def check_copies(self, when: str) -> None:
         """Compare what several ranks hold of the model: what is not sharded, and shards of a hybrid mesh.

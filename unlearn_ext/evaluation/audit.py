@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from unlearn_ext._internal.plain import plain
+from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
+from unlearn_ext.distributed.agree import check_alike
+from unlearn_ext.evaluation.audit_rows import ORIGINAL, Jobs, Trained, made_rows
 from unlearn_ext.evaluation.audit_scores import (
     Margins,
     area_and_recall,
@@ -25,7 +28,7 @@ from unlearn_ext.evaluation.audit_scores import (
     likelihood_ratios,
 )
 from unlearn_ext.evaluation.cache import Cache
-from unlearn_ext.evaluation.margins import Row, Rows
+from unlearn_ext.evaluation.margins import Rows, order_of
 from unlearn_ext.evaluation.references import References
 from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.methods import METHODS
@@ -35,12 +38,8 @@ from unlearn_ext.tasks.losses import resolve
 
 SETS = ("forget", "retain", "validation")
 FLOOR = "retrained (half against half)"
-ORIGINAL = "original"
 RESERVED = ("oracles", ORIGINAL, FLOOR)
 LEAST_MODELS = 4
-
-Jobs: TypeAlias = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
-"""Label to method and settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,7 @@ def audit(
     code: str | None = None,
     bootstrap: int = 100,
     progress: bool = False,
+    process_group: Group = None,
 ) -> Audit:
     """Compare the log-odds that unlearned networks give every sample with those of retrained ones.
 
@@ -176,57 +176,65 @@ def audit(
         code: Stands for the code of the functions in the cache's keys; None looks at the code.
         bootstrap: Resamples of the networks behind the intervals; 0 for none.
         progress: Say on stderr what is being done.
+        process_group: Every rank passes the same, with the whole sets, and makes its part of the networks;
+            the figures on all of them are those of one process, to the bit. Each goes on where it was;
+            ``cache`` may be one folder for all.
 
     Returns:
         The figures.
 
     Raises:
         ValueError: If not exactly one of ``full`` and ``model`` is given, there are too few networks, a set
-            is empty, or a method is unknown.
+            is empty, or a method is unknown; if ranks are given different things, or shares of the sets.
 
     Source:
         Georgiev et al., "Attribute-to-Delete", 2024; Triantafillou et al., "Are we making progress in
         unlearning?", 2024; Hayes et al., "Inexact Unlearning Needs More Careful Evaluations", 2024.
     """
-    if (full is None) == (model is None):
-        raise ValueError("audit: exactly one of full and model must be given")
-    if n_models < LEAST_MODELS:
-        raise ValueError(f"audit: n_models must be at least {LEAST_MODELS}, got {n_models}")
-    jobs = _jobs(methods)
-    judge = resolve(task, who="audit")
-    folder = Cache(None if cache is None else Path(cache), code)
-    first = make_model() if model is None else model
-    data = {"forget": forget, "retain": retain, "validation": validation}
-    device = device_of(first)
+    ranks = ranks_of(process_group, "audit")
+    with ranks.failing_together():
+        if (full is None) == (model is None):
+            raise ValueError("audit: exactly one of full and model must be given")
+        if n_models < LEAST_MODELS:
+            raise ValueError(f"audit: n_models must be at least {LEAST_MODELS}, got {n_models}")
+        jobs = _jobs(methods)
+        judge = resolve(task, who="audit")
+        folder = Cache(None if cache is None else Path(cache), code)
+        first = make_model() if model is None else model
+        data = {"forget": forget, "retain": retain, "validation": validation}
+        device = device_of(first)
 
-    def trained_on(part: Batches) -> Trained:
-        sets = Sets(first, forget, part, validation, task=task, hashed=folder.is_on)
-        networks = References(None, make_model, train, sets, folder, device)
-        return Trained(networks, sets.fingerprints["retain"])
+        def trained_on(part: Batches) -> Trained:
+            hashed = folder.is_on or ranks.are_many
+            sets = Sets(first, forget, part, validation, task=task, hashed=hashed)
+            networks = References(None, make_model, train, sets, folder, device)
+            return Trained(networks, sets.fingerprints["retain"])
 
-    return judged(
-        jobs,
-        trained_on(retain),
-        first if full is None else trained_on(full),
-        Rows(first, data, judge, folder, held_out=validation),
-        n_models,
-        bootstrap=bootstrap,
-        say=functools.partial(print, file=sys.stderr) if progress else None,
-        task=repr(judge),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Networks trained on one set, a seed each.
-
-    Attributes:
-        networks: Trains them, or takes them from the cache.
-        data: Fingerprint of the set.
-    """
-
-    networks: References
-    data: object
+        oracles = trained_on(retain)
+        originals = first if full is None else trained_on(full)
+        if ranks.are_many:
+            samples = [order_of(data, judge), str(oracles.data), str(getattr(originals, "data", ""))]
+            same = {
+                "model": model,
+                "methods": {label: {"method": method, **given} for label, (method, given) in jobs.items()},
+                "n_models": n_models,
+                "task": judge,
+                "bootstrap": bootstrap,
+                "code": code,
+                "forget, retain, validation and full, each of them whole,": samples,
+            }
+            check_alike(ranks, same)
+        return judged(
+            jobs,
+            oracles,
+            originals,
+            Rows(first, data, judge, folder, held_out=validation),
+            n_models,
+            bootstrap=bootstrap,
+            say=functools.partial(print, file=sys.stderr) if progress else None,
+            task=repr(judge),
+            ranks=ranks,
+        )
 
 
 def judged(
@@ -239,6 +247,7 @@ def judged(
     bootstrap: int = 100,
     say: Callable[[str], object] | None = None,
     task: str = "",
+    ranks: Ranks = ALONE,
 ) -> Audit:
     """Make, or take from the cache, the rows of margins of all networks, and hold them against each other.
 
@@ -251,36 +260,12 @@ def judged(
         bootstrap: Resamples of the networks.
         say: What to do with a line per network.
         task: The task in words, for the record.
+        ranks: Those that share the networks out among themselves.
 
     Returns:
         The figures. A method that fails costs its own row only.
     """
-    say = say or (lambda _: None)
-    source: References | nn.Module
-    source, whole = (
-        (originals.networks, originals.data) if isinstance(originals, Trained) else (originals, "")
-    )
-    known_rows: dict[str, list[Row]] = {"oracles": []}
-    for i in range(n_models):
-        say(f"audit: oracle {i + 1}/{n_models}")
-        known_rows["oracles"].append(rows.of_trained("oracle", oracles.networks, i, oracles.data))
-    if isinstance(originals, Trained):
-        known_rows[ORIGINAL] = []
-        for i in range(n_models):
-            say(f"audit: original {i + 1}/{n_models}")
-            row = rows.of_trained("original", originals.networks, n_models + i, originals.data)
-            known_rows[ORIGINAL].append(row)
-    failed: dict[str, str] = {}
-    for label, (function, settings) in jobs.items():
-        found = []
-        try:
-            for i in range(n_models):
-                say(f"audit: {label} {i + 1}/{n_models}")
-                found.append(rows.of_unlearned(function, settings, source, n_models + i, whole))
-        except Exception as error:  # one method's failure costs its own row only
-            failed[label] = f"{type(error).__name__}: {error}"
-            continue
-        known_rows[label] = found
+    known_rows, failed = made_rows(jobs, oracles, originals, rows, n_models, say or (lambda _: None), ranks)
     margins = {
         label: {name: np.stack([row.margins[name] for row in found]) for name in SETS}
         for label, found in known_rows.items()

@@ -7,12 +7,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.logs import shown
 from unlearn_ext.evaluation.audit import LEAST_MODELS, RESERVED
 from unlearn_ext.evaluation.cache import Cache
@@ -146,7 +146,7 @@ def compare(
                 settings.setdefault("task", task)  # a method of the package must not be without it
             check_settings("compare", job.name, job.function, settings, recipe)
     folder = Cache(None if cache is None else Path(cache), cache_key)
-    original = deepcopy(model)  # not even measuring touches the user's
+    original = copied(model)  # not even measuring touches the user's
     sets = Sets(original, forget, retain, test, task=task, hashed=folder.is_on)
     references = References(reference, make_model, train, sets, folder, device_of(model))
     study = Study(original, sets, task, chosen, references, folder)

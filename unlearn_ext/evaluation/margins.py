@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.audit_scores import Margins
@@ -67,7 +67,7 @@ class Rows:
         self._held_out = held_out
         self._task = task
         self._cache = cache
-        self._order = _order_of(sets, task) if cache.is_on else ""
+        self._order = order_of(sets, task) if cache.is_on else ""
         self._device = device_of(model)
 
     def of_trained(self, kind: str, trained: References, seed: int, data: object) -> Row:
@@ -111,7 +111,7 @@ class Rows:
 
         def make() -> Row:
             start = original if isinstance(original, nn.Module) else original.get(seed)[0]
-            model = deepcopy(start)
+            model = copied(start)
             own: dict[str, object] = {"generator": torch.Generator().manual_seed(seed)}
             if self._held_out is not None:
                 own["validation"] = self._held_out
@@ -189,8 +189,16 @@ def _read(path: Any, names: Mapping[str, object]) -> Row:  # noqa: ANN401 - a pa
         )
 
 
-def _order_of(sets: Mapping[str, Batches], task: Task) -> str:
-    # Columns are samples: the same samples in another order are other columns.
+def order_of(sets: Mapping[str, Batches], task: Task) -> str:
+    """Tell sets, and the order of their samples, from others: columns of margins are samples.
+
+    Args:
+        sets: Sets by name.
+        task: Reads the batches.
+
+    Returns:
+        A digest.
+    """
     digest = hashlib.sha256()
     for name, data in sets.items():
         digest.update(name.encode())

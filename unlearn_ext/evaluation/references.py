@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from unlearn_ext._internal.checkpoints import stored_in
+from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.cache import Cache, keeping
@@ -34,7 +35,7 @@ class References:
         cache: Cache,
         device: torch.device,
     ) -> None:
-        self._given = None if given is None else deepcopy(given).to(device)
+        self._given = None if given is None else copied(given).to(device)
         self._digest = weights_digest(self._given) if self._given is not None and cache.is_on else None
         self._device = device
         self._make_model = make_model
@@ -129,12 +130,12 @@ class References:
         if path is None or not path.exists():
             return None
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = stored_in(path)
             with seeded(seed):
                 loaded = make_model()
             loaded.load_state_dict(stored["weights"])
             seconds = float(stored["seconds"])
-        except Exception:  # cut short, or of another architecture: train again
+        except Exception:  # cut short, damaged, or of another architecture: train again
             _log.info("%s cannot be used; training again", path, exc_info=True)
             return None
         return loaded, seconds

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -116,6 +117,23 @@ def described(settings: Mapping[str, Any]) -> dict[str, object]:
     return told
 
 
+def row_text(row: Row) -> str:
+    """Tell a row in JSON for the cache, with a digest of it.
+
+    Args:
+        row: The row.
+
+    Returns:
+        What ``read_row`` reads.
+    """
+    record = json.loads(json.dumps(plain(asdict(row))))  # as it will be read
+    return json.dumps({**record, "digest": _digest(record)})
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def read_row(path: Path | None, label: str) -> Row | None:
     """Read a row from the cache.
 
@@ -124,12 +142,17 @@ def read_row(path: Path | None, label: str) -> Row | None:
         label: What to call it.
 
     Returns:
-        The row, or None if there is none that can be read.
+        The row, or None if there is none that can be read, or another than was written. Rows of earlier
+        versions, which have no digest, are read.
     """
     if path is None or not path.exists():
         return None
     try:
-        row = Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        digest = record.pop("digest", None)
+        if digest is not None and digest != _digest(record):
+            return None
+        row = Row.from_dict(record)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):  # cut short or not ours: run again
         return None
     return replace(row, label=label)

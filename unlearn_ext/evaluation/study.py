@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.names import layer_name
-from unlearn_ext._internal.plain import callable_name, plain
+from unlearn_ext._internal.plain import callable_name
 from unlearn_ext._internal.seeding import seeded
-from unlearn_ext.evaluation.audit import Audit, Trained, judged
+from unlearn_ext.evaluation.audit import Audit, judged
+from unlearn_ext.evaluation.audit_rows import Trained
 from unlearn_ext.evaluation.cache import Cache, keeping
 from unlearn_ext.evaluation.evidence import environment
 from unlearn_ext.evaluation.keys import NoKeyError
@@ -32,7 +32,7 @@ from unlearn_ext.evaluation.metrics.distances import layer_distance
 from unlearn_ext.evaluation.metrics.measures import Measure, attempt, reason_of
 from unlearn_ext.evaluation.metrics.registry import Metric, Subject
 from unlearn_ext.evaluation.references import References
-from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Row, described, read_row
+from unlearn_ext.evaluation.rows import FORMAT, LOSS_EDGES, Job, Row, described, read_row, row_text
 from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.evaluation.settings import accepts
 from unlearn_ext.results import UnlearnResult
@@ -105,7 +105,7 @@ class Study:
             row = self._run(job, seed)
             if path is not None and row.why is None:
                 with keeping(path) as draft:
-                    draft.write_text(json.dumps(plain(asdict(row))), encoding="utf-8")
+                    draft.write_text(row_text(row), encoding="utf-8")
         if job.kind == "reference":
             self._reference_rows[seed] = row
         return row, found
@@ -197,7 +197,7 @@ class Study:
             return *self._references.get(seed), None
         if job.function is None:
             return self._original, 0.0, None
-        subject = deepcopy(self._original)
+        subject = copied(self._original)
         settings = dict(job.settings)
         accepted = inspect.signature(job.function).parameters
         if "generator" in accepted and "generator" not in settings:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters
 from unlearn_ext._internal.fingerprint import weights_fingerprint
-from unlearn_ext._internal.modules import check_not_flattened
+from unlearn_ext._internal.modules import check_made, check_not_flattened
 from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_or_sharded, ranks_of
 from unlearn_ext.distributed.agree import refuse_group_of_shards
 from unlearn_ext.distributed.fsdp import fsdp_modules
@@ -142,6 +142,7 @@ def fisher_diagonal(
     batches = check_batches(data)
     judge = resolve(task, loss_fn, who="fisher_diagonal")
     check_not_flattened(model, "fisher_diagonal")
+    check_made(model, "fisher_diagonal")
     if fsdp_modules(model):
         from unlearn_ext.fisher.sharded_diagonal import sharded_diagonal
 

@@ -30,7 +30,11 @@ ESTIMATORS: tuple[Estimator, ...] = ("per_sample", "batch", "mc")
 _ROUNDING = 1e-4
 
 _FILE = FileKind(
-    "unlearn_ext.importance.1", owner="Importance", contents="importances", instance="saved importances"
+    "unlearn_ext.importance.1",
+    owner="Importance",
+    contents="importances",
+    instance="saved importances",
+    facts=("importance",),
 )
 
 
@@ -398,7 +402,19 @@ class Importance(Mapping[str, Tensor]):
         tensors, facts = _FILE.load(path)
         with _FILE.understood(path):
             meta = json.loads(facts["importance"])
+            _check_facts(meta)
             return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    # Files of earlier versions have no digest, and others can write one.
+    check_estimator("facts", facts["estimator"], facts["power"])
+    for name in ("n_samples", "batch_size", "n_batches"):
+        if type(facts[name]) is not int or facts[name] < 0:
+            raise ValueError(f"{name} must be a number of 0 or more, got {facts[name]!r}")
+    for name in ("loss", "weights_digest"):
+        if not isinstance(facts.get(name), str | None):
+            raise ValueError(f"{name} must be a text, got {facts[name]!r}")
 
 
 def check_estimator(who: str, estimator: str, power: int) -> None:

@@ -23,6 +23,7 @@ _FILE = FileKind(
     owner="KroneckerFactors",
     contents="Kronecker factors",
     instance="saved KroneckerFactors",
+    facts=("modules", "n_samples", "n_rows", "gradients", "coverage"),
 )
 
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext._internal.modules import eager
+from unlearn_ext._internal.modules import check_made, eager
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
 from unlearn_ext.fisher.engine import checkpoints
+from unlearn_ext.fisher.engine.sample_losses import one_alone_explained
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, Totals, why_not_factored
 from unlearn_ext.resume import Progress
-from unlearn_ext.tasks.base import Outputs, Task
+from unlearn_ext.tasks.base import Outputs, Task, one_per_sample
 from unlearn_ext.tasks.batches import Batch, Batches, check_batches, device_of
 from unlearn_ext.tasks.losses import LossFn, resolve
 
@@ -109,6 +110,7 @@ def kfac_factors(
                 [ 4.,  6.,  2.]], dtype=torch.float64)
     """
     batches = check_batches(data)
+    check_made(model, "kfac_factors")
     task = resolve(task, loss_fn, who="kfac_factors")
     ranks = ranks_of(process_group, "kfac_factors")
     n_samples = 0
@@ -165,7 +167,7 @@ def kfac_factors(
                     if loss_fn is None:
                         loss = _drawn_loss(model, task, batch, generator)
                     else:
-                        loss = task.loss(model, batch).sum()
+                        loss = task.sample_losses(model, batch).sum()
                 if not bool(torch.isfinite(loss)):
                     raise FloatingPointError(
                         f"kfac_factors: the loss must be finite, got {loss.item()} in batch {index}"
@@ -404,8 +406,8 @@ class Watch:
     # Note [What a layer shows is checked]
     # That the leading dimension counts samples, that samples do not meet in the layer's gradient, that the
     # layer computes what its kind does and that nothing else uses its weight: none of it can be read off a
-    # module. All of it is seen on a few samples: alone or together, the first one must show the same, and
-    # inputs and output gradients must make up the gradient that autograd gives the weight.
+    # module. All of it is seen on a few samples: alone or together, the first and the last one must show the
+    # same, and inputs and output gradients must make up the gradient that autograd gives the weight.
     def _probe(self, batch: Batch, is_drawn: bool) -> None:
         model, task = self._model, self._task
         n = min(PROBE, task.count(batch))
@@ -413,13 +415,14 @@ class Watch:
         if is_drawn:
             # Nearly any label: no sample is so well known then that its gradient vanishes.
             few = _drawn(model, task, few, torch.Generator().manual_seed(0), FLAT)[1]
-        one = task.select(few, range(1))
+        # The first and the last: what comes from the first of a batch changes all samples but that one.
+        single = [(task.select(few, [sample]), 1) for sample in dict.fromkeys([0, n - 1])]
         seen: list[dict[str, tuple[WatchedLayer, list[tuple[Tensor, Tensor]]]]] = []
         true: dict[str, list[Tensor | None]] = {}
-        for part, count in ((few, n), (one, 1)):
-            with self.recording():
+        for part, count in ((few, n), *single):
+            with self.recording(), one_alone_explained():
                 values = task.losses(task.forward(model, part), part) if is_drawn else task.loss(model, part)
-                objective = values.sum()
+                objective = one_per_sample(values).sum()
             if not objective.requires_grad:
                 raise ValueError("kfac_factors: the model's output must depend on a trainable parameter")
             if count == n and not true:
@@ -434,7 +437,7 @@ class Watch:
                 elif pairs:
                     shown[layer.name] = (layer, pairs)
             seen.append(shown)
-        together, alone = seen
+        together, alone, last = seen[0], seen[1], seen[-1]
         is_coarse = any(
             tensor.dtype in _HALVES for _, pairs in together.values() for pair in pairs for tensor in pair
         )  # under autocast what is float32 has been computed from less all the same
@@ -444,11 +447,9 @@ class Watch:
                     continue  # it may run in another batch
                 self._drop(layer, "its weight is used outside of its own call")
                 continue
-            pairs, first = together[layer.name][1], alone[layer.name][1]
-            if len(pairs) != len(first) or not all(
-                close_to(a[:1], a1, is_coarse) and close_to(g[:1], g1, is_coarse)
-                for (a, g), (a1, g1) in zip(pairs, first, strict=True)
-            ):
+            pairs = together[layer.name][1]
+            ends = [(0, alone[layer.name][1]), (n - 1, last.get(layer.name, (layer, []))[1])]
+            if not all(_is_apart(pairs, sample, shown, is_coarse) for sample, shown in ends if shown):
                 self._drop(layer, "its samples depend on each other")
             elif not _makes_up(layer, pairs, true[layer.name], is_coarse):
                 self._drop(layer, "its weight is used outside of its own call, or not as its kind does")
@@ -457,6 +458,19 @@ class Watch:
         self._layers.pop(layer.factored.module, None)
         for name in layer.factored.parameters:
             self.coverage[f"{layer.name}.{name}" if layer.name else name] = why
+
+
+def _is_apart(
+    pairs: list[tuple[Tensor, Tensor]], sample: int, alone: list[tuple[Tensor, Tensor]], is_coarse: bool
+) -> bool:
+    # Whether a sample shows among others what it shows alone.
+    if len(pairs) != len(alone):
+        return False
+    own = slice(sample, sample + 1)
+    return all(
+        close_to(a[own], a1, is_coarse) and close_to(g[own], g1, is_coarse)
+        for (a, g), (a1, g1) in zip(pairs, alone, strict=True)
+    )
 
 
 def _makes_up(
@@ -532,4 +546,4 @@ def drawn_from(
 def _drawn_loss(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator | None) -> Tensor:
     # Sum the samples' losses at labels that are drawn from the model's own, tempered distribution.
     outputs, drawn = _drawn(model, task, batch, generator, TEMPERATURE)
-    return task.losses(outputs, drawn).sum()
+    return one_per_sample(task.losses(outputs, drawn)).sum()

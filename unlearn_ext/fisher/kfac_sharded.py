@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.names import plain_name
+from unlearn_ext._internal.undo import handles
 from unlearn_ext.distributed import MeshRanks
 from unlearn_ext.distributed.fsdp import reshard
 from unlearn_ext.distributed.fsdp_steps import steps
@@ -77,14 +78,22 @@ def sharded_factors(
     sharded = ranks.begin("factors")
     with sharded.resharded(), borrowed(model):
         for step in steps(
-            sharded, data, task, sharded.device, description="Kronecker factors", progress=progress
+            sharded,
+            data,
+            task,
+            sharded.device,
+            call=task.forward if loss_fn is None else task.loss,
+            description="Kronecker factors",
+            progress=progress,
         ):
             if watch is None:
                 watch = ShardedWatch(model, task, step.batch, ranks, is_drawn=loss_fn is None)
             with watch.recording():
-                with ranks.in_collectives():
+                with ranks.in_pass(task):
                     found = (
-                        task.forward(model, step.batch) if loss_fn is None else task.loss(model, step.batch)
+                        task.forward(model, step.batch)
+                        if loss_fn is None
+                        else task.sample_losses(model, step.batch)
                     )
                 if loss_fn is None:
                     drawn = drawn_from(found, task, step.batch, generator, TEMPERATURE)
@@ -146,12 +155,9 @@ class ShardedWatch(Watch):
                 output.register_hook(use.take)  # type: ignore[no-untyped-call]
 
         self._seen = {module: [] for module in self._layers}
-        handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self._layers]
-        try:
+        with handles() as hooks:
+            hooks.extend(module.register_forward_hook(hook, with_kwargs=True) for module in self._layers)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def take_pass(self, loss: Tensor, n: int) -> None:
         """Run a recorded pass backward, on all ranks at once, and add what the layers have shown.
@@ -208,12 +214,12 @@ class ShardedWatch(Watch):
         n = min(PROBE, task.count(batch))
         few = task.select(batch, range(n))
         if is_drawn:
-            with torch.no_grad(), ranks.in_collectives():
+            with torch.no_grad(), ranks.in_pass(task):
                 outputs = task.forward(model, few)
             few = drawn_from(outputs, task, few, torch.Generator().manual_seed(0), FLAT)
             ranks.exchange("draws", None)
             reshard(model)
-        one = task.select(few, range(1))
+        ends = [(sample, task.select(few, [sample])) for sample in (0, n - 1)]
         self._reasons: dict[str, str] = {}
         self._arrived: set[str] = set()
         chosen = {
@@ -222,9 +228,9 @@ class ShardedWatch(Watch):
             for part in layer.factored.parameters
         }
         seen = []
-        for part, count in ((few, n), (one, 1)):
+        for part, count in ((few, n), *((part, 1) for _, part in ends)):
             with self.recording():
-                with ranks.in_collectives():
+                with ranks.in_pass(task):
                     values = (
                         task.losses(task.forward(model, part), part) if is_drawn else task.loss(model, part)
                     )
@@ -237,7 +243,8 @@ class ShardedWatch(Watch):
                 if any(len(use.inputs) != count or len(use.grad) != count for use in uses):
                     self._object(self._layers[module], "samples do not lie along the leading dimension")
         for module, layer in self._layers.items():
-            self._compare(layer, *(each[module] for each in seen))
+            for (sample, _), alone in zip(ends, seen[1:], strict=True):
+                self._compare(layer, sample, seen[0][module], alone[module])
         self._seen.clear()
         told: dict[str, str] = {}
         for each in ranks.exchange("reasons", self._reasons):
@@ -246,14 +253,16 @@ class ShardedWatch(Watch):
             if layer.name in told:
                 self._drop(layer, told[layer.name])
 
-    def _compare(self, layer: WatchedLayer, together: list[_Use], alone: list[_Use]) -> None:
+    def _compare(self, layer: WatchedLayer, sample: int, together: list[_Use], alone: list[_Use]) -> None:
         # What one sample shows alone must be what it shows among others.
         if not together or not alone:
-            if layer.name in self._arrived:
+            if sample == 0 and layer.name in self._arrived:
                 self._object(layer, "its weight is used outside of its own call")
             return  # it may run in another batch
+        own = slice(sample, sample + 1)
         if len(together) != len(alone) or not all(
-            close_to(a.inputs[:1], b.inputs) and close_to(cast("Tensor", a.grad)[:1], cast("Tensor", b.grad))
+            close_to(a.inputs[own], b.inputs)
+            and close_to(cast("Tensor", a.grad)[own], cast("Tensor", b.grad))
             for a, b in zip(together, alone, strict=True)
         ):
             self._object(layer, "its samples depend on each other")

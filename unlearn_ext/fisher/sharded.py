@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from unlearn_ext._internal.dtensors import local_of
+from unlearn_ext._internal.undo import handles
+from unlearn_ext.distributed.forward import calls_once, counted_passes
 from unlearn_ext.distributed.fsdp import ShardedModel, fsdp_modules
 from unlearn_ext.fisher.engine.lockstep import Lockstep, Marks, Settle, Take
 from unlearn_ext.fisher.engine.settled import SettledTotals
+from unlearn_ext.tasks.base import Task
+
+_Found = TypeVar("_Found")
 
 
 class ShardedLockstep(Lockstep):
@@ -27,12 +33,20 @@ class ShardedLockstep(Lockstep):
         sharded: The model.
         leaves: Name to gathered parameter, for all of them.
         chosen: Names of those that importances are computed of.
+        task: Whose losses are computed; None where none are.
     """
 
     is_alone = False
 
-    def __init__(self, sharded: ShardedModel, leaves: Mapping[str, Tensor], chosen: Collection[str]) -> None:
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        leaves: Mapping[str, Tensor],
+        chosen: Collection[str],
+        task: Task | None = None,
+    ) -> None:
         self._sharded = sharded
+        self._can_tell = task is not None and calls_once(task)
         self._leaves, self._chosen = leaves, list(chosen)
         self._totals: SettledTotals | None = None
 
@@ -82,14 +96,57 @@ class ShardedLockstep(Lockstep):
             for tensor in _differentiable(output):
                 marks.setdefault(tensor.grad_fn, tensor.output_nr)
 
-        handles = [module.register_forward_hook(note) for _, module in fsdp_modules(model)]
         places: list[tuple[object, int]] = []
-        try:
+        with handles() as hooks:
+            hooks.extend(module.register_forward_hook(note) for _, module in fsdp_modules(model))
             yield places
-        finally:
-            for handle in handles:
-                handle.remove()
-            places += marks.items()
+        places += marks.items()
+
+    def losses(self, model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:  # noqa: D102
+        values, (depends, is_constant) = self._agreed(
+            model, compute, lambda values: [values.requires_grad, not values.requires_grad]
+        )
+        if depends and is_constant:
+            raise RuntimeError(
+                "fisher_diagonal: losses of a sharded model must depend on parameters on all ranks or none, "
+                "got constant ones on a rank (samples without labels?); leave such samples out"
+            )
+        return values
+
+    def together(self, model: nn.Module, compute: Callable[[], _Found]) -> _Found:
+        """Compute something by one forward pass, on all ranks or none.
+
+        Args:
+            model: The model that is called.
+            compute: Calls it.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            Exception: What ``compute`` raised; where that was not after the pass, nobody else is told.
+            RuntimeError: If it has failed on another rank, after the pass.
+        """
+        return self._agreed(model, compute, lambda _: [False, False])[0]
+
+    def _agreed(
+        self, model: nn.Module, compute: Callable[[], _Found], facts: Callable[[_Found], list[bool]]
+    ) -> tuple[_Found, list[bool]]:
+        # What was computed, and which of two facts about it hold on some rank.
+        found: list[_Found] = []
+        failure: Exception | None = None
+        with counted_passes(model) as passes:
+            try:
+                found.append(compute())
+            except Exception as error:
+                if not (self._can_tell and passes == [1, 1]):
+                    raise
+                failure = error
+        own = torch.tensor([failure is not None, *(facts(found[0]) if found else [False, False])])
+        failed, *told = self._sharded.reduced(own.int(), dist.ReduceOp.MAX).tolist()
+        if failed:
+            raise failure or RuntimeError("a batch is of no use on another rank, whose message says why")
+        return found[0], told
 
     def gradients(self, loss: Tensor, take: Take, marks: Marks, settle: Settle | None) -> None:  # noqa: D102
         coming = set(self._chosen)
@@ -117,17 +174,14 @@ class ShardedLockstep(Lockstep):
                 with torch.no_grad():
                     settle(coming, failures)
 
-        handles = [
-            leaf.register_post_accumulate_grad_hook(arrived(name))  # type: ignore[no-untyped-call]
-            for name, leaf in self._leaves.items()
-            if leaf.requires_grad
-        ]
-        try:
-            handles += [node.register_prehook(come_by) for node, _ in marks]
+        with handles() as hooks:
+            hooks.extend(
+                leaf.register_post_accumulate_grad_hook(arrived(name))  # type: ignore[no-untyped-call]
+                for name, leaf in self._leaves.items()
+                if leaf.requires_grad
+            )
+            hooks.extend(node.register_prehook(come_by) for node, _ in marks)
             loss.backward()  # type: ignore[no-untyped-call]
-        finally:
-            for handle in handles:
-                handle.remove()
         coming.clear()
         come_by()
 

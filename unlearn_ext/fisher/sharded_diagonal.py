@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -91,7 +92,12 @@ def sharded_diagonal(
         ranks=ranks,
     )
     ranks.exchange("progress", None)
-    with sharded.resharded(), borrowed(model), unwritten_shards(sharded):
+    with (
+        kept.holding_signals() as interrupt,
+        sharded.resharded(),
+        borrowed(model),
+        unwritten_shards(sharded),
+    ):
         for name in names:  # borrowed puts the flags back
             if not sharded.shards[name].requires_grad:
                 sharded.shards[name].requires_grad_(True)
@@ -107,7 +113,7 @@ def sharded_diagonal(
         def new_engine() -> tuple[ShardedLockstep, PerSample]:
             if kept.is_kept:
                 forget(model)
-            lockstep = ShardedLockstep(sharded, leaves, names)
+            lockstep = ShardedLockstep(sharded, leaves, names, judge)
             own = judge.select if judge.has_own_select else None
             chosen = {name: leaves[name] for name in names}
             return lockstep, PerSample(
@@ -125,17 +131,20 @@ def sharded_diagonal(
             batch = step.batch
             with ranks.in_collectives():
                 if estimator == "mc":
-                    batch = with_drawn_targets(model, judge, batch, step.index, generator)
+                    draw = functools.partial(with_drawn_targets, model, judge, batch, step.index, generator)
+                    batch = lockstep.together(model, draw)
                 lockstep.count(step.is_live)
                 values = gradients.accumulate(batch, step.n)
-            _check_finite_everywhere(lockstep, values, step.index)
+            is_asked = _checked_everywhere(sharded, values, step.index, is_asked=interrupt.is_due)
             if step.is_live:
                 counts += torch.tensor([step.n, 1, 0])
                 counts[2] = max(int(counts[2]), step.n)
-            if kept.is_due():
+            if kept.is_due(is_asked=is_asked):
                 gradients.finish()
                 coverage = with_all_of(coverage, gradients.coverage)
                 kept.write(so_far())
+                if interrupt.is_due:
+                    interrupt.deliver()
                 lockstep, gradients = new_engine()
         gradients.finish()
         coverage = with_all_of(coverage, gradients.coverage)
@@ -166,15 +175,18 @@ def sharded_diagonal(
     )
 
 
-def _check_finite_everywhere(lockstep: ShardedLockstep, values: Tensor, index: int) -> None:
+def _checked_everywhere(sharded: ShardedModel, values: Tensor, index: int, *, is_asked: bool) -> bool:
+    # Whether some rank has been told to end; raises on all ranks where a loss of one is not finite.
     is_finite = bool(torch.isfinite(values).all())
-    if lockstep.all(is_finite):
-        return
-    if is_finite:
+    told = torch.tensor([not is_finite, is_asked], dtype=torch.int32)
+    has_failed, asked = sharded.reduced(told, dist.ReduceOp.MAX).tolist()
+    if has_failed and is_finite:
         raise FloatingPointError(
             "fisher_diagonal: the loss must be finite, got another value on another rank"
         )
-    check_finite("loss", values, index)
+    if has_failed:
+        check_finite("loss", values, index)
+    return bool(asked)
 
 
 def _joined_coverage(sharded: ShardedModel, own: dict[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.fisher.engine.lockstep import Marks
 from unlearn_ext.fisher.engine.settled import SettledSums
 from unlearn_ext.fisher.sharded import ShardedLockstep
-from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.base import Task, one_per_sample
 from unlearn_ext.tasks.batches import Batches
 from unlearn_ext.tasks.losses import LossFn
 
@@ -136,10 +136,10 @@ def sharded_mean_gradients(
     sharded = ranks.begin(f"gradients of {what}")
     with sharded.resharded(), borrowed(sharded.model):
         gradients = ShardedGradients(sharded, names)
-        for step in steps(sharded, data, task, sharded.device, description=who, progress=progress):
+        for step in steps(sharded, data, task, sharded.device, call=loss, description=who, progress=progress):
             with gradients.watching() as marks:
-                with ranks.in_collectives():
-                    values = loss(sharded.model, step.batch)
+                with ranks.in_pass(task) if loss_fn is None else ranks.in_collectives():
+                    values = one_per_sample(loss(sharded.model, step.batch))
                 if not bool(torch.isfinite(values.detach()).all()):
                     raise FloatingPointError(
                         f"{who}: the loss of {what} must be finite, got {values} in batch {step.index}"

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unlearn_ext import ops
 from unlearn_ext._internal.digests import update_digest
 from unlearn_ext._internal.names import with_plain_names
+from unlearn_ext._internal.undo import Undone
 from unlearn_ext.hf.guard import MaskGuard
 from unlearn_ext.tasks import Task
 
@@ -248,13 +249,15 @@ def _silent(model: nn.Module) -> Iterator[None]:
     # Outside of the Trainer's loop there is nothing that a log could be added to.
     names = ("log", "log_dict")
     before = {name: vars(model).get(name) for name in names}
-    for name in names:
-        object.__setattr__(model, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for name, own in before.items():
-            if own is None:
-                object.__delattr__(model, name)
-            else:
+            if own is not None:
                 object.__setattr__(model, name, own)
+            elif name in vars(model):
+                object.__delattr__(model, name)
+
+    with Undone(put_back):
+        for name in names:
+            object.__setattr__(model, name, lambda *_, **__: None)
+        yield

@@ -21,7 +21,7 @@ from unlearn_ext._internal.modules import eager, is_hf_conv1d
 from unlearn_ext._internal.names import modules_by_name, parameters_by_name
 from unlearn_ext.distributed import ALONE, Ranks
 from unlearn_ext.fisher.engine.graph import Node, kind_of
-from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.base import Task, one_per_sample
 from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn, resolve
 
@@ -196,7 +196,7 @@ def _connect(
                 after, before = layer.module.register_forward_hook, layer.module.register_forward_pre_hook
                 hooks.callback(after(_noting(layer), with_kwargs=True).remove)
                 hooks.callback(before(_noting_input(layer), with_kwargs=True).remove)
-            loss = loss_fn(model, batch).sum()
+            loss = one_per_sample(loss_fn(model, batch)).sum()
         by_output = {
             layer.output.edge.node: layer
             for layer in layers
@@ -330,8 +330,11 @@ def _normalises_last(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
+    # Not by attribute: a parametrization computes its weight, and may move its own buffers doing so.
+    if "norm" not in type(module).__name__.lower():
+        return False
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    return isinstance(weight, Tensor) and weight.ndim == 1
 
 
 def _channels_out(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
-from unlearn_ext._internal.chosen import Params, Patterns, chosen_parameters, restricted
+from unlearn_ext._internal.chosen import Params, Patterns, check_floating, chosen_parameters, restricted
 from unlearn_ext._internal.dtensors import local_of, sharded_like, totals, whole_of
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name, with_plain_names
@@ -252,7 +252,7 @@ def scored(
         check_batches(retain, "retain")
     known = parameters_by_name(model)
     parameters = {name: known[name] for name in names}
-    loss_fn = task.loss
+    check_floating(parameters, who)
     groups: Sequence[NeuronGroup]
     if isinstance(ranks, MeshRanks):
         # How channels flow is read off gradients inside a layer, where shards are not gathered.
@@ -296,7 +296,7 @@ def scored(
                 who, "forget", forget, task, list(parameters), ranks, progress=progress
             )
         else:
-            tensors = _mean_gradients(who, model, forget, parameters, loss_fn, progress, ranks)
+            tensors = _mean_gradients(who, model, forget, parameters, task, progress, ranks)
         if score == "taylor":
             for name, gradient in tensors.items():
                 gradient.mul_(parameters[name].detach())
@@ -327,7 +327,7 @@ def _mean_gradients(
     model: nn.Module,
     data: Batches,
     parameters: Mapping[str, Tensor],
-    loss_fn: LossFn,
+    task: Task,
     progress: bool,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
@@ -336,9 +336,10 @@ def _mean_gradients(
     with borrowed(model):
         reader = read_batches(data, device_of(model), description="saliency", progress=progress)
         for index, batch in enumerate(reader):
-            values = loss_fn(model, batch)
+            values = task.sample_losses(model, batch)
             if not bool(torch.isfinite(values.detach()).all()):
-                raise FloatingPointError(f"{who}: the loss must be finite, got {values} in batch {index}")
+                wrong = values[~torch.isfinite(values)][0].item()
+                raise FloatingPointError(f"{who}: the loss must be finite, got {wrong} in batch {index}")
             n += len(values)
             if values.requires_grad:
                 grads = torch.autograd.grad(values.sum(), list(parameters.values()), allow_unused=True)

@@ -120,16 +120,16 @@ def select_mask(
         values = [known.of_neurons(group, reduction) for group in groups]
         if granularity == "layer":
             values = [_of_layer(known, group, reduction) for group in groups]
-        runs = [range(len(groups))] if scope == "global" else [range(i, i + 1) for i in range(len(groups))]
-        for run in runs:
-            marked = choose([values[i] for i in run])
-            for i, mask in zip(run, marked, strict=True):
-                flags = ops.unpack_mask(mask, [values[i].numel()])
-                for part in groups[i].parts:
-                    whole = part.spread(flags.expand(groups[i].size) if granularity == "layer" else flags)
-                    whole = whole.reshape(known[part.name].shape)
-                    own = whole[part_of(known[part.name])]  # of shards only this rank's
-                    masks[part.name] = ops.pack_mask(own.contiguous())
+        runs = [values] if scope == "global" else [[value] for value in values]
+        marked = [mask for run in runs for mask in choose(run)]
+        spread: dict[str, Tensor] = {}
+        neurons = ops.unpack_mask(marked, [list(value.shape) for value in values])
+        for group, flags in zip(groups, neurons, strict=True):
+            for part in group.parts:
+                whole = part.spread(flags.expand(group.size) if granularity == "layer" else flags)
+                whole = whole.reshape(known[part.name].shape)
+                spread[part.name] = whole[part_of(known[part.name])]  # of shards only this rank's
+        masks.update(zip(spread, ops.pack_mask(list(spread.values())), strict=True))
     if is_sharded:
         return {name: _sharded_mask(masks.get(name), tensor) for name, tensor in known.items()}
     for name, tensor in known.items():

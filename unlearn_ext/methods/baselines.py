@@ -217,7 +217,7 @@ def finetune(
             run,
             "finetune",
             retain,
-            chosen.loss,
+            chosen.sample_losses,
             optimizer,
             parameters=parameters.values(),
             epochs=epochs,
@@ -330,7 +330,7 @@ def gradient_ascent(
             run,
             "ascent",
             forget,
-            lambda model, batch: -chosen.loss(model, batch).clamp(max=limit),
+            lambda model, batch: -chosen.sample_losses(model, batch).clamp(max=limit),
             optimizer,
             parameters=parameters.values(),
             epochs=epochs,
@@ -426,8 +426,8 @@ def neg_grad_plus(
 
     def objective(model: nn.Module, pair: Batch) -> loop.Terms:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        climbed = values_of(forgotten, lambda batch: chosen.loss(model, batch).clamp(max=limit))
-        return [(retain_weight, chosen.loss(model, kept)), (retain_weight - 1, climbed)]
+        climbed = values_of(forgotten, lambda batch: chosen.sample_losses(model, batch).clamp(max=limit))
+        return [(retain_weight, chosen.sample_losses(model, kept)), (retain_weight - 1, climbed)]
 
     settings = {
         "retain_weight": retain_weight,
@@ -544,8 +544,9 @@ def random_label(
 
     def objective(model: nn.Module, pair: Batch) -> loop.Terms:
         kept, forgotten = cast("tuple[Batch, Batch]", pair)
-        right = chosen.loss(model, kept)
-        return [(1.0, right), (1.0, values_of(forgotten, lambda batch: chosen.loss(model, relabel(batch))))]
+        right = chosen.sample_losses(model, kept)
+        wrong = values_of(forgotten, lambda batch: chosen.sample_losses(model, relabel(batch)))
+        return [(1.0, right), (1.0, wrong)]
 
     settings = {"epochs": epochs, "lr": lr, **facts_of(task, loss_fn)}
     goal = ClosedLoop("random_label", model, forget, retain, until, budget, validation, strict, chosen, ranks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_ext import ops
+from unlearn_ext._internal.borrow import Tables
 from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.names import parameters_by_name, with_plain_names
 from unlearn_ext.distributed import Group, MeshRanks, Ranks, lockstep_on_mesh, ranks_of
@@ -181,8 +182,9 @@ def gradient_masking(
 
     Raises:
         ValueError: If a choice is unknown or out of range, the retain set is needed and missing, a set is
-            empty or a one-shot iterator, ``masks`` lacks a trainable parameter or selects nothing, or labels
-            to be redrawn are no classes.
+            empty or a one-shot iterator, ``masks`` lacks a trainable parameter, selects nothing or part of an
+            embedding with ``max_norm``, whose look-up rewrites whole rows, or labels to be redrawn are no
+            classes.
         NotImplementedError: If the task has no other labels, or no log-odds, and the objective needs them.
         FloatingPointError: If a loss is NaN or infinite. The model is then as it was.
 
@@ -437,6 +439,7 @@ def _run(
                 run.coverage = dict(scores.coverage)
                 del scores
             chosen = _selected(parameters, method, masks, ranks)
+            _refuse_parts_of_tables(model, method, chosen)
             run.keep(chosen)
             # The optimizer leaves the others alone in any case; marked as frozen they cost no memory for what
             # their gradients would need. The run puts the marks back, whatever happens. Of many ranks the
@@ -503,6 +506,22 @@ def _selected(
     if not chosen:
         raise ValueError(f"{method}: masks must select at least one scalar, got none")
     return chosen
+
+
+def _refuse_parts_of_tables(model: nn.Module, method: str, chosen: Mapping[str, Tensor]) -> None:
+    # Looking up a row whose norm is too large writes to all of it, selected or not.
+    tables = Tables(model).ids
+    for name, parameter in parameters_by_name(model).items():
+        if name not in chosen or id(parameter) not in tables:
+            continue
+        mask = chosen[name]
+        if mask.dtype != torch.bool:
+            mask = ops.unpack_mask(mask, list(parameter.shape))
+        if not bool(mask.all()):
+            raise ValueError(
+                f"{method}: the mask of {name} must select all or nothing, as the table has a max_norm and "
+                "its look-up rewrites whole rows; leave it out by exclude, or set max_norm to None"
+            )
 
 
 def _facts(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, object]:
@@ -600,7 +619,7 @@ def _objective(
                 log_odds = task.log_odds(task.forward(model, batch), batch)
             # 1 - p of log-odds, exact also where p is next to 1.
             return -_ASCEND_OFFSET * (torch.sigmoid(-log_odds) + _ASCEND_OFFSET).log()
-        return task.loss(model, relabel(batch))
+        return task.sample_losses(model, relabel(batch))
 
     def objective(model: nn.Module, tagged: Batch) -> Tensor | Terms:
         kind, batch, *others = tagged
@@ -608,8 +627,8 @@ def _objective(
             forgotten = on_forget(model, batch)
             return [
                 (1.0, forgotten),
-                (retain_weight, values_of(others[0], lambda batch: task.loss(model, batch))),
+                (retain_weight, values_of(others[0], lambda batch: task.sample_losses(model, batch))),
             ]
-        return on_forget(model, batch) if kind == "forget" else task.loss(model, batch)
+        return on_forget(model, batch) if kind == "forget" else task.sample_losses(model, batch)
 
     return objective

@@ -36,14 +36,15 @@ def mean_of(found: Tensor | Terms) -> Tensor:
         found: What an objective has returned.
 
     Returns:
-        A scalar.
+        A scalar; of a set without a sample in this batch there is no mean, and nothing is added.
     """
     total: Tensor | None = None
     for weight, values in terms_of(found):
+        if not values.numel():
+            continue
         term = values.mean() if weight == 1 else weight * values.mean()
         total = term if total is None else total + term
-    assert total is not None
-    return total
+    return torch.zeros(()) if total is None else total
 
 
 def terms_of(found: Tensor | Terms) -> Terms:
@@ -120,7 +121,7 @@ def train(
         assert task is not None
         step = ShardedSteps(run, objective, parameters, task)
     else:
-        step = _Step(run, objective, _Gradients(parameters))
+        step = _Step(run, objective, _Gradients(run.model, parameters))
     steps = epoch = 0
     with run.phase(phase), single_values_normalised(run.model):
         while (epoch < epochs or steps < steps_min) and not (run.goal is not None and run.goal.stops):
@@ -182,8 +183,10 @@ class _Step:
             counts = None if terms is None else [len(values) if values.ndim else 1 for _, values in terms]
             told = self._ranks.exchange("batch", (counts, self._held))
             sizes = [sum(column) for column in zip(*(each for each, _ in told if each), strict=True)]
-            if sizes:
+            if any(sizes):
                 return self._backward(terms, sizes, optimizer)
+            if sizes:  # batches without a sample, as filters leave them
+                continue
             if not any(held for _, held in told):
                 return None
             self._held = False
@@ -200,6 +203,11 @@ class _Step:
             raise FloatingPointError(
                 f"{self._run.method}: the loss must be finite, got {loss.item()} in {self._where}, batch "
                 f"{self._index}"
+            )
+        if loss is not None and not loss.requires_grad and not self._ranks.are_many:
+            raise ValueError(
+                f"{self._run.method}: the loss must depend on the parameters to be trained, got a constant "
+                f"in {self._where}, batch {self._index}"
             )
         optimizer.zero_grad()
         if not self._ranks.are_many:
@@ -259,11 +267,13 @@ class _Gradients:
     """Fills ``.grad`` of some parameters alone, so that those to be left alone need not be marked as frozen.
 
     Args:
+        model: The model.
         parameters: The parameters; None: all that a loss depends on.
     """
 
-    def __init__(self, parameters: Iterable[Tensor] | None) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor] | None) -> None:
         self._named = self._parameters = None if parameters is None else list(parameters)
+        self._of_model = list(model.parameters())
         self._is_checked = False
 
     def compute(self, loss: Tensor) -> None:
@@ -273,10 +283,15 @@ class _Gradients:
                 self._parameters = None
         if self._parameters is None:
             loss.backward()  # type: ignore[no-untyped-call]
+            for own in self._of_model:
+                if own.grad is not None and own.grad.layout != torch.strided:
+                    own.grad = own.grad.to_dense()
             return
         grads = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, grad in zip(self._parameters, grads, strict=True):
-            if grad is not None and grad.layout == torch.strided and grad.stride() != parameter.stride():
+            if grad is not None and grad.layout != torch.strided:
+                grad = grad.to_dense()  # Adam and weight decay take no sparse ones
+            if grad is not None and grad.stride() != parameter.stride():
                 # Laid out like the parameter, as backward() leaves it.
                 grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
             parameter.grad = grad

@@ -156,15 +156,17 @@ def msg(
             def objective(model: nn.Module, batch: object) -> Tensor:
                 for group in optimizer.param_groups:
                     group["lr"] = next(rates)
-                return task.loss(model, batch)  # type: ignore[arg-type]
+                return task.sample_losses(model, batch)  # type: ignore[arg-type]
 
             loop.train(run, "train", retain, objective, optimizer, epochs=epochs, progress=progress)
     return goal.result(run)
 
 
 def _is_drawn(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        return False
     weight = module._parameters.get("weight")
-    return isinstance(module, (nn.Linear, _ConvNd)) and weight is not None and weight.requires_grad
+    return weight is not None and weight.requires_grad
 
 
 def _rates(lr: float, steps: int, rise: int) -> Iterator[float]:
@@ -213,7 +215,7 @@ def _mean_gradient(
                 if count == 0:
                     break
                 batch = task.select(batch, range(count))
-            found = torch.autograd.grad(task.loss(model, batch).sum(), weights, allow_unused=True)
+            found = torch.autograd.grad(task.sample_losses(model, batch).sum(), weights, allow_unused=True)
             for total, grad in zip(totals, found, strict=True):
                 if grad is not None:
                     total += grad

@@ -19,7 +19,7 @@ from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_layers import Factored, why_not_factored
 from unlearn_ext.fisher.kfac_pass import readable
 from unlearn_ext.fisher.sharded_gradients import sharded_mean_gradients
-from unlearn_ext.tasks.base import Task
+from unlearn_ext.tasks.base import Task, one_per_sample
 from unlearn_ext.tasks.batches import Batches, device_of, read_batches
 from unlearn_ext.tasks.losses import LossFn
 
@@ -215,7 +215,9 @@ def _mean_gradient(
         for batch in read_batches(data, device_of(model)):
             if task.count(batch) == 0:
                 continue
-            values = task.odds_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+            values = one_per_sample(
+                task.odds_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+            )
             weights = _weights(values.detach()) if loss_fn is None else torch.ones_like(values.detach())
             found = torch.autograd.grad((weights * values).sum(), tensors, allow_unused=True)
             for total, gradient in zip(totals, found, strict=True):

@@ -31,6 +31,7 @@ from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
 from unlearn_ext.methods.goal import GoalRule
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule
+from unlearn_ext.methods.pgu_uses import unlike_their_kind
 from unlearn_ext.methods.pgu_weights import FreeWeight, free_weights, layers_of, optimizer_of
 from unlearn_ext.methods.recorded import Record
 from unlearn_ext.methods.run import Run, at_the_end, unlearning
@@ -117,8 +118,9 @@ def pgu(
     samples are forgotten only as far as the model does not know others of their kind. Wrong labels call for
     ``entropy_weight=0``: the right answer to those inputs is not to know nothing.
 
-    A weight that is also used outside its module, as in ``F.linear(x, embedding.weight)``, is protected for
-    the module's inputs only.
+    A weight that is also used outside its module, as in ``F.linear(x, embedding.weight)``, or whose module
+    does something else than its kind (standardises the weight, say), keeps its bits too, and the history says
+    so: what a change of it does to the retain set, ``gram`` cannot tell. It is found out on a few samples.
 
     This is approximate unlearning. A network that answers as if it had not seen the data can still hold
     traces of it.
@@ -258,7 +260,10 @@ def pgu(
                 gram_forget = activation_gram(
                     model, forget, modules=gram, progress=progress, process_group=ranks
                 )
-            free, apart = free_weights(run, layers, gram - gram_forget, gram_forget, energy, criterion)
+            unlike = unlike_their_kind(model, layers, forget, judge, ranks)
+            free, apart = free_weights(
+                run, layers, unlike, gram - gram_forget, gram_forget, energy, criterion
+            )
             run.keep(part.name for part in free)
         if apart < _APART and rule is None and watch is None:
             warnings.warn(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext._internal.names import modules_by_name
+from unlearn_ext._internal.names import modules_by_name, plain_name
 from unlearn_ext.methods.run import Run
 from unlearn_ext.optim.projected import ProjectedSGD
 from unlearn_ext.subspace.basis import Criterion, Protected, protected
@@ -107,6 +107,7 @@ def layers_of(model: nn.Module, gram: ActivationGram) -> dict[str, tuple[nn.Modu
 def free_weights(
     run: Run,
     layers: Mapping[str, tuple[nn.Module, Layer]],
+    unlike: Mapping[str, str],
     remaining: ActivationGram,
     gram_forget: ActivationGram,
     energy: float,
@@ -117,6 +118,7 @@ def free_weights(
     Args:
         run: The run; told what was found.
         layers: Of ``layers_of``.
+        unlike: Weights that the Gram matrices say nothing of, and why.
         remaining: Second moments of the retain set.
         gram_forget: Of the forget set.
         energy: See ``protected``.
@@ -142,8 +144,12 @@ def free_weights(
         ]
         if not covered:
             continue
-        if len(covered) < len(users) or not weight.requires_grad:
-            why = "it has a use that gram lacks" if weight.requires_grad else "it is not trainable"
+        if len(covered) < len(users) or not weight.requires_grad or plain_name(name) in unlike:
+            why = unlike.get(plain_name(name), "")
+            if len(covered) < len(users):
+                why = "it has a use that gram lacks"
+            if not weight.requires_grad:
+                why = "it is not trainable"
             run.record("subspace", parameter=name, frozen=why)
             continue
         # Uses from one side add up to one space.
@@ -186,7 +192,13 @@ def free_weights(
             else:
                 free.append(free_weight)
     if not free:
-        raise ValueError(f"pgu: energy must leave a free direction in some layer of gram, got {energy}")
+        if not any(layer.weight in module._parameters for module, layer in layers.values()):
+            raise ValueError(
+                "pgu: gram must have a layer whose weight is a parameter, got computed weights alone "
+                "(parametrized ones); torch.nn.utils.parametrize.remove_parametrizations makes them plain"
+            )
+        told = "".join(f"; {name}: {why}" for name, why in list(unlike.items())[:3])
+        raise ValueError(f"pgu: energy must leave a free direction in some layer of gram, got {energy}{told}")
     return free, most_apart
 
 

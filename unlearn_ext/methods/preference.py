@@ -10,7 +10,6 @@ the same formulas serve every task with classes.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.copies import frozen_copy
 from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
     Paired,
@@ -134,7 +134,7 @@ def gradient_difference(
         model,
         forget,
         retain,
-        lambda model, batch: -chosen.loss(model, batch).clamp(max=limit),
+        lambda model, batch: -chosen.sample_losses(model, batch).clamp(max=limit),
         chosen,
         settings={"cap": limit, **facts_of(task, loss_fn)},
         weights=(forget_weight, retain_weight),
@@ -227,7 +227,7 @@ def npo(
     _check_positive("npo", beta=beta)
     known = isinstance(forget, (list, tuple))
     judged: Batches = _with_original(model, forget, chosen) if known else forget
-    original = None if known else copy.deepcopy(model).eval().requires_grad_(False)
+    original = None if known else frozen_copy(model)
 
     def objective(model: nn.Module, item: Batch) -> Tensor:
         if original is None:
@@ -337,7 +337,7 @@ def simnpo(
         model,
         forget,
         retain,
-        lambda model, batch: -2 / beta * F.logsigmoid(beta * (chosen.loss(model, batch) - margin)),
+        lambda model, batch: -2 / beta * F.logsigmoid(beta * (chosen.sample_losses(model, batch) - margin)),
         chosen,
         settings={"beta": beta, "margin": margin, **({} if task is None else {"task": repr(task)})},
         weights=(forget_weight, retain_weight),
@@ -409,10 +409,10 @@ def _pushed_away(
         "weight_decay": weight_decay,
     }
 
-    def both(model: nn.Module, pair: Batch) -> Tensor:
+    def both(model: nn.Module, pair: Batch) -> loop.Terms:
         forgotten, kept = cast("tuple[Batch, Batch]", pair)
-        loss = push * objective(model, forgotten).mean()
-        return loss + hold * task.loss(model, kept).mean() if hold else loss
+        pushed = [(push, objective(model, forgotten))]
+        return [*pushed, (hold, task.sample_losses(model, kept))] if hold else pushed
 
     facts = {**told, **settings, **goal.facts}
     with unlearning(model, who, facts, generator=generator, data=(forget, retain), goal=goal) as run:

@@ -131,7 +131,7 @@ def _lowest(values: list[Tensor], fraction: float, scope: Scope) -> list[Tensor]
         candidate[value.argmax()] = math.inf
         candidates.append(candidate)
     masks = ops.topk_mask(candidates, k, largest=False)
-    return [ops.unpack_mask(mask, [value.numel()]) for mask, value in zip(masks, values, strict=True)]
+    return ops.unpack_mask(masks, [[value.numel()] for value in values])
 
 
 def _zero(parameter: Tensor, part: Part, lost: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,21 @@ from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, is_per_sample, tensors_in
-from unlearn_ext.tasks.infer import infer
+from unlearn_ext.tasks.infer import INFERRED, infer
 from unlearn_ext.tasks.language import CausalLM, Sequence2Sequence
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _READ = 256  # words of a sample's input; of a longer one as many, evenly spaced, and the sum of all
 _MODULUS = 2**64
+_HALF = 2**32
+
+# How loaders draw other samples in every pass, and what to do about it.
+_ANEW = (
+    "the WeightedRandomSampler draws them anew, shuffle=True draws each once",
+    "a sampler with replacement draws them anew, shuffle=True draws each once",
+    "num_samples of the RandomSampler leaves some out in each",
+    "drop_last=True leaves some out in each, other ones: drop_last=False",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +38,33 @@ class Reading:
         labels: Of what nothing may change from pass to pass: one label per sample, or a text to be written.
         rest: Of all else that samples have: inputs, which random augmentation changes, and labels that
             change with them (maps of a crop, mixtures of two classes, masked words).
+        anew: How some rank's loader is seen to draw other samples in every pass; empty where none is.
     """
 
     samples: int
     labels: int = 0
     rest: int = 0
+    anew: str = field(default="", compare=False)
 
     @classmethod
-    def of(cls, samples: int, labels: int, rest: int) -> Reading:
+    def of(cls, samples: int, sums: Sequence[float]) -> Reading:
         """Put the sums of all ranks into the form of one rank's.
 
         Args:
             samples: Number of samples of all ranks.
-            labels: Sum of ``labels`` over them.
-            rest: The same.
+            sums: What ``Tally.sums`` gives, added up over them.
 
         Returns:
             The reading.
         """
-        return cls(samples, labels % _MODULUS, rest % _MODULUS)
+        labels, labels_high, rest, rest_high, *ways = map(int, sums)
+        anew = next((text for text, is_so in zip(_ANEW, ways, strict=True) if is_so), "")
+        return cls(
+            samples,
+            (labels + _HALF * labels_high) % _MODULUS,
+            (rest + _HALF * rest_high) % _MODULUS,
+            anew,
+        )
 
 
 class Tally:
@@ -56,6 +73,7 @@ class Tally:
     Args:
         model: The model that they are for.
         task: What it is for; None infers it.
+        data: The set.
 
     Example:
         >>> x, y = torch.randn(6, 3), torch.arange(6)
@@ -69,8 +87,8 @@ class Tally:
         True
     """
 
-    def __init__(self, model: nn.Module, task: Task | None) -> None:
-        self._model, self._task = model, task
+    def __init__(self, model: nn.Module, task: Task | None, data: object = None) -> None:
+        self._model, self._task, self._data = model, task, data
         self._sums: Tensor | None = None
 
     def add(self, batch: Batch, n: int) -> None:
@@ -80,7 +98,7 @@ class Tally:
             batch: The batch.
             n: Its number of samples.
         """
-        task = self._task or infer(self._model, batch)
+        task = infer(self._model, batch) if self._task in (None, INFERRED) else self._task
         try:
             labels: Tensor | None = task.labels(batch)
         except Exception:  # of a user's function, perhaps; a loss may do without labels, and so does this
@@ -101,21 +119,22 @@ class Tally:
                 self._sums = torch.zeros(2, dtype=torch.int64, device=hashed.device)
             self._sums[0 if stays else 1] += _mixed(hashed).sum().to(self._sums.device)
 
-    def sums(self) -> tuple[int, int]:
+    def sums(self) -> list[int]:
         """Return what the pass saw, to be added up over ranks.
 
         Returns:
-            ``labels`` and ``rest`` of a ``Reading``, of this rank.
+            Of this rank, numbers for ``Reading.of``, small enough to be added up in float64 exactly.
         """
-        labels, rest = (0, 0) if self._sums is None else self._sums.tolist()
-        return labels, rest
+        found = [] if self._sums is None else [number % _MODULUS for number in self._sums.tolist()]
+        halves = [half for number in found or [0, 0] for half in (number % _HALF, number // _HALF)]
+        way = chosen_anew(self._data)
+        return halves + [int(way == text) for text in _ANEW]
 
 
-def difference(data: object, name: str, first: Reading, later: Reading) -> tuple[str, bool]:
+def difference(name: str, first: Reading, later: Reading) -> tuple[str, bool]:
     """Say in what a later reading of a set differs from the first.
 
     Args:
-        data: The set.
         name: Its name.
         first: The first reading.
         later: The later one.
@@ -130,8 +149,11 @@ def difference(data: object, name: str, first: Reading, later: Reading) -> tuple
             "one: it must yield the same ones in every pass"
         ), True
     if later == first:
-        return "", False
-    why = chosen_anew(data)
+        if not later.anew:
+            return "", False
+        # Random states are put back around what is measured: that much is alike.
+        return f"the {name} set had other samples in the passes of the method, perhaps: {later.anew}", False
+    why = f"; {later.anew}" if later.anew else ""
     if later.labels != first.labels or why:
         told = "its labels differ" if later.labels != first.labels else "its inputs differ"
         return (
@@ -151,21 +173,23 @@ def chosen_anew(data: object) -> str:
         data: Batches.
 
     Returns:
-        What to do about it, as the end of a sentence; empty where nothing is seen.
+        The way and what to do about it; empty where nothing is seen.
     """
     if not isinstance(data, DataLoader):
         return ""
     batches = data.batch_sampler
     sampler = getattr(batches, "sampler", data.sampler)
-    if isinstance(sampler, WeightedRandomSampler) or getattr(sampler, "replacement", False):
-        return f"; the {type(sampler).__name__} draws them anew, shuffle=True draws each once"
+    if isinstance(sampler, WeightedRandomSampler):
+        return _ANEW[0]
+    if getattr(sampler, "replacement", False):
+        return _ANEW[1]
     if not isinstance(sampler, RandomSampler):
         return ""
     if sampler.num_samples != len(sampler.data_source):
-        return f"; num_samples={sampler.num_samples} of the RandomSampler leaves some out in each"
+        return _ANEW[2]
     size = getattr(batches, "batch_size", None)
     if getattr(batches, "drop_last", False) and size and len(sampler) % size:
-        return "; drop_last=True leaves some out in each, other ones: drop_last=False"
+        return _ANEW[3]
     return ""
 
 

@@ -67,7 +67,8 @@ def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, 
         try:
             with at_the_end(record.measure_again):
                 result = method(*args, **settings)
-            return record.added_to(result)
+            with ranks.failing_together():  # while every rank can still be put back
+                return record.added_to(result)
         except BaseException:
             record.take_back()
             raise
@@ -149,8 +150,8 @@ class Record:
         both = {name: self._before[name] for name in after}
         notes = []
         for name, part in after.items():
-            first, later = (found.reading or Reading.of(found.samples, 0, 0) for found in (both[name], part))
-            text, are_others = difference(self._sets[name], name, first, later)
+            first, later = (found.reading or Reading(found.samples) for found in (both[name], part))
+            text, are_others = difference(name, first, later)
             if are_others:
                 warnings.warn(f"{result.method}: {text}", stacklevel=4)
             elif text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext._internal.copies import frozen_copy
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext._internal.undo import handles
 from unlearn_ext.methods import loop
@@ -134,19 +134,19 @@ def rmu(
     }
     goal = ClosedLoop("rmu", model, forget, retain, until, budget, validation, strict, chosen)
     settings |= goal.facts
-    original = copy.deepcopy(model).eval().requires_grad_(False)
+    original = frozen_copy(model)
     with unlearning(model, "rmu", settings, generator=generator, data=(forget, retain), goal=goal) as run:
         # Uniform in [0, 1), as published, not Gaussian: all coordinates point the same way.
         direction = torch.rand(width)
         aim = (length * direction / direction.norm()).to(device_of(model))
 
-        def objective(model: nn.Module, pair: Batch) -> Tensor:
+        def objective(model: nn.Module, pair: Batch) -> loop.Terms:
             forgotten, kept = cast("tuple[Batch, Batch]", pair)
-            steered = _distances(activations(model, name, forgotten, chosen), aim).mean()
+            steered = _distances(activations(model, name, forgotten, chosen), aim)
             found = activations(model, name, kept, chosen)
             with torch.no_grad():
                 before, _ = activations(original, name, kept, chosen)
-            return steered + retain_weight * _distances(found, before).mean()
+            return [(1.0, steered), (retain_weight, _distances(found, before))]
 
         train_with_fixed_statistics(model)
         optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)

@@ -64,8 +64,10 @@ class RowsOnly:
             As the objective does.
         """
         if self._mode is not None and not self._checked:
-            self._checked = True
             because = self._objection(model, batch, self._mode)
+            if because is None:  # a batch without a sample, which shows nothing
+                return self._objective(model, batch)
+            self._checked = True
             if because:
                 self._mode = None
                 self.facts["because"] = because
@@ -76,8 +78,10 @@ class RowsOnly:
         with self._mode:
             return self._objective(model, batch)
 
-    def _objection(self, model: nn.Module, batch: Batch, mode: RowGradients) -> str:
+    def _objection(self, model: nn.Module, batch: Batch, mode: RowGradients) -> str | None:
         plain = self._gradients(model, batch)
+        if not plain:
+            return None
         try:
             rows = self._gradients(model, batch, mode)
         except Exception as error:  # whatever the reason, plain autograd has just shown that it can
@@ -105,8 +109,9 @@ class RowsOnly:
             else:
                 with mode:
                     loss = mean_of(self._objective(model, batch))
-        grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
+        found = self.parameters if loss.requires_grad else {}
+        grads = torch.autograd.grad(loss, list(found.values()), materialize_grads=True) if found else ()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        return dict(zip(self.parameters, grads, strict=True))
+        return dict(zip(found, grads, strict=True))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from unlearn_ext._internal.borrow import Buffers, restored
+from unlearn_ext._internal.borrow import Buffers, Tables, restored
 from unlearn_ext._internal.dtensors import local_of, totals
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.names import parameters_by_name, plain_name
@@ -141,6 +141,15 @@ class Run:
             return self._before[name]
         return self._parameters()[name].detach()  # which is not to change
 
+    def changing(self) -> set[int]:
+        """Return which parameters may change.
+
+        Returns:
+            ``id`` of each.
+        """
+        parameters = self._parameters()
+        return {id(parameters[name]) for name in self._before}
+
     def put_back(self) -> None:
         """Give every parameter and buffer the value it had before the run."""
         parameters = self._parameters()
@@ -240,6 +249,7 @@ def unlearning(
     reshard(model)
     check_model(model, method, may_be_sharded=isinstance(ranks, MeshRanks))
     run = Run(model, method, hyperparameters, changes=changes, ranks=ranks)
+    tables = Tables(model)
     if goal is not None:
         goal.begin(run)
         run.goal = goal
@@ -256,10 +266,12 @@ def unlearning(
             yield run
             if goal is not None:
                 goal.conclude()
+        tables.put_back(run.changing())
         check_same_weights(ranks, model, "after the run")
         if (call := _AT_END.get()) is not None:
             call(run)
         run.settle()
     except BaseException:
         run.put_back()
+        tables.put_back()
         raise

@@ -15,6 +15,7 @@ from unlearn_ext._internal.dtensors import is_dtensor, local_of, sharded_like
 from unlearn_ext.distributed import ALONE, MeshRanks, Ranks
 from unlearn_ext.distributed.fsdp import ShardedModel
 from unlearn_ext.distributed.fsdp_steps import Step, steps
+from unlearn_ext.methods.readings import Reading, Tally
 from unlearn_ext.methods.use_order import order_of_use
 from unlearn_ext.tasks.base import Task
 from unlearn_ext.tasks.batches import Batch, Batches
@@ -22,7 +23,7 @@ from unlearn_ext.tasks.batches import Batch, Batches
 
 def figures_of(
     model: nn.Module, data: Batches, judge: Task, classes_seen: set[int] | None, ranks: Ranks = ALONE
-) -> tuple[float, float, int]:
+) -> tuple[float, float, Reading]:
     """Measure accuracy and mean loss in one forward pass over all ranks' data.
 
     Args:
@@ -33,31 +34,35 @@ def figures_of(
         ranks: Those of the model's mesh, where they are known already.
 
     Returns:
-        Accuracy (NaN where nothing is counted), mean loss and number of samples, the same on every rank.
+        Accuracy (NaN where nothing is counted), mean loss, and what tells these samples from others, with
+        their number; the same on every rank.
     """
     mesh = ranks if isinstance(ranks, MeshRanks) else MeshRanks(model, "measure")
     sums = torch.zeros(4, dtype=torch.float64)  # right, counted, samples, loss
     own: set[int] = set()
+    tally = Tally(model, judge, data)
     sharded = mesh.begin("measure")
     with mesh.failing_together(), sharded.resharded(), borrowed(model), torch.no_grad():
         failure: Exception | None = None
-        for step in steps(sharded, data, judge, sharded.device):
-            with mesh.in_collectives():
+        for step in steps(sharded, data, judge, sharded.device, call=judge.forward):
+            with mesh.in_collectives():  # what fails before it is found by ``steps``
                 outputs = judge.forward(model, step.batch)
             if not step.is_live or failure is not None:
                 continue
             try:
                 sums += _judged(judge, outputs, step, own if classes_seen is not None else None)
+                tally.add(step.batch, step.n)
             except Exception as error:  # the others go on with the pass
                 failure = error
         if failure is not None:
             raise failure
-    right, counted, samples, loss = sharded.reduced(sums, dist.ReduceOp.SUM).tolist()
+        sums = torch.cat([sums, torch.tensor(tally.sums(), dtype=torch.float64)])
+    right, counted, samples, loss, *read = sharded.reduced(sums, dist.ReduceOp.SUM).tolist()
     if classes_seen is not None:
         for each in sharded.exchanged(own):
             classes_seen |= each
     accuracy = right / counted if counted else math.nan
-    return accuracy, loss / samples if samples else math.nan, int(samples)
+    return accuracy, loss / samples if samples else math.nan, Reading.of(int(samples), read)
 
 
 def _judged(judge: Task, outputs: Any, step: Step, classes_seen: set[int] | None) -> Tensor:  # noqa: ANN401
@@ -126,7 +131,7 @@ def still_known(model: nn.Module, data: Batches, task: Task) -> tuple[list[Batch
     sharded = ShardedModel(model, "plan_ssd")
     left: list[Batch] = []
     with sharded.resharded(), borrowed(model), torch.no_grad():
-        for step in steps(sharded, data, task, sharded.device):
+        for step in steps(sharded, data, task, sharded.device, call=task.forward):
             right, _ = task.correct(task.forward(model, step.batch), step.batch)
             known = right.nonzero().flatten().tolist() if step.is_live else []
             if known:

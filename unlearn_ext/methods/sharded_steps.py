@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_ext._internal.names import parameters_by_name
 from unlearn_ext.distributed import MeshRanks
+from unlearn_ext.distributed.forward import try_up_to_model
 from unlearn_ext.fisher.sharded_gradients import ShardedGradients, weighted
 from unlearn_ext.methods.common import is_nothing
 from unlearn_ext.methods.loop import Objective, Terms, has_reentrant_checkpoint, terms_of
@@ -104,6 +105,7 @@ class ShardedSteps:
         sets = _SETS[kind]
         parts: _Parts = (None,) * len(sets) if tagged is None else tuple(map(self._counted, tagged[1:]))
         self._index += tagged is not None
+        self._try(kind, sets, parts)
         company = self._company(sets, parts)
         with self._ranks.sharded.resharded(), self._gradients.watching() as marks:
             terms = self._terms((kind, *company))
@@ -119,31 +121,27 @@ class ShardedSteps:
         return torch.tensor(total, device=self._ranks.sharded.device)
 
     def _terms(self, tagged: tuple[Any, ...]) -> Terms:
-        # Of a task's own loss every part is one forward pass. What fails after the last of them (labels that
-        # are no classes, say) the others can be told, who are on the way to the next exchange.
-        model, passes = self._run.model, [0, 0]
-
-        def note(place: int) -> Callable[..., None]:
-            def hook(*_: object) -> None:
-                passes[place] += 1
-
-            return hook
-
-        handles = [model.register_forward_pre_hook(note(0)), model.register_forward_hook(note(1))]
-        try:
-            return terms_of(self._objective(model, tagged))
-        except Exception:
-            parts = len(tagged) - 1
-            if self._task.loss_fn is None and passes == [parts, parts]:
-                raise
-            with self._ranks.in_collectives():
-                raise
-        finally:
-            for handle in handles:
-                handle.remove()
+        # Every part is one forward pass, in their order.
+        with self._ranks.in_pass(self._task, tagged[1:]):
+            return terms_of(self._objective(self._run.model, tagged))
 
     def _counted(self, part: Batch) -> Batch | None:
         return None if is_nothing(part) or not self._task.count(part) else part
+
+    def _try(self, kind: str, sets: tuple[str, ...], parts: _Parts) -> None:
+        # What fails before the model is called on any of the parts.
+        own = zip(sets, parts, strict=True)
+        known = [self._last.get(name) if part is None else part for name, part in own]
+        is_whole = all(part is not None for part in known)
+        for place, part in enumerate(parts):
+            call = None
+            if is_whole and place == 0:  # the objective calls the model on the first before anything else
+
+                def call(model: nn.Module, _: Batch) -> object:
+                    return self._objective(model, (kind, *known))
+
+            if part is not None:
+                try_up_to_model(self._run.model, self._task, part, call)
 
     def _company(self, sets: tuple[str, ...], parts: _Parts) -> list[Batch]:
         # Something to go along with for every part.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import cast
@@ -10,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.copies import copied, frozen_copy
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
 from unlearn_ext.evaluation.metrics.divergences import kl_divergence
 from unlearn_ext.methods.common import (
@@ -145,9 +145,9 @@ def bad_teacher(
         ranks=ranks,
         data=(forget, retain),
     ) as run:
-        competent = _teacher(model)
+        competent = frozen_copy(model)
         with run.shared_draws():
-            ignorant = _teacher(_initialised_afresh(model) if incompetent is None else incompetent)
+            ignorant = frozen_copy(_initialised_afresh(model) if incompetent is None else incompetent)
 
         def objective(model: nn.Module, pair: Batch) -> Terms:
             kept, forgotten = cast("tuple[Batch, Batch]", pair)
@@ -290,7 +290,7 @@ def scrub(
         ranks=ranks,
         data=(forget, retain),
     ) as run:
-        original = _teacher(model)
+        original = frozen_copy(model)
 
         def disobey(model: nn.Module, batch: Batch) -> Tensor:
             distance = divergence(original, model, batch, temperature, task=chosen)
@@ -298,7 +298,7 @@ def scrub(
 
         def follow(model: nn.Module, batch: Batch) -> Tensor:
             distance = temperature**2 * divergence(original, model, batch, temperature, task=chosen)
-            return ce_weight * chosen.loss(model, batch) + kl_weight * distance
+            return ce_weight * chosen.sample_losses(model, batch) + kl_weight * distance
 
         train_with_fixed_statistics(model)
         optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
@@ -361,18 +361,21 @@ def _check_temperature(who: str, temperature: float) -> None:
         raise ValueError(f"{who}: temperature must be finite and > 0, got {temperature}")
 
 
-def _teacher(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def _is_fresh(parameter: Tensor, before: Tensor) -> bool:
+    # What a weight is computed from (by weight_norm, or a mask of prune) is not what a layer resets. Scales
+    # and shifts that are still as they were made are as good as new.
+    return not torch.equal(parameter, before) or bool((before == before.flatten()[:1]).all())
 
 
 def _initialised_afresh(model: nn.Module) -> nn.Module:
-    new = copy.deepcopy(model)
+    new = copied(model)
     done: set[int] = set()
     for module in new.modules():
         reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
         if callable(reset):
+            own = [(p, p.detach().clone()) for p in module.parameters(recurse=False)]
             reset()
-            done.update(id(p) for p in module.parameters(recurse=False))
+            done.update(id(p) for p, before in own if _is_fresh(p, before))
     for p in new.parameters():
         if id(p) not in done:
             nn.init.normal_(p, std=0.02)

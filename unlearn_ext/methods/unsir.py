@@ -232,7 +232,7 @@ def unsir(
             run,
             "impair",
             mixed,
-            chosen.loss,
+            chosen.sample_losses,
             impair,
             parameters=trained.values(),
             epochs=impair_epochs,
@@ -247,7 +247,7 @@ def unsir(
             run,
             "repair",
             retain,
-            chosen.loss,
+            chosen.sample_losses,
             repair,
             parameters=trained.values(),
             epochs=repair_epochs,
@@ -277,7 +277,7 @@ def _learn_noise(
         for batch in read_batches(
             [samples] * steps, inputs.device, description=f"unsir: noise for class {label}", progress=progress
         ):
-            errors = reader.task.loss(run.model, reader.with_inputs(batch, noise.to(inputs.dtype)))
+            errors = reader.task.sample_losses(run.model, reader.with_inputs(batch, noise.to(inputs.dtype)))
             loss = -errors.mean() + l2 * noise.square().flatten(1).sum(1).mean()
             (noise.grad,) = torch.autograd.grad(loss, [noise])
             optimizer.step()

@@ -59,7 +59,7 @@ class Measured:
         accuracy: Share of what is counted that it answers rightly; NaN where nothing is counted.
         loss: Mean of the samples' losses.
         samples: Number of samples.
-        reading: What tells these samples from others; None for sharded models.
+        reading: What tells these samples from others.
     """
 
     accuracy: float
@@ -96,11 +96,11 @@ def measure(
     """
     judge = resolve(task, who="measure")
     if fsdp_modules(model):
-        accuracy, mean, n = figures_of(model, check_batches(data), judge, classes_seen, ranks)
-        return Measured(accuracy, mean, _at_least_one(n))
+        accuracy, mean, reading = figures_of(model, check_batches(data), judge, classes_seen, ranks)
+        return Measured(accuracy, mean, _at_least_one(reading.samples), reading)
     right = counted = samples = 0
     loss = 0.0
-    tally = Tally(model, task)
+    tally = Tally(model, task, data)
     with borrowed(model), random_states_kept(data), torch.no_grad():
         for batch in read_batches(check_batches(data), device_of(model)):
             n = judge.count(batch)
@@ -125,7 +125,7 @@ def measure(
         classes_seen.update(*ranks.exchange("classes", classes_seen))
     _at_least_one(samples)
     return Measured(
-        right / counted if counted else math.nan, loss / samples, samples, Reading.of(samples, *sums)
+        right / counted if counted else math.nan, loss / samples, samples, Reading.of(samples, sums)
     )
 
 
@@ -241,7 +241,7 @@ class Watch:
         self._read += found.samples
         first = self._before[name].reading
         if name not in self._told and first is not None and found.reading is not None:
-            text, are_others = difference(self._sets[name], name, first, found.reading)
+            text, are_others = difference(name, first, found.reading)
             if are_others:
                 self._told.add(name)
                 warnings.warn(f"{self._who}: {text}", stacklevel=3)

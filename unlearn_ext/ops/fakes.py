@@ -12,9 +12,17 @@ from unlearn_ext.ops.subspaces import project_onto, project_out
 # write in place need none.
 
 
+def _require_all_with_memory_or_none(op: str, tensors: Sequence[Tensor]) -> None:
+    # One meta tensor brings the whole call here, where nothing would be computed of the others.
+    if len({tensor.device.type == "meta" for tensor in tensors}) > 1:
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        raise ValueError(f"{op}: tensors must all be on the meta device or none, got {', '.join(devices)}")
+
+
 def _fake_selected_counts(
     importance_full: Sequence[Tensor], importance_forget: Sequence[Tensor], alphas: Sequence[float]
 ) -> Tensor:
+    _require_all_with_memory_or_none("selected_counts", [*importance_full, *importance_forget])
     device = importance_full[0].device if importance_full else torch.device("cpu")
     return torch.empty((len(alphas), len(importance_full)), dtype=torch.int64, device=device)
 
@@ -22,6 +30,7 @@ def _fake_selected_counts(
 def _fake_ratio_quantile(
     importance_full: Sequence[Tensor], importance_forget: Sequence[Tensor], q: float
 ) -> Tensor:
+    _require_all_with_memory_or_none("ratio_quantile", [*importance_full, *importance_forget])
     return importance_full[0].new_empty(())
 
 
@@ -33,11 +42,28 @@ def _fake_unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return packed.new_empty(shape, dtype=torch.bool)
 
 
+def _fake_pack_mask_list(masks: Sequence[Tensor]) -> list[Tensor]:
+    _require_all_with_memory_or_none("pack_mask", masks)
+    return [_fake_pack_mask(mask) for mask in masks]
+
+
+def _fake_unpack_mask_list(packed: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    _require_all_with_memory_or_none("unpack_mask", packed)
+    return [_fake_unpack_mask(bits, shape) for bits, shape in zip(packed, shapes, strict=True)]
+
+
 def _fake_topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list[Tensor]:
+    _require_all_with_memory_or_none("topk_mask", scores)
     return [_fake_pack_mask(score) for score in scores]
 
 
-def _fake_projection(grad: Tensor, basis: Tensor) -> Tensor:
+def _fake_project_out(grad: Tensor, basis: Tensor) -> Tensor:
+    _require_all_with_memory_or_none("project_out", [grad, basis])
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _fake_project_onto(grad: Tensor, basis: Tensor) -> Tensor:
+    _require_all_with_memory_or_none("project_onto", [grad, basis])
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
@@ -49,11 +75,15 @@ torch.library.register_fake("unlearn_ext::pack_mask", _fake_pack_mask)
 
 torch.library.register_fake("unlearn_ext::unpack_mask", _fake_unpack_mask)
 
+torch.library.register_fake("unlearn_ext::pack_mask.list", _fake_pack_mask_list)
+
+torch.library.register_fake("unlearn_ext::unpack_mask.list", _fake_unpack_mask_list)
+
 torch.library.register_fake("unlearn_ext::topk_mask", _fake_topk_mask)
 
-torch.library.register_fake("unlearn_ext::project_out", _fake_projection)
+torch.library.register_fake("unlearn_ext::project_out", _fake_project_out)
 
-torch.library.register_fake("unlearn_ext::project_onto", _fake_projection)
+torch.library.register_fake("unlearn_ext::project_onto", _fake_project_onto)
 
 
 # A projection G -> G P with symmetric P is its own adjoint, so the backward pass is the op itself, and

@@ -1,6 +1,7 @@
 """Masks of one bit per scalar: packing, the exact top k, masked gradients."""
 
 from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor
 
@@ -8,19 +9,25 @@ from unlearn_ext.ops import sharded
 from unlearn_ext.ops.library import OPS
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a boolean mask into bits: one bit per scalar, row-major, lowest bit first.
+@overload
+def pack_mask(mask: Tensor) -> Tensor: ...
+@overload
+def pack_mask(mask: Sequence[Tensor]) -> list[Tensor]: ...
+def pack_mask(mask: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Pack one or many boolean masks into bits: one bit per scalar, row-major, lowest bit first.
 
-    ``packed[i // 8] = sum_i mask.flatten()[i] << (i % 8)``; unused bits of the last byte are 0.
+    ``packed[i // 8] = sum_i mask.flatten()[i] << (i % 8)``; unused bits of the last byte are 0. A list of
+    any shapes and devices is packed together, device by device.
 
     Args:
-        mask: Bool tensor of any shape; True may change.
+        mask: Bool tensor of any shape, or a sequence of them; True may change.
 
     Returns:
-        uint8 tensor ``[ceil(mask.numel() / 8)]``, as ``numpy.packbits(mask, axis=None, bitorder="little")``.
+        uint8 tensor ``[ceil(mask.numel() / 8)]``, as ``numpy.packbits(mask, axis=None, bitorder="little")``;
+        of a sequence, a list of them.
 
     Raises:
-        TypeError: If ``mask`` is not bool.
+        TypeError: If a mask is not bool.
 
     Source:
         The bit order of ``numpy.packbits(bitorder="little")``.
@@ -31,27 +38,38 @@ def pack_mask(mask: Tensor) -> Tensor:
         >>> ops.pack_mask(torch.tensor([True, False, True, True]))
         tensor([13], dtype=torch.uint8)
     """
+    if not isinstance(mask, Tensor):
+        if sharded.has_dtensors(mask):
+            (mask,) = sharded.local_lists("pack_mask", mask)
+        several: list[Tensor] = OPS.pack_mask.list(mask)
+        return several
     if sharded.has_dtensors([mask]):
         ((mask,),) = sharded.local_lists("pack_mask", [mask])
     packed: Tensor = OPS.pack_mask.default(mask)
     return packed
 
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack the bits of a mask: the inverse of ``pack_mask``.
+@overload
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor: ...
+@overload
+def unpack_mask(packed: Sequence[Tensor], shape: Sequence[Sequence[int]]) -> list[Tensor]: ...
+def unpack_mask(
+    packed: Tensor | Sequence[Tensor], shape: Sequence[int] | Sequence[Sequence[int]]
+) -> Tensor | list[Tensor]:
+    """Unpack the bits of one or many masks: the inverse of ``pack_mask``.
 
     ``mask.flatten()[i] = (packed[i // 8] >> (i % 8)) & 1``; unused bits of the last byte are ignored.
 
     Args:
-        packed: uint8 tensor ``[ceil(n / 8)]`` with n the product of ``shape``.
-        shape: Shape of the mask.
+        packed: uint8 tensor ``[ceil(n / 8)]`` with n the product of ``shape``, or a sequence of them.
+        shape: Shape of the mask, or one per mask.
 
     Returns:
-        Bool tensor of that shape.
+        Bool tensor of that shape, or a list of them.
 
     Raises:
-        ValueError: If the number of bytes does not fit the shape.
-        TypeError: If ``packed`` is not uint8.
+        ValueError: If counts differ, or a number of bytes does not fit its shape.
+        TypeError: If packed bits are not uint8.
 
     Source:
         The bit order of ``numpy.unpackbits(bitorder="little")``.
@@ -63,6 +81,10 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         tensor([[ True, False],
                 [ True,  True]])
     """
+    if not isinstance(packed, Tensor):
+        sharded.refuse_dtensors("unpack_mask", *packed)
+        several: list[Tensor] = OPS.unpack_mask.list(packed, shape)
+        return several
     sharded.refuse_dtensors("unpack_mask", packed)
     mask: Tensor = OPS.unpack_mask.default(packed, shape)
     return mask

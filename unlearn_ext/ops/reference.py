@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -206,16 +207,32 @@ def ratio_quantile(
     return torch.lerp(ordered[lower], ordered[upper], position - lower).to(finite.dtype)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+@overload
+def pack_mask(mask: Tensor) -> Tensor: ...
+@overload
+def pack_mask(mask: Sequence[Tensor]) -> list[Tensor]: ...
+def pack_mask(mask: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """Sum the bits of each byte, lowest first."""
+    if not isinstance(mask, Tensor):
+        return [pack_mask(one) for one in mask]
     bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+@overload
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor: ...
+@overload
+def unpack_mask(packed: Sequence[Tensor], shape: Sequence[Sequence[int]]) -> list[Tensor]: ...
+def unpack_mask(
+    packed: Tensor | Sequence[Tensor], shape: Sequence[int] | Sequence[Sequence[int]]
+) -> Tensor | list[Tensor]:
     """Read the bits of each byte, lowest first."""
+    if not isinstance(packed, Tensor):
+        shapes = cast("Sequence[Sequence[int]]", shape)
+        return [unpack_mask(one, extents) for one, extents in zip(packed, shapes, strict=True)]
+    extents = cast("Sequence[int]", shape)
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten()[: math.prod(shape)].bool().view(tuple(shape))
+    return bits.flatten()[: math.prod(extents)].bool().view(tuple(extents))
 
 
 def topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list[Tensor]:

@@ -6,6 +6,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -15,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from unlearn_ext._internal.dtensors import is_dtensor
 from unlearn_ext._internal.names import plain_name, with_plain_names
+from unlearn_ext._internal.undo import Undone, handles
 
 STATE_DTYPES = {
     torch.float32: torch.float32,
@@ -170,19 +172,19 @@ class ConstrainedOptimizer(Optimizer):
             ValueError: If the group does not pass the checks of the constructor; it has not been added then.
             TypeError: Likewise, for dtypes.
         """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+        with self._all_or_nothing():
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             self._check_group(group)
             constraints = self._constraints_of(group, group.get(self._keyword, self._given))
-        except Exception:
-            self.param_groups.pop()
-            raise
-        group.pop(self._keyword, None)
-        self._constraints.update(constraints)
-        for name, param in zip(group.get("param_names", ()), group["params"], strict=False):
-            if param in constraints:
-                self._by_name[name] = _Named(param.shape, is_dtensor(param), constraints[param])
+            group.pop(self._keyword, None)
+            named = zip(group.get("param_names", ()), group["params"], strict=False)
+            self._by_name = self._by_name | {
+                name: _Named(param.shape, is_dtensor(param), constraints[param])
+                for name, param in named
+                if param in constraints
+            }
+            self._constraints = self._constraints | constraints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its ``torch.optim`` counterpart.
@@ -191,7 +193,9 @@ class ConstrainedOptimizer(Optimizer):
             state_dict: What ``state_dict()`` returned.
 
         Raises:
-            ValueError: If it does not fit the parameters; the optimizer is as it was then.
+            ValueError: If it does not fit the parameters.
+
+        Whatever fails, or interrupts it, leaves the optimizer as it was.
         """
         # torch would cast the loaded state to the parameter's dtype, which rounds the float32 state of a
         # bfloat16 parameter, and would share memory with the checkpoint where no cast is needed. The two
@@ -203,13 +207,13 @@ class ConstrainedOptimizer(Optimizer):
             self._check_checkpoint(checkpoint)
             loaded.update(checkpoint)
 
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True)
-        try:
+        def restore(_: Optimizer) -> None:
+            self._restore(loaded)
+
+        with self._all_or_nothing(), handles() as hooks:
+            hooks.append(self.register_load_state_dict_pre_hook(check))
+            hooks.append(self.register_load_state_dict_post_hook(restore, prepend=True))
             super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -238,6 +242,23 @@ class ConstrainedOptimizer(Optimizer):
             for update in [self._plan(group) for group in self.param_groups]:
                 update()
         return loss
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        # torch's own code puts other dictionaries in the place of these, and adds groups to the list.
+        state, groups, known = self.state, self.param_groups, list(self.param_groups)
+        constraints, by_name = self._constraints, self._by_name
+        is_done = False
+
+        def put_back() -> None:
+            if not is_done:
+                groups[:] = known
+                self.state, self.param_groups = state, groups
+                self._constraints, self._by_name = constraints, by_name
+
+        with Undone(put_back):
+            yield
+            is_done = True
 
     @abstractmethod
     def _plan(self, group: dict[str, Any]) -> Callable[[], None]:

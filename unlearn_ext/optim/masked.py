@@ -40,9 +40,9 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         shape = param.shape if value.dtype == torch.bool else torch.Size([packed_size(param)])
         if value.shape != shape:
             raise ValueError(self._error(label, condition, got))
-        value = value.to(param.device)
-        # A copy of its own: the caller may go on to use the memory of a mask for something else.
-        return Constraint(ops.pack_mask(value) if value.dtype == torch.bool else value.clone())
+        # A copy of its own: the caller may go on to use the memory of a mask for something else. Flags are
+        # copied when they are packed, together, where they are: a byte per scalar need not be moved.
+        return Constraint(value if value.dtype == torch.bool else value.to(param.device, copy=True))
 
     def _constrain_sharded(self, param: Tensor, label: str, value: Tensor) -> Constraint:
         # Packed masks are refused: those of a shard and of the whole may be equally long.
@@ -56,11 +56,12 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         if is_dtensor(value) and layout_of(value) != layout_of(param):
             raise ValueError(self._error(label, condition, f"a DTensor with {layout_of(value)}"))
         own = local_of(value) if is_dtensor(value) else value[part_of(param)]
-        return Constraint(ops.pack_mask(own.to(local_of(param).device)))
+        return Constraint(own)
 
     def _sharded(self, param: Tensor, label: str, constraint: Constraint) -> Constraint:
         whole = ops.unpack_mask(constraint.tensor.to(param.device), list(param.shape))
-        return self._constrain(param, label, whole)
+        (constraint,) = _all_packed({param: self._constrain(param, label, whole)}).values()
+        return constraint
 
     def _missing(self, param: Tensor, label: str) -> None:
         if param.requires_grad:
@@ -70,7 +71,7 @@ class _MaskedOptimizer(ConstrainedOptimizer):
         self, group: dict[str, Any], given: Mapping[str, Tensor] | None
     ) -> dict[Tensor, Constraint]:
         if given is not None:
-            return super()._constraints_of(group, given)
+            return _all_packed(super()._constraints_of(group, given))
         # One run of set bits, as long as the longest parameter needs, serves a whole group.
         sizes = {param: packed_size(local_of(param)) for param in group["params"]}
         ones = {
@@ -89,6 +90,16 @@ class _MaskedOptimizer(ConstrainedOptimizer):
                 label = f"masks[{self._label(group, index)}]"
                 raise ValueError(self._error(label, "be given, now that there is a gradient", "no mask"))
             yield param, grad, mask
+
+
+def _all_packed(constraints: Mapping[Tensor, Constraint]) -> dict[Tensor, Constraint]:
+    # Those that are flags, together.
+    flags = {param: found.tensor for param, found in constraints.items() if found.tensor.dtype == torch.bool}
+    packed = dict(zip(flags, ops.pack_mask(list(flags.values())), strict=True))
+    return {
+        param: found._replace(tensor=packed[param].to(local_of(param).device)) if param in packed else found
+        for param, found in constraints.items()
+    }
 
 
 class MaskedSGD(_MaskedOptimizer):

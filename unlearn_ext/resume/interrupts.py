@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from unlearn_ext._internal.undo import Undone
+
 
 class Interrupt:
     """Whether the process has been told to end. Made by ``waiting``."""
@@ -54,10 +56,10 @@ def waiting() -> Iterator[Interrupt]:
         yield interrupt
         return
     interrupt._before = before
-    signal.signal(signal.SIGTERM, interrupt.note)
     try:
-        yield interrupt
+        with Undone(lambda: signal.signal(signal.SIGTERM, before)):
+            signal.signal(signal.SIGTERM, interrupt.note)
+            yield interrupt
     finally:
-        signal.signal(signal.SIGTERM, before)
         if interrupt.is_due:
             interrupt.deliver()

@@ -12,7 +12,11 @@ from torch import Tensor
 from unlearn_ext._internal.files import FileKind
 
 _FILE = FileKind(
-    "unlearn_ext.progress.1", owner="checkpoint", contents="checkpoints", instance="an interrupted pass"
+    "unlearn_ext.progress.1",
+    owner="checkpoint",
+    contents="checkpoints",
+    instance="an interrupted pass",
+    facts=("facts",),
 )
 
 

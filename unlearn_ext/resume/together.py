@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext.distributed import Ranks
+from unlearn_ext.resume.interrupts import Interrupt, waiting
 from unlearn_ext.resume.progress import Progress, Raw, State, check_every
 from unlearn_ext.resume.store import Store
 from unlearn_ext.tasks.batches import Batches
@@ -100,14 +102,27 @@ class SharedProgress(Progress):
         self._raw, _ = self._begin(data, generator)
         return [] if self.is_finished else self._raw
 
-    def is_due(self) -> bool:
+    @contextmanager
+    def holding_signals(self) -> Iterator[Interrupt]:
+        """Hold SIGTERM back where there is a file to be written first; see ``waiting``.
+
+        Yields:
+            Whether this rank has been told to end. Once any has, all are to write; then it is delivered.
+        """
+        with waiting() if self._store is not None else nullcontext(Interrupt()) as interrupt:
+            yield interrupt
+
+    def is_due(self, *, is_asked: bool = False) -> bool:
         """Count a step.
+
+        Args:
+            is_asked: Some rank has been told to end; the same on all ranks.
 
         Returns:
             Whether ``write`` is to be called.
         """
         self.steps += 1
-        return self._store is not None and self.steps % self._every == 0
+        return self._store is not None and (is_asked or self.steps % self._every == 0)
 
     def write(self, state: State, *, is_finished: bool = False) -> None:
         """Write this rank's file, with all others.

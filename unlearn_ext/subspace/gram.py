@@ -47,6 +47,7 @@ _FILE = FileKind(
     owner="ActivationGram",
     contents="Gram matrices",
     instance="a saved ActivationGram",
+    facts=("modules", "n_samples"),
 )
 
 

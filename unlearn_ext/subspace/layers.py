@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
@@ -54,7 +55,9 @@ def layer_of(module: nn.Module) -> Layer | None:
         shape = square(module.in_channels // module.groups, module.groups)
         return Layer("weight", "left", shape, lambda total, inputs: _add_pixels(module, total, inputs))
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        shape = square(module.weight.shape[1:].numel(), module.groups)
+        # Not from the weight: a parametrization computes it, and may move its own buffers doing so.
+        patch = module.in_channels // module.groups * math.prod(module.kernel_size)
+        shape = square(patch, module.groups)
         return Layer("weight", "right", shape, lambda total, inputs: _add_patches(module, total, inputs))
     if isinstance(module, nn.Embedding):
         return Layer("weight", "rows", (module.num_embeddings,), _add_counts)

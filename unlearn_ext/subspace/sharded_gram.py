@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.borrow import borrowed
 from unlearn_ext._internal.dtensors import sum_over_mesh
 from unlearn_ext._internal.modules import eager
-from unlearn_ext.distributed.fsdp import ShardedModel
+from unlearn_ext.distributed import MeshRanks
 from unlearn_ext.distributed.fsdp_steps import steps
 from unlearn_ext.subspace.layers import Layer
 from unlearn_ext.tasks.base import Task
@@ -38,7 +38,8 @@ def sharded_totals(
     Returns:
         Totals by module name, the same on every rank, and the number of samples.
     """
-    sharded = ShardedModel(model, "activation_gram")
+    ranks = MeshRanks(model, "activation_gram")
+    sharded = ranks.sharded
     device = sharded.device
     own: dict[str, Tensor] = {}
     counts = False
@@ -51,12 +52,26 @@ def sharded_totals(
             layer.add(own[name], *inputs)
 
     n_samples = 0
-    with sharded.resharded(), borrowed(model), torch.no_grad(), eager(), watched(model, chosen, record):  # type: ignore[attr-defined]
+    with (
+        ranks.failing_together(),
+        sharded.resharded(),
+        borrowed(model),
+        torch.no_grad(),
+        eager(),
+        watched(model, chosen, record),  # type: ignore[attr-defined]
+    ):
         for step in steps(
-            sharded, data, task, device, description="activation Gram matrices", progress=progress
+            sharded,
+            data,
+            task,
+            device,
+            call=task.forward,
+            description="activation Gram matrices",
+            progress=progress,
         ):
             counts = step.is_live
-            task.forward(model, step.batch)
+            with ranks.in_collectives():
+                task.forward(model, step.batch)
             n_samples += step.n if step.is_live else 0
     read = sharded.exchanged((n_samples, list(own)))
     ran = {name for _, names in read for name in names}  # layers may run for some samples only

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from unlearn_ext.tasks.batches import Batch, count_samples, take
-from unlearn_ext.tasks.fields import Fields, Inputs, Labels, described, logits_in
+from unlearn_ext.tasks.fields import Fields, Inputs, Labels, described
+from unlearn_ext.tasks.mistaken import logits_of
 
 Outputs: TypeAlias = Any
 """What a task's ``forward`` returns, for the task's other methods."""
@@ -69,7 +70,7 @@ class Task:
         Returns:
             What the other methods take as ``outputs``; here the logits, at least float32.
         """
-        return logits_in(self.fields.call(model, batch))
+        return logits_of(self.fields, model, batch)
 
     def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Return one loss per sample, differentiable.
@@ -199,12 +200,20 @@ class Task:
 
         Returns:
             The leading dimension of its labels, or of its first tensor where it has none.
+
+        Raises:
+            ValueError: If the labels have no dimension: a sample that is in no batch.
         """
         try:
             labels = self.labels(batch)
         except ValueError:
             return count_samples(batch)
-        return labels.shape[0] if labels.ndim else count_samples(batch)
+        if not labels.ndim:
+            raise ValueError(
+                f"labels must have a leading sample dimension, got {described(batch)}: a sample in no "
+                "batch; give the DataLoader a batch_size"
+            )
+        return labels.shape[0]
 
     def labels(self, batch: Batch) -> Tensor:
         """Return the labels of a batch.
@@ -264,6 +273,21 @@ class Task:
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.losses(self.forward(model, batch), batch)
 
+    def sample_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Call the model and return the losses of a batch, if that is what they are: one per sample.
+
+        Args:
+            model: The model.
+            batch: A batch on the model's device.
+
+        Returns:
+            ``[N]``.
+
+        Raises:
+            ValueError: If the loss is something else.
+        """
+        return one_per_sample(self.loss(model, batch))
+
     def with_loss(self, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Self:
         """Return the task with a loss of the user's own; everything else is the task's.
 
@@ -308,6 +332,33 @@ class Task:
 
     def _lacks(self, what: str) -> NoReturn:
         raise NotImplementedError(f"the task {type(self).__name__} has no {what}")
+
+
+def one_per_sample(losses: object) -> Tensor:
+    """Refuse what is not one loss per sample.
+
+    Args:
+        losses: What a task or a user's loss has returned.
+
+    Returns:
+        The same, ``[N]``.
+
+    Raises:
+        ValueError: If it is something else: a sum would be taken for a mean, and what is done sample by
+            sample (caps, weights, means over processes) could not be done.
+
+    Example:
+        >>> one_per_sample(torch.zeros(3))
+        tensor([0., 0., 0.])
+    """
+    if isinstance(losses, Tensor) and losses.ndim == 1:
+        return losses
+    got = f"a tensor {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    raise ValueError(
+        f"the loss must be one value per sample, a tensor [N] (reduction='none'), got {got}; a loss that "
+        "only a batch as a whole has, such as a contrastive one, is given to each of its N samples: "
+        "loss.expand(N)"
+    )
 
 
 def check_shape(task: Task, what: str, found: Tensor, wanted: Sequence[int], outputs: Tensor) -> None:

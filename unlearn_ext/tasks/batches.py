@@ -149,7 +149,9 @@ def read_batches(
         if not isinstance(batch, (tuple, list, Mapping)) and (
             isinstance(batch, Tensor) or not hasattr(batch, "to")
         ):
-            hint = "; give a single batch as [(inputs, targets)]" if isinstance(batch, Tensor) else ""
+            hint = "; a class of one's own needs a method to(device), and a task that reads it"
+            if isinstance(batch, Tensor):
+                hint = "; give a single batch as [(inputs, targets)]"
             raise TypeError(
                 f"batch {index} must be a tuple, a list or a mapping, got {type(batch).__name__}{hint}"
             )
@@ -192,7 +194,10 @@ def count_samples(batch: Batch) -> int:
     for tensor in tensors_in(batch):
         if tensor.ndim:
             return tensor.shape[0]
-    raise ValueError("a batch must hold a tensor with a leading sample dimension, got none")
+    raise ValueError(
+        "a batch must hold a tensor with a leading sample dimension, got none; arrays of NumPy become "
+        "tensors by torch.as_tensor, and samples batches by a DataLoader with a batch_size"
+    )
 
 
 def take(batch: _Nested, n: int, samples: Sequence[int] | slice | Tensor) -> _Nested:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from unlearn_ext.tasks.base import Outputs, Task
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.fields import Inputs, Labels
+from unlearn_ext.tasks.mistaken import refuse_probabilities
 from unlearn_ext.tasks.positions import home_of, is_transformed, mean_over_positions, sums_over_positions
 
 
@@ -73,6 +74,7 @@ class Categorical(Task):
     @override
     def losses(self, outputs: Outputs, batch: Batch) -> Tensor:
         logits, labels = self.aligned(outputs, batch)
+        refuse_probabilities(logits)
         values = F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=self.ignore_index, reduction="none"
         )
@@ -81,6 +83,7 @@ class Categorical(Task):
     @override
     def log_odds(self, outputs: Outputs, batch: Batch) -> Tensor:
         logits, labels = self.aligned(outputs, batch)
+        refuse_probabilities(logits)
         counted = labels != self.ignore_index
         index = labels.where(counted, 0).unsqueeze(-1)
         others = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
@@ -94,6 +97,7 @@ class Categorical(Task):
     @override
     def log_scores(self, outputs: Outputs, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         logits = self.aligned(outputs, batch)[0] if self._has_labels(batch) else self.unlabelled(outputs)
+        refuse_probabilities(logits)
         return F.log_softmax(logits / temperature, dim=-1)
 
     @override

@@ -11,6 +11,7 @@ from unlearn_ext.tasks.base import Outputs
 from unlearn_ext.tasks.batches import Batch
 from unlearn_ext.tasks.categorical import Categorical
 from unlearn_ext.tasks.fields import Inputs, Labels, described
+from unlearn_ext.tasks.mistaken import refuse_probabilities
 from unlearn_ext.tasks.positions import is_transformed
 
 # How far the class probabilities of a sample may add up to something other than 1.
@@ -59,6 +60,11 @@ class Classification(Categorical):
     @override
     def aligned(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         labels = self.labels(batch)
+        if outputs.ndim < 2:
+            raise ValueError(
+                f"outputs must be [N, C] and labels [N], got {list(outputs.shape)} and {list(labels.shape)}; "
+                "samples come in batches: give the DataLoader a batch_size"
+            )
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
             raise ValueError(self._not_integers(labels, outputs))
         logits = outputs if outputs.ndim == 2 and labels.ndim == 1 else self._classes_last(outputs, labels)
@@ -89,6 +95,7 @@ class Classification(Categorical):
         if not labels.is_floating_point():
             return super().losses(outputs, batch)
         self._check_probabilities(labels, outputs)
+        refuse_probabilities(outputs)
         return -(F.log_softmax(outputs, dim=-1) * labels).sum(-1)
 
     @override
@@ -96,6 +103,7 @@ class Classification(Categorical):
         if outputs.ndim == 2:
             if outputs.shape[-1] == 1:
                 raise ValueError(_ONE_LOGIT.format(shape=list(outputs.shape)))
+            refuse_probabilities(outputs)
             return F.log_softmax(outputs / temperature, dim=-1)
         return super().log_scores(outputs, batch, temperature=temperature)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -14,6 +15,7 @@ Path: TypeAlias = int | str | tuple[int | str, ...]
 Inputs: TypeAlias = str | int | Sequence[Path] | Callable[[Any], Any] | None
 Labels: TypeAlias = Path | Callable[[Any], Tensor] | None
 
+_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 _OUTPUT_KEYS = ("logits", "out")  # of transformers, of torchvision's segmentation models
 
 
@@ -175,8 +177,8 @@ class Fields:
     def call(self, model: nn.Module, batch: Batch) -> Any:  # noqa: ANN401 - what the user's model returns
         """Call the model on a batch.
 
-        An encoder-decoder model that gets no ``decoder_input_ids`` derives them from the labels, so it is
-        given these too.
+        An encoder-decoder model that gets no ``decoder_input_ids`` derives them from the labels: it is asked
+        for them, or where it has no method for that, given the labels too.
 
         Args:
             model: The model.
@@ -200,20 +202,37 @@ class Fields:
                 raise ValueError(f"inputs must name entries of the batch: {error}") from error
             if isinstance(batch, Mapping) and all(isinstance(path, str) for path in self.inputs):
                 named = dict(zip(cast("tuple[str, ...]", self.inputs), parts, strict=True))
-                if self._wants_labels(model, batch):
-                    named["labels"] = self.labels_of(batch)
-                return model(**named)
+                more = self._for_decoder(model, batch)
+                return _called(
+                    model, {**named, **({"labels": self.labels_of(batch)} if more is None else more)}
+                )
             return model(*parts)
         if isinstance(batch, Mapping):
             held_back = self.labels_path(batch) if not callable(self.labels) else None
             if held_back == "input_ids":  # labels and inputs at once
                 held_back = "labels"
-            keep = self._wants_labels(model, batch)
-            return model(**{key: value for key, value in batch.items() if key != held_back or keep})
+            more = self._for_decoder(model, batch)
+            given = {key: value for key, value in batch.items() if key != held_back or more is None}
+            return _called(model, {**given, **(more or {})})
+        if type(batch[0]).__module__ == "numpy":
+            raise ValueError(
+                f"inputs must be tensors, got {described(batch)}; arrays become tensors by torch.as_tensor"
+            )
         return model(batch[0])
 
-    def _wants_labels(self, model: nn.Module, batch: Mapping[str, object]) -> bool:
-        return is_encoder_decoder(model) and "decoder_input_ids" not in batch
+    def _for_decoder(self, model: nn.Module, batch: Mapping[str, object]) -> dict[str, Tensor] | None:
+        # What the decoder reads where the batch does not hold it; None if only the model can tell.
+        if not is_encoder_decoder(model) or not _DECODER_INPUTS.isdisjoint(batch):
+            return {}
+        derive = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if derive is None:
+            return None
+        try:
+            labels = self.labels_of(batch)
+        except ValueError:  # there are none
+            return None
+        # Given labels, models would compute a mean loss of their own, which nobody looks at.
+        return {"decoder_input_ids": derive(labels)}
 
     def _no_labels(self, batch: object) -> str:
         if callable(self.labels):
@@ -229,6 +248,33 @@ class Fields:
             f"a batch must hold (inputs, targets) with targets a tensor, got {described(batch)}; other "
             "places are named by task=, such as ux.tasks.Classification(inputs=(0, 1), labels=2)"
         )
+
+
+def _called(model: nn.Module, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - what the model returns
+    try:
+        return model(**given)
+    except TypeError as error:
+        signature = _signature_without(model, given)
+        if signature is None:
+            raise
+        raise ValueError(
+            f"the model must take the entries of a mapping by name, got {described(given)} for "
+            f"forward{signature}; say which are inputs: task=ux.tasks.Classification(inputs=lambda "
+            "batch: batch['x'], labels='y'), or another task"
+        ) from error
+
+
+def _signature_without(model: nn.Module, given: Mapping[str, Any]) -> inspect.Signature | None:
+    # The signature of a model that does not take these names, if it has one.
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(**given)
+    except TypeError:
+        return signature
+    return None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from unlearn_ext._internal.modules import check_made
 from unlearn_ext._internal.names import parameters_by_name
 
 
@@ -31,14 +32,16 @@ def layer_distance(model: nn.Module, reference: nn.Module, *, relative: bool = T
         >>> layer_distance(a, b)
         {'weight': 0.5, 'bias': 0.0}
     """
+    check_made(model, "layer_distance")
     ours, theirs = parameters_by_name(model), parameters_by_name(reference)
     if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
         raise ValueError("layer_distance: model and reference must have the same parameters")
     distances = {}
     with torch.no_grad():
         for name, p in ours.items():
-            other = theirs[name].to(p.device).double()
-            distance, norm = float((p.double() - other).norm()), float(other.norm())
+            wide = torch.complex128 if p.is_complex() else torch.float64
+            other = theirs[name].to(p.device, wide)
+            distance, norm = float((p.to(wide) - other).norm()), float(other.norm())
             distances[name] = distance if not relative or distance == 0 else _ratio(distance, norm)
     return distances
 

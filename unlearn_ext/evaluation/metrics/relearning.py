@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.tasks import Task, resolve
@@ -60,7 +60,7 @@ def relearn_steps(
         raise ValueError(f"relearn_steps: every and most must be positive, got {every} and {most}")
     check_batches(data)
     judge = resolve(task, loss_fn, who="relearn_steps")
-    copy = deepcopy(model)
+    copy = copied(model)
     parameters = [p for p in copy.parameters() if p.is_floating_point() or p.is_complex()]
     if not parameters:
         raise ValueError("relearn_steps: model must have a floating-point parameter, got none")
@@ -78,7 +78,7 @@ def relearn_steps(
             for batch in read_batches(data, device):
                 copy.train()
                 trained.zero_grad()
-                loss = judge.loss(copy, batch).mean()
+                loss = judge.sample_losses(copy, batch).mean()
                 if not bool(torch.isfinite(loss)):
                     raise FloatingPointError(
                         f"relearn_steps: the loss must be finite, got {loss.item()} in step {steps + 1}"

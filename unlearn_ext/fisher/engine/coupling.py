@@ -4,7 +4,8 @@ A sort over the batch, a running count, a decision taken on a value of the whole
 change from batch to batch (an expert's capacity that is exceeded, say), and what comes out may be no
 differentiable function, so that the autograd graph shows nothing. The watched pass follows the axis of the
 samples through every operator. A model with one that may mix them, or with decisions in Python that depend on
-data, has all samples' losses compared with those on their own, in every batch.
+data (but for those of transformers that are known to change nothing), has all samples' losses compared with
+those on their own, in every batch.
 """
 
 from __future__ import annotations
@@ -34,13 +35,22 @@ _READS = {"__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tol
 _READS |= {"__dlpack__", "untyped_storage", "data_ptr"}
 
 
-def _is_own_check() -> bool:
-    # Tasks look at labels to refuse what they cannot mean, and no loss depends on it.
+# Functions of transformers that ask whether a mask hides anything in the batch, and leave it out if not: with
+# or without it every sample is computed alike.
+_MASK_MODULES = {"transformers.masking_utils", "transformers.modeling_attn_mask_utils"}
+_MASK_QUESTIONS = {"_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"}
+
+
+def _does_not_matter() -> bool:
+    # Tasks look at labels to refuse what they cannot mean, and no loss depends on it; nor on such questions.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.partition(".")[0] != "torch" and not name.startswith("unlearn_ext.fisher."):
-            return str(name).startswith("unlearn_ext.tasks")
+        name = str(frame.f_globals.get("__name__", ""))
+        if name in _MASK_MODULES:
+            if frame.f_code.co_name in _MASK_QUESTIONS:
+                return True
+        elif name.partition(".")[0] != "torch" and not name.startswith("unlearn_ext.fisher."):
+            return name.startswith("unlearn_ext.tasks")
         frame = frame.f_back
     return False
 
@@ -103,7 +113,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             try:
                 self._follow(function, before, kwargs or {}, result)
             except Exception:  # also what a rule did not expect
-                self._axes.is_mixed = not _is_own_check()
+                self._axes.is_mixed = not _does_not_matter()
         return result
 
     def _is_to_be_written(self, args: tuple[Any, ...]) -> bool:
@@ -190,7 +200,7 @@ class _Functions(TorchFunctionMode):
                 is_read = self._axes.get(args[0]) is not None
             except MixedError:
                 is_read = True
-            self._axes.is_mixed |= is_read and args[0].numel() > 0 and not _is_own_check()
+            self._axes.is_mixed |= is_read and args[0].numel() > 0 and not _does_not_matter()
         whole = _WHOLE.get(name)
         if whole is None or self._operators.is_suspended:
             return function(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unlearn_ext._internal.borrow import Tables
 from unlearn_ext._internal.undo import Undone, handles
 from unlearn_ext.fisher.engine import checkpoints
 
@@ -196,7 +197,10 @@ class ParameterGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, parameter, memory, version in self._memory:
                 kept = self._before.get(id(parameter))
                 is_written = kept is not None or parameter._version != version
-                if parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype:
+                has_memory = memory.layout is torch.strided  # a sparse tensor has that of its parts
+                if has_memory and (
+                    parameter.data_ptr() != memory.data_ptr() or parameter.dtype != memory.dtype
+                ):
                     # A router that is converted to float32 in every pass, say, keeps its values.
                     is_written |= not torch.equal(memory.to(parameter.dtype), parameter)
                     parameter.data = memory
@@ -224,26 +228,16 @@ def unwritten(model: nn.Module) -> Iterator[ParameterGuard]:
         RuntimeError: If the model wrote to a parameter that nothing announced it would write to.
     """
     # Embeddings with a largest norm shorten the rows that are looked up, in the table itself.
-    tables: dict[int, tuple[Tensor, Tensor]] = {}
-    for module in model.modules():
-        # Most modules have no such attribute, and nn.Module takes its time to say so.
-        if "max_norm" not in vars(module) and not hasattr(type(module), "max_norm"):
-            continue
-        weight = getattr(module, "weight", None)
-        if module.max_norm is not None and isinstance(weight, Tensor):
-            tables[id(weight)] = weight, weight.detach().clone()
-    guard = ParameterGuard(model, tables.keys())
-    buffers = {module: set(module._buffers) for module in model.modules()}
+    tables = Tables(model)
+    guard = ParameterGuard(model, tables.ids)
+    buffers = {module: set(module._buffers.keys()) for module in model.modules()}
     written: list[str] = []
 
     def put_back() -> None:
-        with torch.no_grad():
-            for weight, value in tables.values():
-                if not torch.equal(weight, value):
-                    weight.copy_(value)
+        tables.put_back()
         written.extend(filter(None, [guard.put_back()]))
         for module, names in buffers.items():
-            for name in set(module._buffers) - names:
+            for name in set(module._buffers.keys()) - names:
                 module._non_persistent_buffers_set.discard(name)
                 del module._buffers[name]
 

@@ -6,6 +6,7 @@ sees what the module saw, not what its weight did elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -117,10 +118,13 @@ def is_identity(node: Node, index: int, shape: tuple[int, ...]) -> bool:
         shape: That input's shape.
 
     Returns:
-        True for a sum that does not broadcast the input.
+        True for a sum that does not broadcast the input, and where an expansion adds dimensions of one entry.
     """
     kind = kind_of(node)
-    if tuple(node._input_metadata[0].shape) != shape:
+    out: tuple[int, ...] = tuple(node._input_metadata[0].shape)
+    if kind == "Expand":
+        return math.prod(out) == math.prod(shape)
+    if out != shape:
         return False
     return (kind == "Add" and (index == 0 or node._saved_alpha == 1)) or (kind == "Sub" and index == 0)
 

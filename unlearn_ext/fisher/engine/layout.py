@@ -57,6 +57,8 @@ class Layout:
     Attributes:
         is_spread: The axis made a difference: some tensor held several entries of every sample along the axis
             that holds the samples, or before it.
+        along: How tensors were split into samples in fact: of rows that a model has flattened, ``SECOND`` and
+            ``INNER`` say the same.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Layout:
         self.n, self.axis, self.samples = n, axis, samples
         self.may_spread, self.may_be_nonzero = may_spread, may_be_nonzero
         self.is_spread = False
+        self.along: set[Axis] = set()
         self._order: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Layout:
@@ -205,6 +208,7 @@ class Layout:
     def _split(self, tensor: Tensor, axis: Axis) -> Tensor:
         # The sizes become n, whatever a sample has along the axis, and the rest.
         n, sizes = self.n, tensor.shape
+        self.along.add(axis)
         if axis is Axis.SECOND:
             if tensor.ndim < 2 or sizes[1] != n:
                 raise MismatchError(f"the second axis of {list(sizes)} does not hold {n} samples")

@@ -110,6 +110,23 @@ class Lockstep:
         """
         yield []
 
+    def losses(self, model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a batch's losses, on all ranks or none.
+
+        Args:
+            model: The model that is called.
+            compute: Calls it, and returns the losses, ``[n]``.
+
+        Returns:
+            The losses.
+
+        Raises:
+            Exception: What ``compute`` raised.
+            RuntimeError: If it has failed on another rank, or if losses depend on parameters on some ranks
+                only.
+        """
+        return compute()
+
     def gradients(self, loss: Tensor, take: Take, marks: Marks, settle: Settle | None) -> None:
         """Run plain autograd where parameters are gathered for the pass; ``is_alone`` has no need of it.
 

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from unlearn_ext.fisher.engine.sample_losses import (
     Select,
     describe,
     in_channels_last,
+    taken_apart,
 )
 from unlearn_ext.fisher.engine.selections import below, selections
 from unlearn_ext.fisher.engine.settled import SettledTotals
@@ -105,7 +106,7 @@ class PerSample:
         self._verification = Verification(self._loss, chosen)
         self._fallbacks: dict[tuple[str, ...], Fallback] = {}
         self._has_warned = False
-        self._has_run = self._is_used = False
+        self._has_run = self._is_used = self._has_mixed = False
         self._totals = self._lockstep.totals(fisher, power)
         self._how: dict[str, str] = {}
 
@@ -137,7 +138,8 @@ class PerSample:
         """Complete the accumulators after the last batch.
 
         Raises:
-            ValueError: If no parameter was used by the losses of any batch.
+            ValueError: If no parameter was used by the losses of any batch, or samples have no gradients but
+                together.
         """
         with torch.no_grad():
             self._totals.finish()
@@ -146,6 +148,16 @@ class PerSample:
                 "fisher_diagonal: the losses must depend on the chosen parameters, got losses that depend on "
                 "none of them as they are (a wrapper such as FSDP may put others in their place: pass the "
                 "model before it is wrapped)"
+            )
+
+        lockstep = self._lockstep
+        if lockstep.any(self._has_mixed) and not lockstep.any(
+            any(bool(t.any()) for t in self._fisher.values())
+        ):
+            raise ValueError(
+                "fisher_diagonal: a sample on its own must have a loss that depends on the parameters, got "
+                "losses that only samples together have (contrastive, ranking or survival losses); "
+                "estimator='batch' squares gradients of whole batches, or pass a task whose samples are sets"
             )
 
     def _add(self, samples: Samples, trust: Trust) -> Tensor | None:
@@ -191,7 +203,7 @@ class PerSample:
                 trust.is_mixed = not was_known or trust.refutations[_MIXED] >= _REFUTATIONS
                 trust.refutations[_MIXED] += 1
                 return None
-            compared = [found for found in alone if found.projections or (n == 1 and found.has_gradients)]
+            compared = [found for found in alone if found.has_gradients]
             if compared:
                 trust.price, trust.seconds = time.perf_counter() - spent, 0.0
                 start += trust.price
@@ -280,7 +292,11 @@ class PerSample:
         chosen += [0] * (lockstep.most(len(chosen)) - len(chosen))
         found = []
         try:
-            found = [self._verification.alone(samples, sample) for sample in chosen]
+            explained = (
+                taken_apart(samples.batch, n) if samples.is_leading and lockstep.is_alone else nullcontext()
+            )
+            with explained:
+                found = [self._verification.alone(samples, sample) for sample in chosen]
             if is_blind and len(chosen) > 1:
                 found.append(self._verification.among_copies(self._as_run(samples, trust), chosen[0]))
             if is_coupled:
@@ -288,9 +304,11 @@ class PerSample:
                 rest += [0] * (lockstep.most(len(rest)) - len(rest))
                 for sample in rest:
                     value = self._loss.losses(samples.take([sample]), 1)
-                    found.append(Alone(sample, value.detach(), has_gradients=False))
+                    # Without a graph it has no gradients, which is known as well as if they were computed.
+                    found.append(Alone(sample, value.detach(), has_gradients=not value.requires_grad))
         except NotPerSampleError:
-            self._loss.losses(samples.batch, n, is_whole=True)  # fails as well, and with the user's numbers
+            if lockstep.is_alone:
+                self._loss.losses(samples.batch, n, is_whole=True)  # fails as well, with the user's numbers
             raise
         return found
 
@@ -476,7 +494,7 @@ class PerSample:
         return values
 
     def _add_on_their_own(self, samples: Samples) -> Tensor:
-        self._has_run = self._is_used = True
+        self._has_run = self._is_used = self._has_mixed = True
         if not self._has_warned:
             warnings.warn(
                 "fisher_diagonal: a sample on its own has another loss than in its batch: samples influence "

@@ -144,6 +144,7 @@ class _Digest:
     # Of one place in one layout: of every pass, and at the end how well the codes explain it.
     values: list[Tensor] = field(default_factory=list)
     is_spread: bool = False
+    along: set[Axis] = field(default_factory=set)
     error: float = float("inf")
 
 
@@ -267,6 +268,7 @@ class LayoutProof:
                 digest = digest.T.reshape(-1) if digest.ndim == 2 else digest
             known.values.append(digest)
             known.is_spread |= layout.is_spread
+            known.along |= layout.along
 
     def _watch(self, selection: Selection, grads: Sequence[Tensor | None]) -> None:
         digests = self._axes.setdefault(selection, {})
@@ -325,8 +327,10 @@ class LayoutProof:
             if samples is None:
                 error = self._failures.get((name, place, Axis.FIRST))
                 coupling = min((digest.error for digest in readable.values()), default=0.0)
-                if not isinstance(error, NoRuleError):
+                if readable and not isinstance(error, NoRuleError):
                     error = MismatchError(f"{DISAGREES}: samples are coupled (by {coupling:.1e})")
+                elif error is None:
+                    error = MismatchError("no axis holds the samples where it is combined with the data")
                 return Proven(reach, error=error, coupling=coupling)
             proven.layouts[place] = Layout(self._n, Axis.MEASURED, samples)
             proven.learn(place.signature, Place(Axis.MEASURED, is_spread=True, is_settled=False))
@@ -335,10 +339,12 @@ class LayoutProof:
     def _settle(
         self, proven: Proven, place: Read, right: Sequence[Axis], readable: Mapping[Axis, _Digest]
     ) -> None:
-        axis = right[0]
+        # Two names for one way to read it, in rows [T * N, E] of a sequence [T, N, E], are one layout.
+        every = {frozenset(readable[other].along) for other in right}
+        axis = Axis.INNER if every == {frozenset({Axis.INNER})} and Axis.INNER in right else right[0]
         digest = readable[axis]
         proven.layouts[place] = Layout(self._n, axis)
-        is_told_apart = len(right) == 1 or not any(readable[other].is_spread for other in right)
+        is_told_apart = len(every) == 1 or not any(readable[other].is_spread for other in right)
         enough = int(digest.values[0].any(1).sum()) >= min(2, self._n)
         is_settled = self._n == 1 or (is_told_apart and enough)
         proven.learn(place.signature, Place(axis, digest.is_spread, is_settled))

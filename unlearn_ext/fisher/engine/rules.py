@@ -93,10 +93,13 @@ def combines_with_data(node: Node, index: int, shape: tuple[int, ...], reach: Re
     kind = kind_of(node)
     if kind in MOVES or kind in CASTS:
         return False
+    if kind == "Expand" and n > 1 and is_identity(node, index, shape):
+        return False
     if kind in _BROADCAST and not (kind == "Addmm" and index):
         if reach is Reach.NEAR:
             # A batch of one sample does not show that something is broadcast over it.
-            return not is_identity(node, index, shape) or (n == 1 and shape[:1] == (1,))
+            is_one = n == 1 and (kind == "Expand" or shape[:1] == (1,))
+            return is_one or not is_identity(node, index, shape)
         if kind == "Addmm":
             return reach is Reach.DERIVED
         if kind == "Repeat":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unlearn_ext import ops
 from unlearn_ext.fisher.engine.layout import MismatchError
 from unlearn_ext.fisher.engine.lockstep import Lockstep
-from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors
+from unlearn_ext.tasks.batches import Batch, device_of, is_per_sample, map_tensors, tensors_in
+from unlearn_ext.tasks.fields import described
 from unlearn_ext.tasks.losses import LossFn
 
 Select: TypeAlias = Callable[[Batch, Sequence[int]], Batch]
@@ -64,26 +65,82 @@ class PerSampleLoss:
         Raises:
             NotPerSampleError: If the loss is not one value per sample.
             ValueError: If that of the first whole batch does not depend on the parameters.
-            RuntimeError: If losses depend on the parameters on some ranks only.
+            RuntimeError: If losses depend on the parameters on some ranks only, or cannot be computed on
+                another one.
         """
         # Weights that autocast has cast for an earlier pass belong to a graph that is used up.
         torch.clear_autocast_cache()
-        with self.surroundings or nullcontext():
-            values = self.loss_fn(self.model, batch)
-        if not isinstance(values, Tensor) or values.shape != (n,):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise NotPerSampleError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
-        depends = values.requires_grad
-        if self.lockstep.any(depends) and self.lockstep.any(not depends):
-            raise RuntimeError(
-                "fisher_diagonal: losses of a sharded model must depend on parameters on all ranks or none, "
-                "got constant ones on a rank (samples without labels?); leave such samples out"
-            )
+
+        def computed() -> Tensor:
+            with self.surroundings or nullcontext(), one_alone_explained():
+                values = self.loss_fn(self.model, batch)
+            if not isinstance(values, Tensor) or values.shape != (n,):
+                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise NotPerSampleError(f"loss_fn must return one loss per sample, a tensor [{n}], got {got}")
+            return values
+
+        values = self.lockstep.losses(self.model, computed)
         if is_whole:
             if self._is_first and not values.requires_grad:
                 raise ValueError("loss_fn must return losses that depend on the parameters, got a constant")
             self._is_first = False
         return values
+
+
+@contextmanager
+def taken_apart(batch: Batch, n: int) -> Iterator[None]:
+    """Say what was taken apart, where the model does not take a sample on its own that it took in its batch.
+
+    Args:
+        batch: The batch.
+        n: Its number of samples.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: In the place of torch's error, which is its cause.
+        RuntimeError: If memory has run out.
+    """
+    try:
+        yield
+    except IndexError as error:
+        raise ValueError(_not_alone(batch, n, error)) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(_not_alone(batch, n, error)) from error
+
+
+def _not_alone(batch: Batch, n: int, error: Exception) -> str:
+    parts = [described(part) for part in tensors_in(batch) if is_per_sample(part, n)]
+    return (
+        f"a sample must be one entry of every tensor as long as its batch, {n}: {', '.join(parts)}; got one "
+        f"on its own that the model does not take ({describe(error)}). Where samples share one of these, or "
+        "are linked by it (edges, offsets), pass a task with select and count of its own"
+    )
+
+
+@contextmanager
+def one_alone_explained() -> Iterator[None]:
+    """Say why a sample cannot be taken alone, where torch only says what it expects.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If a batch normalisation has no statistics but those of the samples beside it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "a sample must have a loss of its own, got a batch normalisation without running statistics, "
+            "which normalises it by the samples beside it and cannot take it alone; train the model with "
+            "track_running_stats=True or with layers that normalise each sample (GroupNorm, LayerNorm)"
+        ) from error
 
 
 class Samples:

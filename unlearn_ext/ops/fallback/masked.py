@@ -14,33 +14,63 @@ from unlearn_ext.ops.fallback.checks import TensorList, require, require_lists, 
 from unlearn_ext.ops.fallback.running import as_given, copies, needs_cpu
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+def _require_flags(name: str, mask: Tensor) -> None:
     op = "pack_mask"
     checks.require_dtype(
-        mask.dtype == torch.bool, f"{op}: mask must be bool, got {checks.dtype_name(mask.dtype)}"
+        mask.dtype == torch.bool, f"{op}: {name} must be bool, got {checks.dtype_name(mask.dtype)}"
     )
-    checks.require_strided(op, "mask", mask)
-    return reference.pack_mask(mask)
+    checks.require_strided(op, name, mask)
 
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
+    _require_flags("mask", mask)
+    packed: Tensor = reference.pack_mask(mask)
+    return packed
+
+
+def pack_mask_list(masks: Sequence[Tensor]) -> list[Tensor]:
+    for index, mask in enumerate(masks):
+        _require_flags(f"masks[{index}]", mask)
+    return [reference.pack_mask(mask) for mask in masks]
+
+
+def _require_bits(name: str, packed: Tensor, shape_name: str, shape: Sequence[int]) -> list[int]:
     op = "unpack_mask"
     checks.require_dtype(
-        packed.dtype == torch.uint8, f"{op}: packed must be uint8, got {checks.dtype_name(packed.dtype)}"
+        packed.dtype == torch.uint8, f"{op}: {name} must be uint8, got {checks.dtype_name(packed.dtype)}"
     )
-    checks.require_strided(op, "packed", packed)
+    checks.require_strided(op, name, packed)
     shape = [int(extent) for extent in shape]
     numel = 1
     for extent in shape:
-        require(extent >= 0, f"{op}: shape must be non-negative, got {shape}")
+        require(extent >= 0, f"{op}: {shape_name} must be non-negative, got {shape}")
         numel *= extent
-        require(numel < 2**63, f"{op}: shape must be addressable, got {shape}")
+        require(numel < 2**63, f"{op}: {shape_name} must be addressable, got {shape}")
     n_bytes = (numel + 7) // 8
     require(
         packed.dim() == 1 and packed.numel() == n_bytes,
-        f"{op}: packed must have shape [{n_bytes}] for {numel} scalars, got {checks.sizes(packed)}",
+        f"{op}: {name} must have shape [{n_bytes}] for {numel} scalars, got {checks.sizes(packed)}",
     )
-    return reference.unpack_mask(packed, shape)
+    if not numel:  # of a view without elements torch does not ask whether its strides can be counted
+        torch.empty(shape, dtype=torch.bool, device="meta")
+    return shape
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    mask: Tensor = reference.unpack_mask(packed, _require_bits("packed", packed, "shape", shape))
+    return mask
+
+
+def unpack_mask_list(packed: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    require(
+        len(shapes) == len(packed),
+        f"unpack_mask: shapes must have {len(packed)} entries like packed, got {len(shapes)}",
+    )
+    wanted = [
+        _require_bits(f"packed[{index}]", bits, f"shapes[{index}]", shape)
+        for index, (bits, shape) in enumerate(zip(packed, shapes, strict=True))
+    ]
+    return [reference.unpack_mask(bits, shape) for bits, shape in zip(packed, wanted, strict=True)]
 
 
 def topk_mask(scores: Sequence[Tensor], k: int, *, largest: bool = True) -> list[Tensor]:

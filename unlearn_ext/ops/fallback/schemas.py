@@ -22,7 +22,9 @@ SCHEMAS = (
     "fisher_embedding_(Tensor(a!) fisher, Tensor indices, Tensor grad_outputs, *, int padding_idx=-1, "
     "float weight=1.0, int power=2) -> ()",
     "pack_mask(Tensor mask) -> Tensor",
+    "pack_mask.list(Tensor[] masks) -> Tensor[]",
     "unpack_mask(Tensor packed, SymInt[] shape) -> Tensor",
+    "unpack_mask.list(Tensor[] packed, int[][] shapes) -> Tensor[]",
     "topk_mask(Tensor[] scores, int k, *, bool largest=True) -> Tensor[]",
     "apply_mask_(Tensor(a!)[] grads, Tensor[] masks) -> ()",
     "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] masks, *, "
