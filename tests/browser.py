@@ -9,6 +9,7 @@ import threading
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 180_000  # milliseconds: what is slow on a busy machine is no fault
 
 
 @contextlib.contextmanager
@@ -20,11 +21,20 @@ def chromium():
         path = next(filter(None, map(shutil.which, (*NAMES, own))), None)
         if path is None:
             pytest.skip("needs Chromium: apt-get install chromium")
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        # In containers /dev/shm is often too small for a page.
+        settings = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = driver.chromium.launch(executable_path=path, args=settings, timeout=PATIENCE)
         try:
             yield browser
         finally:
             browser.close()
+
+
+def new_page(browser, **settings):
+    """A page that waits as long as a busy machine takes."""
+    page = browser.new_page(**settings)
+    page.set_default_timeout(PATIENCE)
+    return page
 
 
 @contextlib.contextmanager
@@ -50,7 +60,13 @@ def watched(page):
     errors, foreign = [], []
     page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(f"{request.url}: {request.failure}"))
+
+    def note_failure(request):
+        # A page that is left gives up what it was still loading; what is missing is an error of the console.
+        if request.failure != "net::ERR_ABORTED":
+            errors.append(f"{request.url}: {request.failure}")
+
+    page.on("requestfailed", note_failure)
 
     def note(request):
         if not request.url.startswith(("http://127.0.0.1", "file:", "data:", "blob:")):

@@ -1,9 +1,11 @@
 import os
+import random
 import sys
 import zlib
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -92,10 +94,36 @@ def generator(request):
     return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+def seed_everything():
+    """Seed the global generators, with a number that no test uses: equal draws would depend on each other."""
+    torch.default_generator.manual_seed(30_402_457)
+    if torch.cuda.is_initialized():  # else nothing has been drawn there
+        torch.cuda.manual_seed_all(30_402_457)
+    random.seed(30_402_457)
+    np.random.seed(30_402_457)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    # What several tests share is made before whichever of them comes first, and must not change its draws.
+    if fixturedef.scope == "function":
+        return (yield)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    seed_everything()
+    try:
+        return (yield)
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     # Tests of this size gain nothing from threads; that results do not depend on them has its own tests.
     # Before fixtures of any scope, and after a test that asked for more.
     torch.set_num_threads(1)
+    # What a test draws without a seed of its own is the same alone and after others, in whatever process.
+    seed_everything()
     # Some modules of torch.testing freeze the flags of backends for the whole process when they are imported.
     torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True

@@ -90,7 +90,10 @@ def test_devices_of_somebody_elses_refuse_what_the_cpu_does(bad):
         CASE_OF[bad.schema].overload(**arguments)
 
 
-@pytest.mark.parametrize("schema", [schema for schema in VALID if "gram" in schema or "list" in schema])
+# Lists of masks may lie on several devices.
+@pytest.mark.parametrize(
+    "schema", [s for s in VALID if "gram" in s or ("list" in s and "pack_mask" not in s)]
+)
 def test_tensors_of_two_devices_are_refused(schema):
     valid = VALID[schema]()
     last = [name for name, value in valid.items() if list(tensors_of(value))][-1]

@@ -416,6 +416,17 @@ def _unpack_sample(device, dtype, generator, variant):
     return [packed.to(device), list(shape)], {}
 
 
+def _pack_list_sample(device, dtype, generator, variant):
+    return [[(torch.rand(shape, generator=generator) < 0.5).to(device) for shape in SHAPES[variant]]], {}
+
+
+def _unpack_list_sample(device, dtype, generator, variant):
+    shapes = [list(shape) for shape in SHAPES[variant]]
+    sizes = [(math.prod(shape) + 7) // 8 for shape in shapes]
+    packed = [torch.randint(0, 256, (n,), generator=generator, dtype=torch.uint8) for n in sizes]
+    return [[bits.to(device) for bits in packed], shapes], {}
+
+
 def _topk_sample(device, dtype, generator, variant):
     # Rounded to halves, so that ties run across tensors.
     scores = [
@@ -555,6 +566,8 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict]] = {
     "no samples": _convolution((0, 3, 5, 5), [3, 3], [1, 1], [1, 1], [1, 1]),
     "float64 total": _convolution((2, 3, 6, 6), [3, 3], [1, 1], [1, 1], [1, 1]),
     "large": _convolution((3, 24, 17, 19), [3, 3], [1, 1], [1, 1], [1, 1]),
+    "large signal": _convolution((2, 40, 300), [5], [1], [4, 2], [2]),
+    "large groups": _convolution((9, 62, 12, 11), [3, 3], [1, 1], [2, 1], [2, 1], 2),
 }
 
 
@@ -861,6 +874,7 @@ CASES: tuple[OpCase, ...] = (
     OpCase(
         "pack_mask", _pack_sample, no_error, dtypes=(torch.bool,), variants=tuple(MASK_SHAPES), exact=True
     ),
+    OpCase("pack_mask.list", _pack_list_sample, no_error, dtypes=(torch.bool,), exact=True),
     OpCase(
         "unpack_mask",
         _unpack_sample,
@@ -869,6 +883,7 @@ CASES: tuple[OpCase, ...] = (
         variants=tuple(MASK_SHAPES),
         exact=True,
     ),
+    OpCase("unpack_mask.list", _unpack_list_sample, no_error, dtypes=(torch.uint8,), exact=True),
     OpCase("topk_mask", _topk_sample, no_error, exact=True),
     OpCase("apply_mask_", _apply_mask_sample, no_error, written=(0,), exact=True),
     OpCase("masked_sgd_", _sgd_sample, _sgd_tolerance, written=(0, 2)),

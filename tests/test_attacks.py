@@ -1,5 +1,6 @@
 """Membership inference by loss, without scikit-learn."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -206,3 +207,20 @@ def test_tokens_of_a_language_model_are_shifted_and_a_taggers_are_not():
         values = -nn.functional.cross_entropy(used.mT, labels[:, rows], reduction="none").mean(1).numpy()
         attack = mia(Model(), forget=data[0], test=data[1], convention="loss", task=task, bootstrap=0)
         assert attack.auc == pytest.approx(by_definition(values[:4], values[4:])[0])
+
+
+@pytest.mark.parametrize(
+    "reference, expected",
+    [
+        (0.40, "like the reference"),
+        (0.50, "like the reference"),
+        (0.39, "still recognised"),
+        (0.51, "over-unlearned"),
+    ],
+)
+def test_the_ends_of_an_interval_belong_to_it(reference, expected):
+    attack = mia(nn.Identity(), forget=FORGET, test=TEST, convention="loss")
+    attack = dataclasses.replace(
+        attack, auc=0.45, auc_interval=attacks.Interval(0.40, 0.50), reference_auc=reference
+    )
+    assert attack.verdict == expected

@@ -98,10 +98,10 @@ def test_a_layer_is_predicted_from_its_padded_products_or_its_bytes():
     products = 2 * 64 * 64 * 768 * 768
     seconds = traffic.layer_seconds(layer, "bfloat16", card)
     assert seconds == pytest.approx(products / (989e12 * 0.62 * 0.8) + 3e-6)
-    # Four positions are padded to a step of 16.
+    # Four positions are padded to half a step of 16.
     few = next(layer for layer in roofline.LAYERS if layer.name == "768x768, T = 4")
     assert traffic.layer_seconds(few, "bfloat16", card) == pytest.approx(
-        2 * 256 * 16 * 768 * 768 / (989e12 * 0.62 * 0.8) + 3e-6
+        2 * 256 * 8 * 768 * 768 / (989e12 * 0.62 * 0.8) + 3e-6
     )
 
 

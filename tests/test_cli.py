@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -280,6 +281,68 @@ def test_a_model_with_a_part_called_module_is_loaded_by_its_own_names(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_model_stays(tmp_path, form):
+    """Cut at any byte, and with one bit flipped; what has no checksum may hold other weights then."""
+    model = torch.nn.Linear(3, 3)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    path = tmp_path / ("kept.safetensors" if form == "safetensors" else "kept.pt")
+    if form == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=form == "zip")
+    data = path.read_bytes()
+    cuts = [data[:at] for at in range(0, len(data), 29)]
+    flips = [data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :] for at in range(0, len(data), 11)]
+    refused = 0
+    for place, damaged in enumerate(cuts + flips):
+        path.write_bytes(damaged)
+        other = torch.nn.Linear(3, 3)
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        told = ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about the protocol of a pickle
+                load_weights(other, path)
+        except ValueError as error:
+            told = str(error)
+        if told:
+            refused += 1
+            assert str(path) in told
+            assert "must" in told
+        else:
+            assert place >= len(cuts)
+        expected = before if told else weights
+        if told or form == "zip":
+            assert all(torch.equal(other.state_dict()[name], value) for name, value in expected.items())
+    assert refused >= len(cuts) + len(flips) // 4
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("kept.pt", b"", "kept.pt must be a file of torch.save .* got EOFError"),
+        ("kept.pt", b"<html>not found</html>", "kept.pt must be a file of torch.save"),
+        ("kept.safetensors", b"PK\x03\x04" + bytes(60), "kept.safetensors must be a safetensors file"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, name, content, says):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as refused:
+        load_weights(torch.nn.Linear(2, 2), tmp_path / name)
+    assert refused.value.__cause__ is not None
+    with pytest.raises(FileNotFoundError):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "nowhere.pt")
+
+
+def test_pickled_objects_are_refused_with_what_to_do(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"whole.pt must be .* save model.state_dict\(\) again"):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+
+
 @pytest.mark.parametrize(
     "stored, message",
     [
@@ -297,6 +360,14 @@ def test_a_model_with_a_part_called_module_is_loaded_by_its_own_names(tmp_path):
             {"weight": torch.ones(2, 3), "bias": torch.ones(3)},
             r"has weight of shape \[2, 3\] instead of \[3, 3\]",
         ),
+        ({"weight": "a", "bias": torch.ones(3)}, "has str for weight"),
+        (
+            {"bias": torch.ones(3), "weight": torch.ones(3, 3, dtype=torch.int8)},
+            "has weight as whole numbers, strided for floating-point numbers, strided",
+        ),
+        ({"bias": torch.ones(3), "weight": torch.ones(3, 3, device="meta")}, "has weight as meta for"),
+        ({"bias": torch.ones(3), "weight": torch.ones(3, 3).to_sparse()}, "numbers, sparse_coo for"),
+        ({"bias": torch.ones(3), "weight": torch.ones(3, 3) * 1j}, "has weight as complex numbers"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_the_model_stays(tmp_path, stored, message):

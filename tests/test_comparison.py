@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import random
 import sys
 import warnings
 
@@ -23,7 +24,7 @@ from unlearn_ext.evaluation import margins, study
 from unlearn_ext.evaluation.audit import FLOOR
 from unlearn_ext.evaluation.compare import compare
 from unlearn_ext.evaluation.metrics import registry
-from unlearn_ext.evaluation.rows import LOSS_EDGES
+from unlearn_ext.evaluation.rows import LOSS_EDGES, read_row, row_text
 from unlearn_ext.evaluation.settings import check_settings
 from unlearn_ext.methods import METHODS
 
@@ -396,6 +397,39 @@ def test_damaged_cache_files_are_replaced(trained, sets, tmp_path):
     again = run(trained, sets, cache=tmp_path)
     assert without_times(again) == without_times(whole)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_no_flipped_bit_in_the_cache_is_believed(trained, sets, tmp_path):
+    run(trained, sets, cache=tmp_path)
+    (weights,) = tmp_path.glob("*.pt")
+    (first, *_) = (read_row(path, "x") for path in sorted(tmp_path.glob("*.json")))
+    path, text = tmp_path / "row.json", row_text(first).encode()
+    # The row whole, and as earlier versions wrote it.
+    for whole in (text, json.dumps({**json.loads(text), "digest": None}).encode()):
+        path.write_bytes(whole)
+        assert read_row(path, "x") == first
+    for bit in random.Random(0).sample(range(8 * len(text)), 800):
+        damaged = bytearray(text)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert read_row(path, "x") in (None, first), bit
+    path.unlink()
+    # And the weights of the retrained model: its figures are those of one that is trained again.
+    whole = run(trained, sets, cache=None)
+    for row in tmp_path.glob("*.json"):
+        row.unlink()
+    data = bytearray(weights.read_bytes())
+    place = data.index(retrained_bytes(weights)) + 2
+    data[place] ^= 1 << 6
+    weights.write_bytes(data)
+    assert without_times(run(trained, sets, cache=tmp_path)) == without_times(whole)
+    assert retrained_bytes(weights) != bytes(data)[place - 2 : place + 14]
+
+
+def retrained_bytes(path):
+    """Sixteen bytes of the first weight of a retrained model."""
+    weights = torch.load(path, weights_only=True)["weights"]
+    return next(iter(weights.values())).numpy().tobytes()[:16]
 
 
 def test_failures_are_tried_again(trained, sets, tmp_path):
@@ -799,6 +833,9 @@ def test_every_metric_says_what_it_is(name):
     assert entry.title
     assert entry.meaning.endswith(".")
     assert entry.unit in ("percent", "points", "seconds", "number")
+    if entry.unit == "percent" and name != "changed":
+        assert entry.in_gap
+        assert entry.kind == ("forgotten" if "forg" in name else "kept")
 
 
 # ---- settings

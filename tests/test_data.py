@@ -158,6 +158,19 @@ def test_an_encoder_decoder_without_decoder_inputs_gets_the_labels():
     assert model.given == {"labels"}
     data.logits(model, {**batch, "decoder_input_ids": torch.zeros(2)})
     assert model.given == {"decoder_input_ids"}
+    data.logits(model, {**batch, "decoder_inputs_embeds": torch.zeros(2)})
+    assert model.given == {"decoder_inputs_embeds"}
+
+
+def test_an_encoder_decoder_is_asked_for_the_inputs_of_its_decoder():
+    model, asked = Keyword(encoder_decoder=True), []
+    model.prepare_decoder_input_ids_from_labels = lambda labels: asked.append(labels) or labels + 1
+    batch = {"x": torch.ones(2, 3), "labels": torch.zeros(2)}
+    data.logits(model, batch)
+    assert model.given == {"decoder_input_ids"}
+    assert asked[0] is batch["labels"]
+    data.logits(model, {"x": batch["x"]})  # without labels it is called as it is
+    assert model.given == set()
 
 
 @pytest.mark.parametrize(

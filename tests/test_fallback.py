@@ -68,6 +68,13 @@ def test_kernels_agree_with_the_specification_in_float64(case, variant, generato
         assert_within(case.run(fallback.KERNELS[case.schema], args, kwargs), expected, bounds)
 
 
+@pytest.mark.parametrize("op", [ops.unpack_mask, fallback.KERNELS["unpack_mask"]])
+def test_shapes_whose_strides_cannot_be_counted_are_refused_although_nothing_is_in_them(op):
+    with pytest.raises(RuntimeError, match="Stride calculation overflowed"):
+        op(torch.zeros(0, dtype=torch.uint8), [0, 4, 2**62, 4])
+    assert op(torch.zeros(0, dtype=torch.uint8), [0, 4, 2**40]).shape == (0, 4, 2**40)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.schema)
 def test_strides_do_not_matter(case, layout, generator):
@@ -151,7 +158,10 @@ def test_reduced_precision_of_products_is_off_inside_and_back_after(generator):
     before = flag.fp32_precision
     try:
         flag.fp32_precision = "bf16"
-        with running.as_given(), running.as_given():
+        with running.as_given():
+            assert flag.fp32_precision == "ieee"
+            with running.as_given():
+                assert flag.fp32_precision == "ieee"
             assert flag.fp32_precision == "ieee"
         assert flag.fp32_precision == "bf16"
     finally:

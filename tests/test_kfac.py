@@ -199,6 +199,13 @@ def test_a_layer_that_shows_nothing_has_no_step():
         KroneckerFactors({"a": (torch.ones(2, 2).double(), torch.eye(2).double())}, 1, {"a": 1}).solve(
             "a", torch.ones(2, 2), damping=0.0
         )
+    # An embedding of which one row was never looked up, its factor a diagonal.
+    diagonal = KroneckerFactors(
+        {"a": (torch.tensor([1.0, 0.0]).double(), torch.eye(2).double())}, 1, {"a": 1}
+    )
+    with pytest.raises(ValueError, match="factors of a/inputs positive definite, got 0"):
+        diagonal.solve("a", torch.ones(2, 2), damping=0.0)
+    assert torch.isfinite(diagonal.solve("a", torch.ones(2, 2), damping=0.1)).all()
 
 
 class Twice(nn.Module):
@@ -276,6 +283,29 @@ def test_what_cannot_be_factored_is_named(model, why):
     assert factors.coverage[f"{'1' if name == '0' else 'head'}.weight"] == "factored"
 
 
+@pytest.mark.parametrize("dtype, is_coarse", [(torch.float32, False), (torch.bfloat16, True)])
+def test_samples_are_compared_as_finely_as_their_numbers_allow(dtype, is_coarse):
+    """Rounding of a half is no influence; in float32 a hundredth of a neighbour is."""
+
+    class Leaking(nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.first, self.head, self.share = nn.Linear(64, 32), nn.Linear(32, 3), share
+
+        def forward(self, x):
+            h = self.first(x).tanh()
+            return self.head(h + self.share * h.roll(1, 0))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 64).to(dtype), torch.tensor([0, 1, 2, 0])
+    factors = kfac_factors(Leaking(0.0).to(dtype), [(x, y)])
+    assert set(factors.coverage.values()) == {"factored"}
+    if not is_coarse:
+        model = nn.Sequential(Leaking(3e-3))
+        with pytest.raises(ValueError, match="its samples depend on each other"):
+            kfac_factors(model, [(x, y)])
+
+
 def test_samples_that_depend_on_each_other_have_no_factors():
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="got none: its samples depend on each other"):
@@ -332,3 +362,21 @@ def test_bad_calls_are_refused():
         KroneckerFactors({"a": (torch.eye(2).double(), torch.eye(2).double())}, 1, {})
     with pytest.raises(ValueError, match=r"must be \[in, in\]"):
         KroneckerFactors({"a": (torch.eye(2).double(), torch.ones(2, 3).double())}, 1, {"a": 1})
+
+
+class Leading(nn.Module):
+    """The first sample of a batch is seen by all of them, and itself sees none."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)) + self.body(x[:1]).expand(len(x), -1))
+
+
+def test_samples_that_depend_on_the_first_are_found_out():
+    torch.manual_seed(0)
+    data = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    with pytest.raises(ValueError, match="its samples depend on each other"):
+        kfac_factors(Leading(), data)

@@ -102,6 +102,21 @@ def test_truth_ratio_by_hand(mean, want):
     assert kept == pytest.approx((1 - want[0] + 0) / 2, rel=1e-6)
 
 
+def test_truth_ratio_reads_answers_as_its_task_says(known):
+    """Labels beside logits are those of tokens, or, for a causal model, of the tokens that come next."""
+    model, (batch, _) = known
+    right = [(model(batch["input_ids"]), batch["labels"])]
+    wrong = [(model(batch["input_ids"].flip(1)), batch["labels"])]
+    chances = [
+        math.exp(np.mean([row[b] for b, row in zip(tokens, logs, strict=True)]))
+        for tokens, logs in by_hand(model, [batch])
+    ]
+    others = language.probabilities(nn.Identity(), wrong, task=CausalLM())
+    want = np.mean([min(b / a, a / b) for a, b in zip(chances, others.tolist(), strict=True)])
+    found = language.truth_ratio(nn.Identity(), right, wrong, task=CausalLM())
+    assert found == pytest.approx(want, rel=1e-6)
+
+
 def test_truth_ratio_wants_as_many_wrong_answers_to_every_question():
     with pytest.raises(ValueError, match="equally many answers to each of the 2 questions, got 3"):
         language.truth_ratios(nn.Identity(), answers_with(0.8, 0.3), answers_with(0.1, 0.3, 0.6), task=TASK)

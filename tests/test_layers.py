@@ -40,7 +40,7 @@ ALLOWED = {
         "results",
         "_internal",
     },
-    "evaluation": {"methods", "evaluation.metrics", "tasks", "results", "_internal"},
+    "evaluation": {"methods", "evaluation.metrics", "distributed", "tasks", "results", "_internal"},
     "hf": {"evaluation", "ops", "optim", "_internal"},
     "integrations": {"hf", "methods", "ops", "tasks", "results", "_internal"},
     "demo": {"evaluation", "evaluation.metrics", "fisher", "methods", "tasks", "results", "_internal"},

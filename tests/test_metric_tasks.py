@@ -523,6 +523,7 @@ def test_a_comparison_of_numbers_says_what_it_cannot_measure():
     sets = [[(draw(n, 3, seed=n), draw(n, 2, seed=n + 1))] for n in (4, 9, 6)]
     given = {"methods": [moved], "reference": head(2, 1), "controls": False}
     table = ux.compare(head(2), *sets, task=tasks.Regression(), **given)
+    assert table.facts["reference"] == "a model given by the caller"
     found = table.measures("moved")
     assert "without a tolerance" in found["retain"].why
     assert "task must have classes" in found["js"].why

@@ -1,5 +1,6 @@
 """Every measure against a value worked out by hand, and against an independent computation."""
 
+import copy
 import math
 
 import numpy as np
@@ -152,6 +153,13 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=1.0)
 
 
+def test_a_metric_shows_a_bar_of_its_name_where_it_is_asked_for(capsys):
+    accuracy(linear(1.0), line())
+    assert "accuracy" not in capsys.readouterr().err
+    accuracy(linear(1.0), line(), progress=True)
+    assert "accuracy" in capsys.readouterr().err
+
+
 def test_relearn_steps_by_hand():
     # Two weights (a, b), b - a = d decides. The gradient of the mean loss at d moves d by 2 g(d), the sign
     # of d is what accuracy sees: count the steps until it turns.
@@ -164,6 +172,28 @@ def test_relearn_steps_by_hand():
         steps += 1
     assert relearn_steps(model, data, 1.0, optimizer=sgd) == steps > 1
     assert model.weight.tolist() == [[0.5], [-0.5]]  # a copy was trained
+
+
+def test_relearning_a_single_sample_leaves_the_statistics_of_batch_normalisation():
+    """Of one value per channel there is no variance; of more, layers are trained as always."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    x = torch.randn(1, 2)
+    data = [(x, model(x).argmin(1))]
+    by_hand, steps = copy.deepcopy(model), 0
+    optimizer = sgd(by_hand)
+    while by_hand(x).argmax(1) != data[0][1]:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(by_hand(x), data[0][1]).backward()
+        optimizer.step()
+        steps += 1
+    assert relearn_steps(model, data, 1.0, optimizer=sgd) == steps > 0
+
+    several = [(torch.randn(6, 2), torch.tensor([0, 1] * 3))]
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    relearn_steps(model, several, 2.0, most=1)
+    assert True in seen
 
 
 def test_relearn_steps_at_once_and_never():

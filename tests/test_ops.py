@@ -241,6 +241,15 @@ def test_fakes_tell_shapes_dtypes_and_devices(case, generator):
         assert {t.device.type for t in fake} <= {"cpu" if empty else "cuda"}
 
 
+@pytest.mark.parametrize("name", ["project_out", "project_onto"])
+def test_fakes_of_projections_have_the_strides_of_what_is_projected(name):
+    grad, basis = torch.randn(3, 4).T, torch.linalg.qr(torch.randn(3, 2))[0]
+    real = getattr(ops, name)(grad, basis)
+    with FakeTensorMode() as mode:
+        fake = getattr(ops, name)(mode.from_tensor(grad), mode.from_tensor(basis))
+    assert (fake.shape, fake.stride()) == (real.shape, real.stride())
+
+
 # ---- Autograd, versions, modes
 
 
@@ -670,6 +679,24 @@ def test_diagonals_have_the_same_bits_for_any_number_of_threads(case, variant, d
         torch.set_num_threads(n_threads)
         results.append(args[0].clone())
         getattr(ops, case.name)(results[-1], *args[1:], **kwargs)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+# Large enough to be cut into blocks, of which there are as many as threads share evenly.
+@any_number_of_threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("samples, positions, inputs, outputs", [(3, 40, 700, 800), (2, 300, 1300, 400)])
+def test_diagonals_of_large_layers_have_the_same_bits_for_any_number_of_threads(
+    dtype, samples, positions, inputs, outputs, device, generator
+):
+    rows = torch.randn(samples, positions, inputs, generator=generator).to(device, dtype)
+    grads = torch.randn(samples, positions, outputs, generator=generator).to(device, dtype)
+    results = []
+    for n_threads in (1, 2, 5, 8):
+        torch.set_num_threads(n_threads)
+        results.append(torch.zeros(outputs, inputs, device=device))
+        ops.fisher_linear_(results[-1], rows, grads)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 

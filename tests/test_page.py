@@ -13,13 +13,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browser import chromium, watched
+from browser import chromium, new_page, watched
 
 from unlearn_ext.evaluation import page
 from unlearn_ext.evaluation.comparison import Comparison
 from unlearn_ext.evaluation.evidence import NOTICE
 from unlearn_ext.evaluation.metrics.measures import Measure
-from unlearn_ext.evaluation.page import charts
+from unlearn_ext.evaluation.page import charts, content
 from unlearn_ext.evaluation.rows import LOSS_EDGES, Row
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
@@ -178,6 +178,40 @@ def test_light_and_dark_wide_and_narrow(table):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     declared = set(re.findall(r"(--[\w-]+):", html))
     assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= declared
+
+
+def test_ticks_of_a_histogram_stand_where_losses_of_their_size_are_counted():
+    sets = {"forget": charts.shares(counts(8)), "test": charts.shares(counts(20))}
+    drawn = charts.histogram(sets, [])
+    left, right = drawn["left"], drawn["right"]
+    named = [tick for tick in drawn["ticks"] if tick["text"] != "loss"]
+    assert [tick["text"] for tick in named] == ["0.001", "0.1", "10"]
+    for tick in named:
+        before = [index for index, edge in enumerate(LOSS_EDGES) if math.isclose(edge, float(tick["text"]))]
+        where = left + (right - left) * before[0] / (len(LOSS_EDGES) - 1)
+        assert float(tick["x"]) == pytest.approx(where, abs=0.51)
+
+
+def test_layers_show_how_far_they_moved_and_nothing_where_it_is_not_known(table):
+    rows = list(table.rows)
+    rows[4] = replace(rows[4], layers={"first": 0.5, "last": None})
+    layers = content._layers(replace(table, rows=tuple(rows)).to_dict())
+    assert layers["labels"] == ["ssd", "random mask"]
+    cells = {line["layer"]: line["cells"] for line in layers["lines"]}
+    assert [cell and cell["text"] for cell in cells["first"]] == ["25.0", "50.0"]
+    assert [cell and cell["text"] for cell in cells["last"]] == ["0", None]
+    shades = [float(cell["shade"]) for cell in cells["first"]]
+    assert 0 < shades[0] < shades[1]
+
+
+def test_rows_without_losses_have_no_histogram(table):
+    rows = list(table.rows)
+    rows[2] = replace(rows[2], loss_counts={})
+    drawn = content._losses(replace(table, rows=tuple(rows)).to_dict())
+    assert "ssd" not in str(drawn)
+    (panel,) = [each for each in content._losses(table.to_dict())["panels"] if each["label"] == "ssd"]
+    edges = {"forget": LOSS_EDGES[8:10], "test": LOSS_EDGES[20:22]}
+    assert panel["medians"] == {name: f"{low:.2g} to {high:.2g}" for name, (low, high) in edges.items()}
 
 
 def test_bars_stay_inside_their_track(table):
@@ -508,7 +542,7 @@ def test_the_page_fits_the_screen_in_light_and_dark(table, scheme, tmp_path):
     shown.to_html(path)
     with chromium() as browser:
         for width in (1200, 400):
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page = new_page(browser, viewport={"width": width, "height": 900}, color_scheme=scheme)
             errors, foreign = watched(page)
             page.goto(path.as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -529,7 +563,7 @@ def test_the_download_downloads(table, tmp_path):
     path = tmp_path / "page.html"
     table.to_html(path)
     with chromium() as browser:
-        page = browser.new_page(accept_downloads=True)
+        page = new_page(browser, accept_downloads=True)
         page.goto(path.as_uri())
         with page.expect_download() as download:
             page.locator("a[download]").click()

@@ -65,12 +65,17 @@ def test_projected_gradients(sets):
 
 
 def test_published_values_stand_beside_the_measured_ones(tmp_path, monkeypatch):
-    path = tmp_path / "cifar10.json"
+    path, larger = tmp_path / "cifar10.json", tmp_path / "larger.json"
     monkeypatch.setattr(published, "_MINE", path)
+    monkeypatch.setattr(published, "_LARGER", larger)
     assert published.section() == ""
     accuracies = {"test retain": 0.75, "test forget": 0.125}
     runs = [{"kind": "class", "method": "ssd", "accuracies": a} for a in (accuracies, {})]
     path.write_text(json.dumps({"rows": runs}))
     lines = published.section().splitlines()
-    assert "| ssd | 85.8 | 4.4 | 75.0 | 12.5 | Kodge et al. |" in lines
-    assert "| unsir | 92.2 | 10.9 |  |  | Kodge et al. |" in lines
+    assert "| ssd | 85.8 | 4.4 | 75.0 | 12.5 |  |  | Kodge et al. |" in lines
+    half = {"kind": "class", "method": "unsir", "accuracies": {"test retain": 0.5, "test forget": 0.25}}
+    larger.write_text(json.dumps({"rows": [half]}))
+    lines = published.section().splitlines()
+    assert "| ssd | 85.8 | 4.4 | 75.0 | 12.5 |  |  | Kodge et al. |" in lines
+    assert "| unsir | 92.2 | 10.9 |  |  | 50.0 | 25.0 | Kodge et al. |" in lines

@@ -16,6 +16,7 @@ from torch import nn
 import unlearn_ext
 from unlearn_ext import UnlearnResult, report, ssd
 from unlearn_ext._internal.files import replacing
+from unlearn_ext._internal.fingerprint import weights_fingerprint
 from unlearn_ext._internal.names import plain_name
 from unlearn_ext._internal.plain import callable_name
 from unlearn_ext.tasks import losses
@@ -117,6 +118,20 @@ def test_digests_know_every_bit_and_nothing_else():
         other = copy.deepcopy(model)
         change(other)
         assert report.weights_digest(other) != digest
+
+
+@pytest.mark.parametrize(
+    "moved", [torch.Tensor.to_mkldnn, torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr]
+)
+def test_digests_of_other_layouts_are_those_of_the_values(moved):
+    model = nn.Linear(4, 3, bias=False)
+    told = [report.weights_digest(model), weights_fingerprint(model)]
+    model.weight = nn.Parameter(moved(model.weight.detach()), requires_grad=False)
+    assert [report.weights_digest(model), weights_fingerprint(model)] == told
+    value = model.weight.to_dense()
+    value[0, 0] += 1
+    model.weight = nn.Parameter(moved(value), requires_grad=False)
+    assert not {report.weights_digest(model), weights_fingerprint(model)} & set(told)
 
 
 def test_digests_do_not_depend_on_the_memory_layout():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_ext import ActivationGram, activation_gram
+from unlearn_ext import ActivationGram, activation_gram, ops
 from unlearn_ext.subspace.basis import protected
 from unlearn_ext.subspace.layers import layer_of
 
@@ -313,6 +313,22 @@ def test_modules_can_be_chosen():
         activation_gram(model, data, modules=["1"])
 
 
+def test_a_convolution_may_run_on_a_sample_at_a_time():
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+        def forward(self, x):
+            return torch.stack([self.conv(image).mean((1, 2)) for image in x])
+
+    torch.manual_seed(0)
+    model, x, y = OneByOne(), torch.randn(4, 2, 5, 6), torch.tensor([0, 1, 2, 0])
+    patches = nn.functional.unfold(x.double(), 3, padding=1).transpose(1, 2).reshape(-1, 18)
+    found = activation_gram(model, [(x, y)])["conv"]
+    torch.testing.assert_close(found.double(), patches.T @ patches, rtol=1e-5, atol=1e-5)
+
+
 def test_what_data_must_be():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="at least one sample"):
@@ -328,8 +344,8 @@ def test_what_data_must_be():
     "energy, criterion, k",
     [
         (0.5, "energy", 1),
-        (0.64, "energy", 1),
-        (0.65, "energy", 2),
+        (0.639, "energy", 1),
+        (0.641, "energy", 2),
         (0.95, "energy", 3),
         (0.985, "energy", 4),
         (1.0, "energy", 5),
@@ -378,3 +394,64 @@ def test_an_unused_layer_is_free_and_a_used_one_never_altogether_frozen_by_round
 def test_settings_out_of_range(energy, criterion):
     with pytest.raises(ValueError, match="must"):
         protected(torch.eye(2).double(), energy, criterion)
+
+
+def compiled():
+    return pytest.importorskip("unlearn_ext._C", reason="nothing was compiled")
+
+
+def stacked(dtype, basis_dtype, *shapes):
+    """Gradients and orthonormal bases: shapes of gradients, with groups and rank."""
+    grads, bases = [], []
+    for shape, groups, rank in shapes:
+        d = math.prod(shape[1:])
+        basis = torch.linalg.qr(torch.randn(groups, d, max(rank, 1), dtype=torch.float64))[0][..., :rank]
+        grads.append(torch.randn(shape, dtype=torch.float64).to(dtype))
+        bases.append((basis if groups > 1 else basis[0]).to(basis_dtype))
+    return grads, bases
+
+
+@pytest.mark.parametrize("onto", [False, True], ids=["out", "onto"])
+@pytest.mark.parametrize(
+    "dtype, basis_dtype, tolerance",
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 2e-2),
+        (torch.float16, torch.float16, 4e-3),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_does_to_project(dtype, basis_dtype, tolerance, onto):
+    # Small layers of one shape go together; the last two are multiplied where they are.
+    shapes = [((6, 4, 3), 1, 5), ((6, 4, 3), 1, 5), ((6, 12), 2, 3), ((6, 4, 3), 1, 5), ((3, 7), 1, 0)]
+    shapes += [((300, 900), 1, 40), ((300, 900), 1, 40)]
+    grads, bases = stacked(dtype, basis_dtype, *shapes)
+    bases[1] = torch.stack([bases[1]] * 2, -1)[..., 0]  # every other scalar
+    bases[5] = bases[5].T.contiguous().T
+    expected = [
+        ops.project_onto(g, b) if onto else ops.project_out(g, b) for g, b in zip(grads, bases, strict=True)
+    ]
+    places = [g.data_ptr() for g in grads]
+    compiled()._project_by_library(grads, bases, onto)
+    assert [g.data_ptr() for g in grads] == places
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
+
+
+def test_a_gpu_projects_gradients_that_are_not_dense():
+    (grad,), (basis,) = stacked(torch.float32, torch.float32, ((8, 6), 1, 2))
+    wide = torch.zeros(8, 12)
+    view = wide[:, ::2].copy_(grad)
+    compiled()._project_by_library([view], [basis], False)
+    torch.testing.assert_close(view, ops.project_out(grad, basis))
+    assert not wide[:, 1::2].any()
+
+
+def test_the_door_for_that_refuses_what_the_others_hand_on():
+    project, basis = compiled()._project_by_library, torch.eye(4)[:, :2]
+    for grad in (torch.zeros(3, 4, device="meta"), torch._neg_view(torch.zeros(3, 4))):
+        with pytest.raises(NotImplementedError, match="_project_by_library: tensors must be plain"):
+            project([grad], [basis], False)
+    with pytest.raises(ValueError, match="bases must have 1 tensors like grads, got 0"):
+        project([torch.zeros(3, 4)], [], False)

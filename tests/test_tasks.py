@@ -176,6 +176,37 @@ def test_other_labels_are_uniform_over_the_others_and_leave_void_alone():
         tasks.Classification().relabel((None, torch.tensor([0])))
 
 
+@pytest.mark.parametrize("shape", [(2000, 3), (400, 5, 3)])
+def test_one_of_several_labels_at_least_is_another_and_void_ones_stay(shape):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, shape, generator=generator)
+    void = torch.rand(shape, generator=generator) < 0.5
+    labels[void] = -100
+    task = tasks.MultiLabel()
+    drawn = task.labels(task.relabel((None, labels), generator))
+    assert torch.equal(drawn[void], labels[void])
+    differ = (drawn != labels).sum(-1)
+    counted = (~void).sum(-1)
+    assert (differ[counted > 0] > 0).all()
+    # Of one label that counts, always that one; of more, each as often.
+    assert set(drawn[~void].tolist()) == {0, 1}
+    first, last = ((drawn != labels)[counted == 3][:, i].float().mean() for i in (0, 2))
+    assert abs(first - last) < 0.2
+
+
+def test_a_map_of_labels_may_have_an_axis_of_one_channel():
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    task = tasks.Segmentation()
+    want = torch.stack(
+        [F.cross_entropy(o.flatten(1).T, y.flatten()) for o, y in zip(outputs, labels, strict=True)]
+    )
+    for given in (labels, labels[:, None]):
+        torch.testing.assert_close(task.losses(outputs, (None, given)), want)
+    with pytest.raises(ValueError, match=r"labels must be integers \[2, 4, 5\]"):
+        task.losses(outputs, (None, labels[:, :, None]))
+
+
 def test_settled_tasks_know_their_classes():
     model = nn.Linear(3, 5)
     batch = (torch.zeros(2, 3), torch.tensor([0, 4]))
@@ -296,6 +327,16 @@ def test_models_tell_their_task(model, expected):
     batch = {"input_ids": labels, "labels": labels} if hasattr(model, "config") else (labels, labels[:, 0])
     assert type(tasks.infer(model, batch)) is expected
     assert tasks.infer(model, batch) is tasks.infer(model, batch)
+
+
+@pytest.mark.parametrize(
+    "ending", ["QuestionAnswering", "PreTraining", "NextSentencePrediction", "ObjectDetection"]
+)
+def test_models_of_other_kinds_are_not_taken_for_classifiers(ending):
+    model = hugging_face(f"BertFor{ending}")
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match=f"task must say what BertFor{ending} predicts; pass a subclass"):
+        tasks.infer(model, batch)
 
 
 def test_wrappers_are_seen_through():

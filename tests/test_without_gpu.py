@@ -64,7 +64,7 @@ def test_results_are_on_the_device_of_the_arguments(case, device, generator):
 
 @pytest.mark.parametrize("other", ["cpu", "cuda:1"])
 @pytest.mark.parametrize(
-    "schema", [name for name in VALID if name not in ("pack_mask", "unpack_mask", "topk_mask")]
+    "schema", [name for name in VALID if "pack_mask" not in name and name != "topk_mask"]
 )
 def test_tensors_of_one_row_must_be_on_one_device(schema, other):
     # The last argument: those before it have passed their checks by then.

@@ -103,7 +103,7 @@ def together(shares):
 
 def check(seeds, world):
     """Run them: no number may be wrong, no rank hang. How many failed as they had to."""
-    found = many.run(on_rank, world, list(seeds), limit=60 + 5 * len(seeds))
+    found = many.run(on_rank, world, list(seeds), limit=many.TIMEOUT)
     n_failed = 0
     for place, seed in enumerate(seeds):
         what, shares, failing, _ = case_of(seed, world)

@@ -35,37 +35,42 @@ def batches_of(n, seed=1, size=4):
 
 
 class Noted:
-    """Batches that leave a byte in a file when they are read."""
+    """Batches that leave a byte in a file when they are read; before one, `held_at`, a file is waited for."""
 
-    def __init__(self, path, pause):
-        self.path, self.pause = path, pause
+    def __init__(self, path, pause, held_at=None):
+        self.path, self.pause, self.held_at = path, pause, held_at
 
     def __iter__(self):
         with open(self.path, "wb", buffering=0) as file:
-            for batch in batches_of(BATCHES):
+            for index, batch in enumerate(batches_of(BATCHES)):
+                if index == self.held_at:
+                    _wait_for(Path(f"{self.path}.on").exists)
                 time.sleep(self.pause)
                 file.write(b".")
                 yield batch
 
 
-def whole_pass(path, pause=0.0):
+def _wait_for(is_so, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def whole_pass(path, pause=0.0, held_at=None):
     torch.set_num_threads(1)
-    data = Noted(f"{path}.read", pause)
+    data = Noted(f"{path}.read", pause, held_at)
     found = dict(ux.fisher_diagonal(model_of(), data, checkpoint=path, checkpoint_every=EVERY))
     torch.save(found, f"{path}.result")
     return found
 
 
-def started(path, pause, until):
+def started(path, pause, until, held_at=None):
     """A process at work, once it has read so many batches or is over."""
-    Path(f"{path}.read").unlink(missing_ok=True)
-    process = many.CONTEXT.Process(target=whole_pass, args=(path, pause), daemon=True)
+    read = Path(f"{path}.read")
+    read.unlink(missing_ok=True)
+    process = many.CONTEXT.Process(target=whole_pass, args=(path, pause, held_at), daemon=True)
     process.start()
-    deadline = time.monotonic() + 120
-    while process.is_alive() and time.monotonic() < deadline:
-        if Path(f"{path}.read").exists() and Path(f"{path}.read").stat().st_size >= until:
-            break
-        time.sleep(0.001)
+    _wait_for(lambda: not process.is_alive() or (read.exists() and read.stat().st_size >= until))
     return process
 
 

@@ -10,10 +10,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 300.0  # of one run; a hang fails the test
+TIMEOUT = 600.0  # of one run; a hang fails the test
 
-# Forked from a server that has imported everything once: a rank starts in tens of milliseconds.
-CONTEXT = multiprocessing.get_context("forkserver")
+# Forked from a server that has imported everything once: a rank starts in tens of milliseconds. Forks of the
+# test's own process, "fork", see what was changed in it: mutants.
+CONTEXT = multiprocessing.get_context(os.environ.get("UNLEARN_TEST_RANKS", "forkserver"))
 CONTEXT.set_forkserver_preload(
     [
         "unlearn_ext",
@@ -32,12 +33,12 @@ class Failed(Exception):  # noqa: N818
 def _main(function, rank, world, folder, args, timeout):
     torch.set_num_threads(1)
     try:
+        store = dist.FileStore(f"{folder}/store", world)
+        # A short timeout is of what is tested, not of how long processes take to start.
+        store.set(f"started {rank}", "")
+        store.wait([f"started {other}" for other in range(world)], timedelta(seconds=TIMEOUT))
         dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout),
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
         try:
             outcome = (True, function(rank, world, *args))
@@ -51,7 +52,7 @@ def _main(function, rank, world, folder, args, timeout):
     os.replace(f"{folder}/{rank}.tmp", f"{folder}/{rank}.out")
 
 
-def start(function, world, *args, timeout=120.0):
+def start(function, world, *args, timeout=TIMEOUT):
     """Start the ranks; the caller joins them."""
     folder = tempfile.mkdtemp()
     ranks = [
@@ -63,7 +64,7 @@ def start(function, world, *args, timeout=120.0):
     return folder, ranks
 
 
-def outcomes(function, world, *args, timeout=120.0, limit=TIMEOUT):
+def outcomes(function, world, *args, timeout=TIMEOUT, limit=TIMEOUT):
     """What every rank returned or raised: (True, value) or (False, (type, text, traceback))."""
     folder, ranks = start(function, world, *args, timeout=timeout)
     found = []

@@ -50,6 +50,16 @@ def factors(kind, settings=None, sharding=None):
     return worst
 
 
+def of_one_sample():
+    parts = shares(images, dist.get_world_size(), [[1], []])
+    loss = ux.losses.cross_entropy
+    expected = ux.kfac_factors(small(), all_of(parts), loss_fn=loss)
+    found = ux.kfac_factors(shard(small()), own(parts), loss_fn=loss)
+    assert found.n_samples == expected.n_samples == 1
+    worst = _worst(found, expected)
+    assert worst <= 1e-5, worst
+
+
 def checkpointed(use_reentrant):
     model = language_model("llama").train()
     parts = shares(texts, dist.get_world_size())

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 
 import pytest
 import torch
@@ -30,9 +31,12 @@ class Stopping(list):
     def __iter__(self):
         for index, batch in enumerate(super().__iter__()):
             if index == self.at:
-                raise StopError("interrupted")
+                self.interrupt()
             self.read += 1
             yield batch
+
+    def interrupt(self):
+        raise StopError("interrupted")
 
 
 def _data(at=None):
@@ -100,6 +104,39 @@ def files_of_different_steps(folder):
                 shutil.move(f"{_file(path)}.old", _file(path))
         dist.barrier()
         _same(_fisher(path, _data()), whole)
+
+
+class Signalled(Stopping):
+    """Batches; the process is told to end while one of them is read."""
+
+    def interrupt(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def told_to_end(folder):
+    """SIGTERM comes through when all ranks have written the step that was being made."""
+
+    def end(*_):
+        raise StopError("told to end")
+
+    whole = _fisher(f"{folder}/whole", _data(), checkpoint_every=100)
+    before = signal.signal(signal.SIGTERM, end)
+    found = []
+    try:
+        for at in (0, 2):
+            path, data = f"{folder}/file{at}", Signalled(_data(), at)
+            with pytest.raises(StopError, match="told to end"):
+                _fisher(path, data, checkpoint_every=100)
+            assert signal.getsignal(signal.SIGTERM) is end
+            assert os.path.exists(_file(path))
+            again = _fisher(path, _data(), checkpoint_every=100)
+            for name, tensor in whole.items():
+                torch.testing.assert_close(again[name].to_local(), tensor.to_local(), rtol=1e-5, atol=1e-9)
+            assert (again.n_samples, again.n_batches) == (whole.n_samples, whole.n_batches)
+            found.append(data.read)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return found
 
 
 def refused(folder):

@@ -284,6 +284,7 @@ def failures():
         lambda: ux.gradient_masking(sharded, own(forget), **settings | {"masks": packed}),
         lambda: ux.gradient_masking(sharded, own(forget), process_group=dist.group.WORLD, **settings),
         lambda: ux.gradient_masking(sharded, [], **settings),
+        lambda: ux.gradient_masking(sharded, [(x[:0], y[:0]) for x, y in own(forget)], **settings),
         lambda: ux.gradient_masking(sharded, wrong, **settings),
         lambda: ux.salun(sharded, own(forget), own(retain), masks=masks),
         lambda: ux.methods.pgu(sharded, own(forget), own(retain)),

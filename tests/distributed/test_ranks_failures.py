@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import unlearn_ext as ux
 from unlearn_ext.distributed import Shards
+from unlearn_ext.distributed.group import Ranks
 
 
 def _told(function, *args, **settings):
@@ -168,7 +169,7 @@ def _dying(rank, world):
 
 
 def test_a_rank_that_dies_ends_the_others():
-    found = many.outcomes(_dying, 3, timeout=10.0)
+    found = many.outcomes(_dying, 3, timeout=60.0)
     assert found[1] == (False, ("Died", "exit code 3", ""))
     assert not found[0][0]
     assert not found[2][0]
@@ -233,3 +234,14 @@ def test_shards_of_any_loader_are_as_long_as_they_say():
             shards = shards or [Shards(whole, rank, world) for rank in range(world)]
             assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
             assert sum(len(shard) for shard in shards) == n
+
+
+def test_what_fails_within_a_collective_is_known_to_have_broken_it():
+    """Whoever cleans up asks, and does not wait for ranks that are not coming."""
+    ranks = Ranks(None, "here")
+    with pytest.raises(RuntimeError), ranks.failing_together():
+        raise RuntimeError
+    assert not ranks.is_broken
+    with pytest.raises(RuntimeError), ranks.in_collectives():
+        raise RuntimeError
+    assert ranks.is_broken

@@ -127,6 +127,35 @@ def test_steps_are_those_of_all_batches_together(world, form):
         assert many.difference(ours, weights) <= 2e-5, name
 
 
+def _goal(model, forget, retain, **group):
+    """What is measured against the goal, with steps too small to change an answer."""
+    settings = {"until": "forgotten", "epochs": 1, "lr": 1e-7, "lr_end": 1e-7, "leak": None}
+    gram = ux.activation_gram(model, _together(_sets(2, "ragged")[0]) + _together(_sets(2, "ragged")[1]))
+    return ux.pgu(model, forget, retain, gram=gram, **settings, **group).before
+
+
+def _few(rank, world):
+    forget, retain = (shares[rank] for shares in _sets(world, "ragged"))
+    inputs, labels = work.samples(1)
+    model = work.model_of(work.Plain)
+    mine = [(inputs, labels)] if rank else []
+    ux.methods.finetune(model, None, mine, epochs=EPOCHS, process_group=dist.group.WORLD)
+    return _goal(
+        work.model_of(work.Plain), forget, retain, process_group=dist.group.WORLD
+    ), model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_goals_are_measured_on_the_data_of_all_ranks_and_one_sample_is_enough():
+    forget, retain = ([batch for share in shares for batch in share] for shares in _sets(2, "ragged"))
+    before = _goal(work.model_of(work.Plain), forget, retain)
+    model = work.model_of(work.Plain)
+    ux.methods.finetune(model, None, [work.samples(1)], epochs=EPOCHS)
+    for found, weights in many.run(_few, 2):
+        assert found == pytest.approx(before, rel=1e-5)
+        assert many.difference(weights, model.state_dict()) <= 1e-6
+
+
 def _randomly(rank, world):
     """Methods with random choices; a wrapper that is used before and after; failures; normalisation."""
     group, found = dist.group.WORLD, {}

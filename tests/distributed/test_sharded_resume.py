@@ -11,6 +11,10 @@ def test_they_go_on(two_ranks, tmp_path, estimator):
     assert one == other
 
 
+def test_a_signal_to_end_waits_until_the_step_is_written_on_all_ranks(two_ranks, tmp_path):
+    assert two_ranks.run(CHECKS, "told_to_end", str(tmp_path)) == [[1, 3], [1, 3]]
+
+
 def test_files_of_different_steps(two_ranks, tmp_path):
     two_ranks.run(CHECKS, "files_of_different_steps", str(tmp_path))
 

@@ -45,13 +45,13 @@ def test_failures_end_the_call_on_all_ranks(two_ranks):
     assert kinds[0] == [
         "FloatingPointError",
         "OSError",
-        *["ValueError"] * 6,
+        *["ValueError"] * 7,
         *["NotImplementedError"] * 2,
     ]
     one, other = ([text for _, text in each] for each in found)
     assert other[0] in one[0] and one[0].startswith("rank 1: ")  # noqa: PT018
     assert "disk on fire" in one[1] and other[1] == "rank 0: disk on fire"  # noqa: PT018
-    assert one[2:7] == other[2:7]
+    assert one[2:8] == other[2:8]
     for text, part in zip(
         one[2:],
         (
@@ -60,6 +60,7 @@ def test_failures_end_the_call_on_all_ranks(two_ranks):
             "must be bool",
             "process_group must be None",
             "must hold a batch",
+            "forget must hold a sample on some rank, got none in",
             "labels must lie in",
             "must not be sharded while its stem.1 normalises",
             "pgu: model must not be sharded",

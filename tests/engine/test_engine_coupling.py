@@ -11,7 +11,9 @@ from torch import nn
 
 import unlearn_ext as ux
 from unlearn_ext.fisher.engine import coupling, per_sample, prepared
+from unlearn_ext.fisher.engine.axis_rules import rule_for
 from unlearn_ext.fisher.engine.coupling import may_couple
+from unlearn_ext.fisher.engine.sample_axis import Operation, SampleAxis
 from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss, Samples
 
 CLASSES, N, E = 3, 5, 4
@@ -235,9 +237,123 @@ def test_lookups_and_own_rows_are_seen_to_be_apart():
             last = (tokens > 0).sum(1).clamp(min=1) - 1
             own = self.table(tokens)[torch.arange(len(tokens)), last]
             hot = F.one_hot(tokens[:, 0], E + 5)[:, :E]
-            return self.head(own + self.bag(tokens) + hot + tokens.new_zeros(len(tokens), 1))
+            first = self.table.weight.index_select(0, tokens[:, 0])
+            return self.head(own + first + self.bag(tokens) + hot + tokens.new_zeros(len(tokens), 1))
 
     assert not watched(Last(), (torch.randint(9, (N, 6)), labels(N)))
+
+
+def put(x, where):
+    x = x.clone()
+    x[where] = 0.0
+    return x
+
+
+def square(x):
+    return x @ x.mT + torch.eye(x.shape[1])
+
+
+# x is [N, 3, E] and depends on parameters.
+APART = {
+    "matrices, several results": lambda x: torch.linalg.slogdet(square(x))[1],
+    "matrices, one result": lambda x: torch.linalg.matrix_exp(square(x) / 9),
+    "products of matrices": lambda x: torch.bmm(x, x.mT),
+    "values written under a mask": lambda x: put(x, x > 1),
+    "rows written under a mask": lambda x: put(x, x[:, :, 0] > 1),
+    "every sample's own row": lambda x: x[torch.arange(N), (x.sum((1, 2)) > 0).long()],
+    "the same row of all": lambda x: x[torch.arange(N), torch.tensor([2]).expand(N)],
+    "padded within": lambda x: F.pad(x, (1, 1, 2, 0)),
+    "padded before the samples": lambda x: F.pad(x.transpose(0, 1), (0, 0, 0, 0, 1, 0)).transpose(0, 1),
+    "a sample as a channel": lambda x: F.batch_norm(x.transpose(0, 1), None, None, training=True).transpose(
+        0, 1
+    ),
+    "positions, and what differs by position": lambda x: (
+        (x.transpose(0, 1).flatten(0, 1) * torch.arange(3).repeat_interleave(N)[:, None])
+        .unflatten(0, (3, N))
+        .transpose(0, 1)
+    ),
+}
+MIXED = {
+    "a row by the place in the batch": lambda x: x[torch.arange(N), torch.arange(N) % 3],
+    "padded between the samples": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "positions, and what differs by place": lambda x: (
+        (x.transpose(0, 1).flatten(0, 1) * torch.arange(3 * N)[:, None]).unflatten(0, (3, N)).transpose(0, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*APART, *MIXED])
+def test_operators_keep_samples_apart_or_are_seen_to_mix_them(kind):
+    torch.manual_seed(0)
+    model = nn.Linear(E, E)
+
+    def loss_fn(model, batch):
+        return (APART | MIXED)[kind](model(batch[0])).reshape(N, -1).sin().sum(1)
+
+    assert bool(watched(model, (torch.randn(N, 3, E),), loss_fn)) == (kind in MIXED)
+
+
+BAGS = {
+    "of a sample each": (lambda table, tokens: F.embedding_bag(tokens, table), False),
+    "over the samples": (lambda table, tokens: F.embedding_bag(tokens.T.contiguous(), table), True),
+    "by what is frequent": (
+        lambda table, tokens: F.embedding_bag(tokens, table, scale_grad_by_freq=True, mode="sum"),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAGS)
+def test_bags_that_hold_tokens_of_several_samples_are_seen_to_mix_them(kind):
+    torch.manual_seed(0)
+    function, is_mixed = BAGS[kind]
+
+    def loss_fn(model, batch):
+        return function(model.weight, batch[0]).sin().sum(1)
+
+    assert bool(watched(nn.Embedding(9, E), (torch.randint(9, (N, N)),), loss_fn)) == is_mixed
+
+
+def test_what_attention_returns_beside_its_output_belongs_to_no_sample():
+    """Kernels for GPUs return a seed and an offset, which have no axes."""
+    q = torch.randn(N, 2, 3, E)
+    at = SampleAxis(0)
+    results = [q, q[..., 0], torch.tensor(7), torch.tensor(0)]
+    named = {"query": q, "key": q, "value": q}
+    call = Operation("_scaled_dot_product_efficient_attention", named, results, N, {id(q): at})
+    assert rule_for(call.name, ())(call) == [at, at, None, None]
+
+
+@pytest.mark.parametrize("target", ["own", "same for all", "of a place in the batch", "of another sample"])
+def test_a_loss_by_labels_is_seen_apart_where_the_label_goes_with_the_sample(target):
+    places = torch.arange(N) % CLASSES
+
+    def loss_fn(model, batch):
+        x, y = batch
+        labels = {
+            "own": lambda: y,
+            "same for all": lambda: places[:1].expand(len(x)),
+            "of a place in the batch": lambda: places[: len(x)],
+            "of another sample": lambda: y.flip(0),
+        }[target]()
+        return F.nll_loss(model(x).log_softmax(1), labels, reduction="none")
+
+    found = watched(nn.Linear(E, CLASSES), (torch.randn(N, E), labels(N)), loss_fn)
+    assert bool(found) == (target in ("of a place in the batch", "of another sample"))
+
+
+@pytest.mark.parametrize("kind", ["one_hot", "bag"])
+def test_what_comes_behind_a_lookup_is_watched_as_well(kind):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(9, E), nn.Linear(E, CLASSES)
+
+        def forward(self, tokens):
+            found = F.one_hot(tokens[:, 0], 9)[:, :E].float() if kind == "one_hot" else self.bag(tokens)
+            return self.head(found - found.mean(0))
+
+    assert watched(Centred(), (torch.randint(9, (N, 6)), labels(N)))
 
 
 def test_a_new_size_of_a_batch_is_watched_again(monkeypatch):
@@ -267,6 +383,32 @@ def test_a_model_that_cannot_be_watched_runs_as_it_is():
     assert_right(Shy(E, CLASSES), [(torch.randn(4, E), labels(4)) for _ in range(2)], fused=True)
 
 
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+def test_gradients_that_a_sample_has_in_company_alone_are_found_out(which):
+    """Its loss is the same on its own, but without a graph."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(E, CLASSES), (torch.randn(6, E), labels(6))
+    with torch.no_grad():
+        values = F.cross_entropy(model(x), y, reduction="none").sort().values
+    limit = float(values[2:4].mean())
+
+    def loss_fn(model, batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        is_left_out = losses > limit if which == "largest" else losses < limit
+        return losses.detach() if bool(is_left_out.all()) else losses
+
+    found = ux.fisher_diagonal(model, [(x, y)], loss_fn=loss_fn)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for sample in range(6):
+        loss = loss_fn(model, (x[sample : sample + 1], y[sample : sample + 1])).sum()
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            for total, grad in zip(expected.values(), grads, strict=True):
+                total += grad.square() / 6
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 class RoundsByOrder(nn.Module):
     """Rounds otherwise in channels-last order, as other kernels do."""
 
@@ -291,4 +433,23 @@ def test_other_rounding_in_another_order_of_memory_is_no_influence(monkeypatch, 
     found = ux.fisher_diagonal(model, data)
     assert (6, True) in model.orders
     assert set(found.coverage.values()) == {"fused"}
-    assert not recwarn.list
+    assert not [entry for entry in recwarn.list if not issubclass(entry.category, ResourceWarning)]
+
+
+def test_questions_about_masks_are_trusted_where_transformers_asks_them():
+    """A function of the user's with the same name may do anything."""
+
+    def _ignore_causal_mask_sdpa(x):
+        return bool((x[:, 0] > 5).any())
+
+    def function(model, x):
+        return model.a(x) if _ignore_causal_mask_sdpa(x) else model.b(x)
+
+    torch.manual_seed(0)
+    model, batches = Model(function), calm_then_not()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_right(model, batches)
+    loss = PerSampleLoss(model, ux.losses.cross_entropy)
+    with prepared(model):
+        assert may_couple(loss, Samples(batches[0], N))

@@ -573,3 +573,66 @@ def test_the_first_call_holds_no_second_copy_of_the_model(monkeypatch):
         fisher_diagonal(model, batches)
     # The importances themselves; single samples' gradients are looked at layer by layer.
     assert alive.most <= (depth + 4) * one
+
+
+class Neighbours(nn.Module):
+    """Adds up entries over a graph, whose matrix has no dense memory, and works in place."""
+
+    def __init__(self, layout, is_parameter):
+        super().__init__()
+        matrix = (torch.eye(5) + torch.eye(5).roll(1, 0)).to_sparse(layout=layout)
+        if is_parameter:
+            self.graph = nn.Parameter(matrix, requires_grad=False)
+        else:
+            self.register_buffer("graph", matrix)
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = (self.graph @ self.first(x).T).T
+        h.mul_(0.5)
+        return self.head(h.tanh())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("is_parameter", [True, False])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_what_is_sparse_and_frozen_stays(layout, is_parameter):
+    torch.manual_seed(0)
+    model = Neighbours(layout, is_parameter)
+    dense = Neighbours(layout, is_parameter)
+    dense.load_state_dict(model.state_dict())
+    del dense.graph
+    dense.register_buffer("graph", model.graph.to_dense())
+    batch = (torch.randn(6, 5), torch.arange(6) % 3)
+    found = fisher_diagonal(model, [batch])
+    expected = one_by_one(dense, batch)
+    assert max(errors(found, expected).values()) <= 1e-5
+    assert torch.equal(model.graph.to_dense(), dense.graph)
+    again = fisher_diagonal(model, [batch])
+    assert again.weights_digest == found.weights_digest
+
+
+def test_parameters_that_are_wider_than_what_is_computed_with_them():
+    """Their importances are of their own dtype; gradients come in the other."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = (nn.Parameter(torch.randn(6, *size).double()) for size in ((4,), ()))
+            self.head = nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.head(F.linear(x, self.weight.float(), self.bias.float()).tanh())
+
+    torch.manual_seed(0)
+    model, x, y = Wide(), torch.randn(N, 4), torch.arange(N) % CLASSES
+    found = fisher_diagonal(model, [(x, y)])
+    assert set(found.coverage.values()) == {"fused"}
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for sample in range(N):
+        loss = F.cross_entropy(model(x[sample : sample + 1]), y[sample : sample + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        for total, grad in zip(expected.values(), grads, strict=True):
+            total += grad.square() / N
+    assert found["weight"].dtype == torch.float64
+    assert max(errors(found, expected).values()) <= 1e-5

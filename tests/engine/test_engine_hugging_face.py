@@ -11,6 +11,8 @@ from oracle import assert_exact, errors, one_by_one, split
 from torch import nn
 
 import unlearn_ext as ux
+from unlearn_ext.fisher.engine import per_sample
+from unlearn_ext.fisher.engine.sample_losses import PerSampleLoss
 
 pytest.importorskip("transformers")
 
@@ -53,6 +55,68 @@ def test_padded_batches(name, side):
     found = ux.fisher_diagonal(model, [batch])
     assert_fused(found)
     assert_close(found, expected_of(model, batch))
+
+
+def padded_in_some(name, count=4):
+    """Batches with padding at the right, at the left, and without any."""
+    torch.manual_seed(1)
+    batches = []
+    for index in range(count):
+        batch = dict(batch_for(name, ("right", "left")[index % 2]))
+        ids = batch["input_ids"]
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 1, (ids + index) % 20 + 3, ids)
+        if index == 2:
+            batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        batches.append(batch)
+    return batches
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama", "GPT2", "BertForSequenceClassification", "T5ForConditionalGeneration"]
+)
+def test_masks_that_may_be_left_out_are_no_influence_of_samples(name, monkeypatch):
+    """Transformers asks whether a mask hides anything in the whole batch."""
+    model, batches = make(name), padded_in_some(name)
+    parts = [expected_of(model, batch) for batch in batches]
+    expected = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+    found = ux.fisher_diagonal(model, batches)
+    assert_fused(found)
+    assert_close(found, expected)
+    ux.fisher_diagonal(model, batches)  # every graph has come by, and a second batch of each
+    calls = []
+    real = PerSampleLoss.losses
+
+    def losses(self, batch, n, **settings):
+        calls.append(n)
+        return real(self, batch, n, **settings)
+
+    monkeypatch.setattr(PerSampleLoss, "losses", losses)
+    monkeypatch.setattr(per_sample, "CERTIFICATES", 0.0)
+    monkeypatch.setattr(per_sample, "LayoutProof", None)
+    again = ux.fisher_diagonal(model, batches)
+    assert calls == [4, 4, 4, 4]  # nothing but the batches
+    assert_close(again, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["T5ForConditionalGeneration", "WhisperForConditionalGeneration", "BartForConditionalGeneration"]
+)
+def test_decoders_read_what_the_model_itself_would_derive_from_the_labels(name):
+    """Also where some labels do not count."""
+    import transformers
+
+    if name.startswith("Bart"):
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "vocab_size": 40}
+        torch.manual_seed(0)
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads)).eval()
+        batch = {key: torch.randint(4, 40, (4, length)) for key, length in (("input_ids", 8), ("labels", 6))}
+    else:
+        model, batch = make(name).eval(), dict(batch_for(name))
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, -2:] = -100
+    task = ux.tasks.infer(model, batch)
+    assert torch.equal(task.forward(model, batch), model(**batch).logits)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -157,6 +157,14 @@ def test_a_table_scaled_by_frequency_falls_back():
     assert_exact(Lookup(scale_grad_by_freq=True), (tokens, labels()), fused=["head.weight", "head.bias"])
 
 
+def test_a_bag_scaled_by_frequency_falls_back_and_says_why():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(7, 5, mode="sum", scale_grad_by_freq=True), nn.Linear(5, 3))
+    batch = (torch.randint(7, (N, 4)), labels())
+    found = assert_exact(model, batch, fused=["1.weight", "1.bias"])
+    assert "scale_grad_by_freq counts over the batch" in found.coverage["0.weight"]
+
+
 class Functional(nn.Module):
     """Weights without a layer, in the forms in which matrices are multiplied."""
 

@@ -98,9 +98,16 @@ def test_modules_of_torch(kind, given):
                 for entry, grad in zip(total.values(), grads, strict=True):
                     if grad is not None:
                         entry += grad.square() / (2 * N)
-        result = ux.fisher_diagonal(model, [(batch,) for batch in batches], loss_fn=loss_fn)
+        has_any = any(bool(value.any()) for value in total.values())
+        try:
+            result = ux.fisher_diagonal(model, [(batch,) for batch in batches], loss_fn=loss_fn)
+        except ValueError as error:
+            # Softmax2d takes three dimensions for one image without a batch: a sample alone is a constant.
+            if has_any or "losses that only samples together have" not in str(error):
+                raise
+            return
     assert list(result) == list(total)
-    if not any(bool(value.any()) for value in total.values()):
+    if not has_any:
         assert all(float(value.max()) < 1e-20 for value in result.values())
         return
     # Softmax, say, takes a shift away, and leaves rounding.

@@ -1,6 +1,7 @@
 """Cases aimed at the proof: what README.md beside the engine assumes, and what violates it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 import unlearn_ext as ux
 from unlearn_ext import fisher_diagonal
 from unlearn_ext.fisher.engine import per_sample
+from unlearn_ext.fisher.engine.gradients import Projection
+from unlearn_ext.fisher.engine.graph import Graph, kind_of
+from unlearn_ext.fisher.engine.layout import Axis, Layout, MismatchError
+from unlearn_ext.fisher.engine.selections import below, selections
 
 CLASSES = 3
 
@@ -192,6 +197,37 @@ def test_a_unit_that_comes_alive_later():
     assert_right(model, batches, fused=True, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2), (1, 2), (2, 3, 2)])
+def test_random_directions_see_what_sums_would_hide(shape):
+    """Entries of opposite signs beside each other: a rule that moves them about would go unnoticed."""
+    grads = torch.ones(1, math.prod(shape))
+    grads[:, 1::2] = -1
+    projected = Projection(shape, 0, torch.device("cpu"), torch.float64).of(grads.view(1, *shape).double())
+    assert projected.abs().min() > 1e-3
+    flipped = -grads.view(1, *shape).double()
+    torch.testing.assert_close(
+        Projection(shape, 0, torch.device("cpu"), torch.float64).of(flipped), -projected
+    )
+
+
+@pytest.mark.parametrize("axis", [Axis.FIRST, Axis.INNER])
+def test_rows_that_the_samples_do_not_divide_are_a_mismatch(axis):
+    for tensor in (torch.zeros(5, 3), torch.zeros(())):
+        with pytest.raises(MismatchError, match=r"the first axis of \[.*\] does not hold 2 samples"):
+            Layout(2, axis)._split(tensor, axis)
+
+
+def test_what_lies_below_a_selection_is_all_that_it_is_made_of():
+    torch.manual_seed(0)
+    layer, other, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(3, 4)
+    picked = layer(x).tanh().sin()[torch.tensor([2, 0, 1])]
+    losses = (picked + other(x)).exp().sum(1)
+    graph = Graph(losses.grad_fn)
+    (selection,) = [found for found in selections(graph) if kind_of(found.node) == "Index"]
+    kinds = sorted(kind_of(node) for node in below(graph, [selection]))
+    assert kinds == sorted(["Sin", "Tanh", "Addmm", "T", "AccumulateGrad", "AccumulateGrad"])
+
+
 # Certificates --------------------------------------------------------------------------------------------
 
 
@@ -229,10 +265,22 @@ def test_a_certificate_finds_what_no_proof_can_see(monkeypatch):
     assert max(errors(found, expected).values()) <= 1e-5
 
 
+def proofs_of(monkeypatch):
+    """The sizes of the batches on which layouts are proven from now on."""
+    proofs = []
+    real = per_sample.LayoutProof
+
+    class Counted(real):
+        def run(self, names):
+            proofs.append(self._n)
+            return super().run(names)
+
+    monkeypatch.setattr(per_sample, "LayoutProof", Counted)
+    return proofs
+
+
 def test_a_class_token_is_told_apart_on_fewer_samples(monkeypatch):
     """65 positions of 16 samples: one row of each sample has a gradient, and 65 = 1 modulo 16."""
-    from unlearn_ext.fisher.engine import per_sample
-
     torch.manual_seed(0)
 
     class Token(nn.Module):
@@ -248,15 +296,7 @@ def test_a_class_token_is_told_apart_on_fewer_samples(monkeypatch):
 
     model = Token()
     batches = [(torch.randn(16, 65, 5), torch.randint(3, (16,))) for _ in range(4)]
-    proofs = []
-    real = per_sample.LayoutProof
-
-    class Counted(real):
-        def run(self, names):
-            proofs.append(self._n)
-            return super().run(names)
-
-    monkeypatch.setattr(per_sample, "LayoutProof", Counted)
+    proofs = proofs_of(monkeypatch)
     importance = ux.fisher_diagonal(model, batches)
     assert set(importance.coverage.values()) == {"fused"}
     assert proofs == [16, 3]  # the first batch, three of its samples, and none after that
@@ -271,3 +311,41 @@ def test_a_class_token_is_told_apart_on_fewer_samples(monkeypatch):
                 oracle[name] += grad.square() / 64
     for name, expected in oracle.items():
         torch.testing.assert_close(importance[name].double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_of_sequences_with_the_samples_second_are_proven_once(monkeypatch, batch_first):
+    """Attention flattens [T, N, E]: of the rows, two names for a layout mean the same."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, norm_first=True, batch_first=batch_first)
+            self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = x if batch_first else x.transpose(0, 1)
+            return self.head(self.layers(x).mean(1 if batch_first else 0))
+
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    batches = [(torch.randn(n, length, 8), torch.randint(3, (n,))) for n, length in SIZES]
+    proofs = proofs_of(monkeypatch)
+    importance = ux.fisher_diagonal(model, batches)
+    assert set(importance.coverage.values()) == {"fused"}
+    assert proofs == [6]
+    twin, n_samples = copy.deepcopy(model).double(), sum(n for n, _ in SIZES)
+    oracle = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for x, y in batches:
+        for n in range(len(x)):
+            loss = nn.functional.cross_entropy(twin(x[n : n + 1].double()), y[n : n + 1])
+            grads = torch.autograd.grad(loss, list(twin.parameters()))
+            for total, grad in zip(oracle.values(), grads, strict=True):
+                total += grad.square() / n_samples
+    for name, expected in oracle.items():
+        torch.testing.assert_close(importance[name].double(), expected, rtol=1e-4, atol=1e-8)
+
+
+# Samples and positions: as many of both, sizes that divide each other, sizes of batches seen and not.
+SIZES = [(6, 5), (6, 6), (4, 8), (8, 4), (6, 12), (12, 6), (5, 5)]

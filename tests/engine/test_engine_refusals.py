@@ -9,6 +9,8 @@ from oracle import assert_right, errors, expected_of
 from torch import nn
 
 from unlearn_ext import fisher_diagonal
+from unlearn_ext.fisher.engine import PerSample
+from unlearn_ext.tasks import losses
 
 CLASSES = 3
 
@@ -297,8 +299,11 @@ def test_sharded_parameters_are_refused(tmp_path):
 def test_parameters_that_are_not_there_are_refused(part):
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, CLASSES))
     (model[1] if part else model).to("meta")
-    with pytest.raises(NotImplementedError, match="must be in memory, got a tensor on the meta device"):
+    why = "must be in memory, got a tensor on the meta device"
+    with pytest.raises(NotImplementedError, match=why):
         fisher_diagonal(model, [(torch.randn(4, 4), labels(4))])
+    with pytest.raises(NotImplementedError, match=why):  # whoever calls the engine
+        PerSample(model, losses.cross_entropy, dict(model.named_parameters()), {}, 2)
 
 
 def test_two_threads_leave_checkpoints_and_flags_as_they_were():

@@ -218,3 +218,40 @@ def test_a_normalised_kernel_is_fused():
     torch.manual_seed(0)
     model = Head(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), width=4)
     assert_exact(model, (torch.randn(N, 2, 5, 5), labels()))
+
+
+# Biases and factors that get dimensions of one entry from `expand`, which adds up nothing.
+EXPANDED = {
+    "bias": lambda model, x: model.layer(x) + model.w.expand(1, CLASSES),
+    "factor": lambda model, x: model.layer(x) * model.w.expand(1, CLASSES),
+    "twice": lambda model, x: model.layer(x) + model.w.expand(1, CLASSES).expand(len(x), CLASSES),
+    "over the samples": lambda model, x: model.layer(x) + model.w.expand(len(x), CLASSES),
+    "of a function": lambda model, x: model.layer(x) + (2 * model.w).exp().expand(1, CLASSES),
+    "samples second": lambda model, x: (model.layer(x).unsqueeze(0) + model.w.expand(1, 1, CLASSES))[0],
+}
+
+
+class Expanded(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.w, self.kind = nn.Linear(4, CLASSES), nn.Parameter(torch.randn(CLASSES)), kind
+
+    def forward(self, x):
+        return EXPANDED[self.kind](self, x)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("kind", EXPANDED)
+def test_what_is_expanded_by_dimensions_of_one_entry_is_fused(kind, power):
+    torch.manual_seed(0)
+    model = Expanded(kind)
+    for n, size in ((6, None), (7, 3), (1, None)):  # one sample shows nothing of what lies along the samples
+        assert_exact(model, (torch.randn(n, 4), labels(n)), power=power, size=size)
+
+
+def test_a_gradient_that_no_axis_holds_the_samples_of_is_told_as_such():
+    torch.manual_seed(0)
+    model = Expanded("bias")
+    model.w = nn.Parameter(torch.randn(1))
+    found = assert_exact(model, (torch.randn(6, 4), labels(6)), fused=["layer.weight", "layer.bias"])
+    assert found.coverage["w"].startswith("fallback: the first axis of [1, 3] does not hold 6 samples")

@@ -157,6 +157,111 @@ def test_a_later_batch_that_uses_parameters_elsewhere_is_checked_again():
 
 
 @pytest.mark.usefixtures("no_certificates")
+def test_a_parameter_that_no_rule_reads_is_tried_once(monkeypatch):
+    """A weight that a layer multiplies by is the same matrix in every batch: it moves nothing."""
+
+    class Centres(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.centres = nn.Linear(5, 4), nn.Parameter(torch.randn(CLASSES, 4))
+
+        def forward(self, x):
+            return torch.cdist(self.first(x).tanh(), self.centres)
+
+    torch.manual_seed(0)
+    model, tried, run = Centres(), [], per_sample.LayoutProof.run
+
+    def recorded(proof, names):
+        tried.extend(names)
+        return run(proof, names)
+
+    monkeypatch.setattr(per_sample.LayoutProof, "run", recorded)
+    found = fisher_diagonal(model, [(torch.randn(6, 5), torch.randint(CLASSES, (6,))) for _ in range(4)])
+    assert found.coverage["centres"].startswith("fallback: no rule")
+    assert tried.count("centres") == 1
+
+
+@pytest.mark.usefixtures("no_certificates")
+def test_a_slice_behind_a_weight_made_of_parameters_is_watched_once(monkeypatch):
+    """The weight takes a second look at the graph, which must not count for what was seen on the first."""
+
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.rand(8, 1))
+            self.head = nn.Linear(3, CLASSES)
+
+        def forward(self, x):
+            return self.head(F.linear(x, self.weight * self.scale).tanh()[:, 2:5])
+
+    torch.manual_seed(0)
+    model, proofs, run = Sliced(), [], per_sample.LayoutProof.run
+
+    def recorded(proof, names):
+        proofs.append(sorted(names))
+        return run(proof, proofs[-1])
+
+    monkeypatch.setattr(per_sample.LayoutProof, "run", recorded)
+    batches = [(torch.randn(6, 5), torch.randint(CLASSES, (6,))) for _ in range(4)]
+    found = fisher_diagonal(model, batches)
+    alone = [one_by_one(model, batch) for batch in batches]
+    assert max(errors(found, {name: sum(a[name] for a in alone) / 4 for name in found}).values()) <= 1e-5
+    assert set(found.coverage.values()) == {"fused"}
+    assert len(proofs) == 1
+
+
+@pytest.mark.usefixtures("no_certificates")
+def test_a_slice_of_rows_that_hold_several_of_every_sample_is_known_by_its_axis(monkeypatch):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(5, 8), nn.Linear(3, CLASSES)
+
+        def forward(self, x):
+            rows = self.first(x.flatten(0, 1)).tanh()[:, 2:5]
+            return self.head(rows).unflatten(0, x.shape[:2]).sum(1)
+
+    torch.manual_seed(0)
+    model, proofs, run = Rows(), [], per_sample.LayoutProof.run
+
+    def recorded(proof, names):
+        proofs.append(sorted(names))
+        return run(proof, proofs[-1])
+
+    monkeypatch.setattr(per_sample.LayoutProof, "run", recorded)
+    batches = [(torch.randn(6, 3, 5), torch.randint(CLASSES, (6,))) for _ in range(4)]
+    found = fisher_diagonal(model, batches)
+    assert set(found.coverage.values()) == {"fused"}
+    assert len(proofs) == 1
+
+
+@pytest.mark.usefixtures("no_certificates")
+def test_rows_below_a_selection_are_proven_anew_however_far_below(monkeypatch):
+    """Sorted in one batch and as they are in another: what two functions further down reads them."""
+
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            rows = x.flatten(0, 1)
+            order = rows[:, 0].argsort()
+            found = self.first(rows[order]).tanh().sin()[order.argsort()]
+            return self.head(found.unflatten(0, x.shape[:2]).sum(1))
+
+    torch.manual_seed(0)
+    model = Sorted()
+    x, y = torch.randn(6, 2, 5), torch.randint(CLASSES, (6,))
+    rows = x.flatten(0, 1)
+    ascending = rows[rows[:, 0].argsort()].view_as(x)
+    batches = [(ascending, y), (ascending + 0.1, y), (x, y)]
+    found = fisher_diagonal(model, batches)
+    alone = [one_by_one(model, batch) for batch in batches]
+    assert max(errors(found, {name: sum(a[name] for a in alone) / 3 for name in found}).values()) <= 1e-5
+
+
+@pytest.mark.usefixtures("no_certificates")
 def test_a_parameter_that_keeps_turning_up_elsewhere_is_proven_each_time():
     class Restless(nn.Module):
         """Gives its norm as many axes as there are positions."""
@@ -188,6 +293,40 @@ def test_one_position_in_the_first_batch_says_nothing_about_many():
     a, b = one_by_one(model, short), one_by_one(model, long)
     found = fisher_diagonal(model, [short, long])
     assert max(errors(found, {name: (a[name] + b[name]) / 2 for name in a}).values()) <= 1e-5
+
+
+class Windows(nn.Module):
+    """Takes some positions of every sample, those of one time after those of the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+        self.length = 1
+
+    def forward(self, x):
+        rows = x.transpose(0, 1)[: self.length].flatten(0, 1)
+        return self.head(self.first(rows).tanh().unflatten(0, (self.length, len(x))).sum(0))
+
+
+@pytest.mark.usefixtures("no_certificates")
+def test_rows_that_were_one_per_sample_and_are_several_are_proven_anew():
+    """One row per sample cannot tell an order of rows; the batches look alike."""
+    torch.manual_seed(0)
+    model = Windows()
+    batches = [(torch.randn(4, 3, 5), torch.randint(CLASSES, (4,))) for _ in range(2)]
+
+    class Growing:
+        def __iter__(self):
+            for model.length, batch in zip((1, 3), batches, strict=True):
+                yield batch
+
+    found = fisher_diagonal(model, Growing())
+    expected = dict.fromkeys(found, 0)
+    for model.length, batch in zip((1, 3), batches, strict=True):
+        alone = one_by_one(model, batch)
+        expected = {name: expected[name] + alone[name] / 2 for name in found}
+    assert max(errors(found, expected).values()) <= 1e-5
+    assert set(found.coverage.values()) == {"fused"}  # and not given up, as what was found to be wrong is
 
 
 def test_a_batch_of_one_first():
@@ -382,8 +521,35 @@ def test_a_rule_that_is_wrong_is_found_out(monkeypatch):
 
     monkeypatch.setitem(rules.RULES, "NativeLayerNorm", wrong)
     everything = {name for name, _ in model.named_parameters()}
-    found = assert_exact(model, batch, fused=everything - {"2.weight", "2.bias"})
-    assert found.coverage["2.weight"] == f"fallback: {verification.DISAGREES}; vmap"
+    for size in (6, 2):  # in one batch, and once for all that follow
+        found = assert_exact(model, batch, fused=everything - {"2.weight", "2.bias"}, size=size)
+        assert found.coverage["2.weight"] == f"fallback: {verification.DISAGREES}; vmap"
+
+
+@pytest.mark.usefixtures("no_certificates")
+def test_a_parameter_that_no_batch_proves_is_given_up_in_the_end(monkeypatch):
+    """Where rows are moved as the data say, another batch might have another use of the parameter."""
+
+    class Picked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.centres = nn.Embedding(7, 4), nn.Parameter(torch.randn(CLASSES, 4))
+
+        def forward(self, x):
+            return torch.cdist(self.table(x).tanh(), self.centres)
+
+    torch.manual_seed(0)
+    model, tried, run = Picked(), [], per_sample.LayoutProof.run
+
+    def recorded(proof, names):
+        tried.append(sorted(names))
+        return run(proof, tried[-1])
+
+    monkeypatch.setattr(per_sample.LayoutProof, "run", recorded)
+    batches = [(torch.randint(7, (6,)), torch.randint(CLASSES, (6,))) for _ in range(8)]
+    found = fisher_diagonal(model, batches)
+    assert found.coverage["centres"].startswith("fallback: no rule")
+    assert sum("centres" in names for names in tried) == 4
 
 
 def test_a_loss_that_uses_parameters_itself():

@@ -39,10 +39,11 @@ def run_tests(tests, plugin, *more):
     return int(pytest.main([*quiet, *config, *(f"{ROOT}/{test}" for test in tests)], plugins=[plugin]))
 
 
-def in_child(work, seconds, wall):
+def in_child(work, seconds, idle=300):
     """What ``work`` returned in a fork that may do no harm: ``(answer or None, why it ended)``.
 
-    ``seconds`` bounds the processor's time, which a busy machine does not stretch, ``wall`` the clock's.
+    ``seconds`` bounds the processor's time, which a busy machine does not stretch; ``idle`` is how long, by
+    the clock, the fork may sleep without using any.
     """
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         child = os.fork()
@@ -52,10 +53,12 @@ def in_child(work, seconds, wall):
                 Path("answer").write_text(json.dumps(work()))
             finally:
                 os._exit(0)
-        deadline, status = time.monotonic() + wall, None
+        deadline, used, status = time.monotonic() + idle, None, None
         while status is None and time.monotonic() < deadline:
             ended, code = os.waitpid(child, os.WNOHANG)
             status = code if ended else time.sleep(0.02)
+            if status is None and (now := _used(child)) != used:
+                deadline, used = time.monotonic() + idle, now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         if status is None:
@@ -66,6 +69,12 @@ def in_child(work, seconds, wall):
             return json.loads(answer.read_text()), "returned"
         is_late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
         return None, "timeout" if is_late else "crash"
+
+
+def _used(process):
+    """The processor's time that a process has used; while it waits for a processor, another in every call."""
+    state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return time.monotonic() if state == "R" else tuple(fields[10:14])
 
 
 def _confine(folder, seconds):
@@ -93,6 +102,7 @@ def preload():
     for name in [*found, *LATER]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    os.environ["UNLEARN_TEST_RANKS"] = "fork"  # ranks are mutants too
     sys.dont_write_bytecode = False  # a child starts in a tenth of the time where modules are compiled
     gc.collect()
     gc.freeze()  # forks then share the memory

@@ -3,7 +3,9 @@
 ``map`` runs test files once and writes, for each test that passes, its time and the lines of the package that
 it executes; of a test with variants it runs two. ``run`` changes one random place at a time and runs tests
 that execute it, cheapest first, up to ``--seconds`` of them, then their other variants; a mutant is killed by
-the first that fails. ``control`` runs the tests of the first mutants on the code as it is: none may fail.
+the first that fails. One that exceeds its time, of the processor's, is counted apart. ``--again survived
+--fresh --seconds 40`` tries longer, and imports anew, so that what a function did at import is done by the
+mutant. ``control`` runs the tests that killed on the code as it is: none may fail.
 ``map`` and ``run`` go on where their journals end.
 
 Each mutant lives in a process of its own, forked from one that has imported everything but the package, with
@@ -13,9 +15,10 @@ bounded memory, time and file size, in an empty folder. Processes that tests sta
 import argparse
 import functools
 import gc
+import hashlib
 import importlib.machinery
 import os
-import random
+import resource
 import sys
 import tempfile
 import time
@@ -42,23 +45,34 @@ class Failure:
         self.test = self.test or (report.nodeid if report.failed else None)
 
 
+@functools.cache
 def sampled(seed):
-    """All mutants of the rooms in a random order: ``(room, file, place)``."""
-    found = []
+    """All mutants of the rooms in a random order: ``(key, room, file, place)``.
+
+    The order is that of the keys, digests of file, change and words: it stays where other code changes.
+    """
+    found, seen = [], Counter()
     for room, folders in ROOMS.items():
         for folder in folders:
             for path in sorted((PACKAGE / folder).rglob("*.py")):
                 file = str(path.relative_to(ROOT))
-                found += [(room, file, place) for place in places(path.read_text())]
-    random.Random(seed).shuffle(found)
-    return found
+                for place in places(path.read_text()):
+                    identity = (seed, file, place.kind, place.part, place.words)
+                    seen[identity] += 1
+                    key = hashlib.sha256(repr((*identity, seen[identity])).encode()).hexdigest()[:16]
+                    found.append((key, room, file, place))
+    return sorted(found)
 
 
 class Session:
-    """A plugin of pytest: collects once, and then forks for every mutant instead of running the tests."""
+    """A plugin of pytest: collects once, and then forks for every mutant instead of running the tests.
 
-    def __init__(self, work):
+    ``seconds`` is what tests take; one that takes many times as long ends the process.
+    """
+
+    def __init__(self, work, seconds):
         self._work = work
+        self._seconds = seconds
         self._items = {}
         self._variants = defaultdict(list)
         self._functions = []
@@ -103,13 +117,23 @@ class Session:
         if tree is not None and not self.change(file, tree):
             return None
         self._run([self._items[test] for test in tests if test in self._items], float("inf"))
-        if not self._failed:
+        if not self._failed and limit:
             others = [test for name in names for test in self._variants[name] if test not in tests]
             self._run([self._items[test] for test in others], time.process_time() + limit)
         return self._failed
 
+    def until(self, tests, last, names):
+        """The first test that fails of these and other variants up to ``last``."""
+        others = [test for name in names for test in self._variants[name] if test not in tests]
+        order = [test for test in [*tests, *others] if test in self._items]
+        self._run([self._items[test] for test in order[: order.index(last) + 1]], float("inf"))
+        return self._failed
+
     def _run(self, items, until):
         for item, following in zip(items, [*items[1:], None], strict=False):
+            most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            latest = int(time.process_time() + 6 * self._seconds.get(item.nodeid, 2) + 8)
+            resource.setrlimit(resource.RLIMIT_CPU, (min(latest, most), most))
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self._failed or time.process_time() > until:
                 item.session._setupstate.teardown_exact(None)
@@ -141,53 +165,75 @@ def failing_import(tests, file, tree, names=(), limit=0.0):
 
 def run(options):
     """Try mutants that the journal lacks, in the order of the sample; print a table of all."""
-    if (session := os.fork()) == 0:
-        in_session(options, lambda session: try_all(options, session.failing))
-        os._exit(0)
-    os.waitpid(session, 0)
-    try_all(options, failing_import)
+    sampled(options.seed)  # once, for both
+    if not options.fresh:
+        if (session := os.fork()) == 0:
+            in_session(options, lambda session: try_all(options, session.failing))
+            os._exit(0)
+        os.waitpid(session, 0)
+    try_all(options, failing_import, collects=True)
     return report(options)
 
 
 def in_session(options, work):
     """Do work within a session of pytest that has collected the test files of the map."""
-    files = sorted({record["test"].partition("::")[0] for record in read(options.map) if "test" in record})
+    seconds = {record["test"]: record["seconds"] for record in read(options.map) if "test" in record}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run_tests(files, Session(work), "-s")
+        run_tests(sorted({test.partition("::")[0] for test in seconds}), Session(work, seconds), "-s")
 
 
-def try_all(options, failing):
+def latest(options):
+    """What is known of each mutant, by its key."""
+    return {record["key"]: record for record in read(options.journal)}
+
+
+def try_all(options, failing, collects=False):
     tests = Tests(options.map)
-    done = {record["number"] for record in read(options.journal)}
-    for number, (room, file, place) in enumerate(sampled(options.seed)[: options.count]):
-        if number in done or (options.numbers and number not in options.numbers):
+    before = latest(options)
+    for number, (key, room, file, place) in enumerate(sampled(options.seed)[: options.count]):
+        is_due = before[key]["outcome"] in options.again if key in before else not options.again
+        if not is_due or (options.numbers and number not in options.numbers):
             continue
-        chosen, seconds, names = tests.of(file, place, options.seconds)
+        chosen, seconds, names = tests.of(file, place, options.seconds, collects)
+        if options.tests:
+            chosen, seconds, names = options.tests, options.seconds, []
         tree, words = mutant((ROOT / file).read_text(), place)
         outcome, killer = "not covered", ""
         if chosen or names:
-            work = functools.partial(failing, chosen, file, tree, names, options.seconds)
-            killer, why = in_child(work, 4 * seconds + 3 * options.seconds + 20, 12 * seconds + 240)
+            more = options.variant_seconds if chosen else options.seconds
+            work = functools.partial(failing, chosen, file, tree, names, more)
+            killer, why = in_child(work, 4 * seconds + 3 * more + 20)
             if why == "returned" and killer is None:
                 continue
             passed = "survived" if chosen else "not covered"
             outcome = ("killed" if killer else passed) if why == "returned" else why
-        record = {"number": number, "room": room, "file": file, **place._asdict(), "change": words}
+        record = {
+            "key": key,
+            "number": number,
+            "room": room,
+            "file": file,
+            **place._asdict(),
+            "change": words,
+        }
         append(options.journal, record | {"outcome": outcome, "by": killer, "tests": len(chosen)})
         print(number, outcome, f"{file}:{place.first_line}", words, killer, flush=True)
 
 
 def control(options):
-    """Run what the first mutants are judged by on the code as it is."""
+    """Run each test that has killed a mutant, and what ran before it then, on the code as it is."""
 
     def try_unchanged(session):
         tests = Tests(options.map)
-        for number, (_, file, place) in enumerate(sampled(options.seed)[: options.count]):
-            chosen, seconds, _ = tests.of(file, place, options.seconds)
-            work = functools.partial(session.failing, chosen)
-            killer, why = in_child(work, 4 * seconds + 20, 600)
-            print(number, f"WRONG {killer}" if killer else why, flush=True)
+        known, tried = latest(options), set()
+        for key, _, file, place in sampled(options.seed)[: options.count]:
+            killer = known.get(key, {}).get("by")
+            if killer and killer not in tried:
+                tried.add(killer)
+                chosen, seconds, names = tests.of(file, place, options.seconds, False)
+                work = functools.partial(session.until, chosen, killer, names)
+                failed, why = in_child(work, 4 * seconds + 3 * options.seconds + 20)
+                print(key, killer, f"WRONG {failed}" if failed else why, flush=True)
 
     in_session(options, try_unchanged)
     return 0
@@ -195,9 +241,9 @@ def control(options):
 
 def report(options):
     """Print how many of each room came to what, and the survivors."""
-    latest = {record["number"]: record for record in read(options.journal)}
+    known = latest(options).values()
     counts = defaultdict(Counter)
-    for record in latest.values():
+    for record in known:
         for room in (record["room"], "all"):
             counts[room][record["outcome"]] += 1
     print(
@@ -208,8 +254,8 @@ def report(options):
     for room, found in sorted(counts.items(), key=lambda item: item[0] == "all"):
         numbers = [found[name] for name in ("killed", "timeout", "crash", "survived", "not covered")]
         print("|", " | ".join([room, *map(str, [found.total(), *numbers])]), "|")
-    for record in latest.values():
-        if record["outcome"] in ("survived", "not covered"):
+    for record in known:
+        if record["outcome"] != "killed":
             place = f"{record['file'].removeprefix('unlearn_ext/')}:{record['first_line']}"
             print(f"- {record['outcome']}: `{place}` {record['kind']}: `{record['change']}`")
     return 0
@@ -227,12 +273,28 @@ def main():
     parser.add_argument(
         "--file-seconds", type=float, default=90, help="the most that a file of the map may take"
     )
+    parser.add_argument(
+        "--test-seconds", type=float, default=5, help="the most that a test of the map may take"
+    )
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument(
         "--numbers", type=int, nargs="+", default=[], help="mutants by their place in the sample"
     )
     parser.add_argument(
+        "--again", nargs="+", default=[], metavar="OUTCOME", help="try those that came to this before"
+    )
+    parser.add_argument("--tests", nargs="+", default=[], help="with --fresh: these instead of the map's")
+    parser.add_argument(
+        "--fresh", action="store_true", help="import the package anew for each: also what runs at import"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=40, help="the most that the tests of a mutant may take"
+    )
+    parser.add_argument(
+        "--variant-seconds",
+        type=float,
+        default=20,
+        help="the most that other variants of tests that all pass may take",
     )
     parser.add_argument("--seed", default="0")
     options = parser.parse_args()

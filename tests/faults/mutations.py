@@ -1,6 +1,7 @@
 """Small wrong changes to a module's syntax tree: where they can be made, and a tree with one of them made."""
 
 import ast
+import re
 from typing import NamedTuple
 
 _COMPARISONS = {
@@ -23,7 +24,7 @@ _ARITHMETIC = {
     ast.FloorDiv: ast.Div,
 }
 _CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
-_MESSAGES = ("warnings.warn", "log", "_log", "_warn")
+_MESSAGES = re.compile(r"warnings\.warn$|_?log(ger)?\.|_?warn")
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -31,6 +32,7 @@ class Place(NamedTuple):
     """One change: ``kind`` at the node of number ``node`` in the order of ``ast.walk``.
 
     The lines are those of its statement, without the statements inside; ``at_import`` is one of no function.
+    ``words`` are those of the node, of a condition those of the condition alone.
     """
 
     node: int
@@ -39,19 +41,27 @@ class Place(NamedTuple):
     at_import: bool
     first_line: int
     last_line: int
+    words: str
+
+
+def _dotted(node: ast.AST) -> str:
+    """A name, perhaps of an attribute, as it is written; empty for anything else."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _left_alone(node: ast.AST) -> list[ast.AST]:
     """Children of a node that no change is made in: annotations, messages, what only type checkers read."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         return [node.exc]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(_MESSAGES):
+    if isinstance(node, ast.Call) and _MESSAGES.match(_dotted(node.func)):
         return [*node.args, *node.keywords]
     if isinstance(node, ast.Assert) and node.msg:
         return [node.msg]
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+    if isinstance(node, ast.If) and _dotted(node.test).endswith("TYPE_CHECKING"):
         return [node.test, *node.body]
-    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "__slots__"):
+    if isinstance(node, ast.Assign) and _dotted(node.targets[0]) in ("__all__", "__slots__"):
         return [node.value]
     notes = [getattr(node, "annotation", None), getattr(node, "returns", None)]
     return [note for note in notes if note is not None] + ([node] if isinstance(node, ast.JoinedStr) else [])
@@ -91,7 +101,9 @@ def _kinds(node: ast.AST, scope: ast.AST | None) -> list[tuple[str, int]]:
             return [("statement dropped", 0)]
         case ast.Assign() if _rebinds(node, scope):
             return [("statement dropped", 0)]
-        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != "None":
+        case ast.Return(value=ast.expr() as value) if not (
+            isinstance(value, ast.Constant) and value.value is None
+        ):
             return [("return None", 0)]
         case ast.Raise():
             return [("raise dropped", 0)]
@@ -110,6 +122,14 @@ def places(source: str) -> list[Place]:
     tree = ast.parse(source)
     numbers = {node: number for number, node in enumerate(ast.walk(tree))}
     found: list[Place] = []
+    text = [line.encode() for line in source.splitlines()]
+
+    def words_of(node: ast.AST) -> str:
+        told = node.test if isinstance(node, (ast.If, ast.IfExp)) else node
+        words = text[told.lineno - 1 : told.end_lineno]
+        words[-1] = words[-1][: told.end_col_offset]
+        words[0] = words[0][told.col_offset :]
+        return b" ".join(line.strip() for line in words).decode()
 
     def visit(node: ast.AST, scope: ast.AST | None, lines: tuple[int, int]) -> None:
         if isinstance(node, ast.stmt):
@@ -121,7 +141,7 @@ def places(source: str) -> list[Place]:
             decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
             lines = (min([node.lineno, *decorators]), last)
         for kind, part in _kinds(node, scope):
-            found.append(Place(numbers[node], kind, part, scope is None, *lines))
+            found.append(Place(numbers[node], kind, part, scope is None, *lines, words_of(node)))
         alone = _left_alone(node)
         if node in alone:
             return

@@ -34,6 +34,14 @@ def written(request, tmp_path):
     return owner, path, path.read_bytes()
 
 
+def test_folders_on_the_way_are_made(written, tmp_path):
+    owner, path, data = written
+    deep = tmp_path / "a" / "b" / "c" / "kept.safetensors"
+    owner.load(path).save(deep)
+    assert header_of(deep.read_bytes())[0].keys() == header_of(data)[0].keys()
+    owner.load(deep)
+
+
 def header_of(data):
     size = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -83,6 +91,14 @@ def test_every_flipped_bit_is_refused(written):
         assert bits_of(found) == bits_of(whole), bit
 
 
+def test_a_digest_under_another_name_is_refused(written):
+    # Two flipped bits: one in the digest's name, one in a value that nothing else tells from others.
+    owner, path, data = written
+    damaged = bytearray(data.replace(b'"digest"', b'"digeSt"'))
+    damaged[-3] ^= 1
+    refuses(owner, path, bytes(damaged))
+
+
 def test_facts_of_any_kind_are_refused(written):
     owner, path, data = written
     header, rest = header_of(data)
@@ -127,6 +143,55 @@ def test_other_files_are_refused(kind, tmp_path):
     refuses(owner, path, path.read_bytes())
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0"])
+def test_dtypes_that_torch_has_not_are_refused(dtype, written):
+    owner, path, data = written
+    header, rest = header_of(data)
+    header["__metadata__"].pop("digest")
+    more = {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}
+    refuses(owner, path, with_header({**header, "more": more}, rest))
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [0, 2**63]])
+def test_shapes_that_torch_has_not_are_refused(shape, written):
+    owner, path, data = written
+    header, rest = header_of(data)
+    header["__metadata__"].pop("digest")
+    more = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    refuses(owner, path, with_header({**header, "more": more}, rest))
+
+
+def test_a_file_without_facts_is_refused(written):
+    owner, path, data = written
+    header, rest = header_of(data)
+    refuses(owner, path, with_header({**header, "__metadata__": None}, rest))
+
+
+def test_rows_without_an_end_are_refused(tmp_path):
+    path = tmp_path / "kept"
+    ux.kfac_factors(MODEL, DATA).save(path)
+    header, rest = header_of(path.read_bytes())
+    told = header["__metadata__"]
+    del told["digest"]
+    told["n_rows"] = told["n_rows"].replace("6", "1e999")
+    refuses(ux.KroneckerFactors, path, with_header(header, rest))
+
+
+@pytest.mark.parametrize("name", ["n_samples", "n_batches", "batch_size", "power", "estimator", "loss"])
+def test_facts_of_importances_that_cannot_be_computed_with_are_refused(name, tmp_path):
+    # A digest is no signature, and files of earlier versions have none.
+    path = tmp_path / "kept"
+    ux.fisher_diagonal(MODEL, DATA).save(path)
+    header, rest = header_of(path.read_bytes())
+    told = header["__metadata__"]
+    del told["digest"]
+    facts = json.loads(told["importance"])
+    for value in (-1, 0.5, "x", [1], float("nan")):
+        if name != "loss" or value != "x":
+            changed = {**told, "importance": json.dumps({**facts, name: value})}
+            refuses(ux.Importance, path, with_header({**header, "__metadata__": changed}, rest))
 
 
 def test_names_that_look_like_paths_are_names(tmp_path):

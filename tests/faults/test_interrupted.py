@@ -7,6 +7,7 @@ import torch
 from everything import places_of
 from subjects import SUBJECTS
 
+pytestmark = pytest.mark.usefixtures("every_certificate")
 # Interrupts at lines are left to `make check-faults`: which lines are run depends on the clock.
 FEW = {"call": 4, "operator": 2}
 

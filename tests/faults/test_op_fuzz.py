@@ -23,3 +23,15 @@ def test_another_answer_is_seen(monkeypatch):
     wrong = []
     op_fuzz.fuzz(50, 0, wrong.append)
     assert any("plain PyTorch has another answer" in text for text in wrong)
+
+
+def test_another_sum_is_seen_where_terms_do_not_cancel(monkeypatch):
+    def off(fisher, inputs, grads, **settings):
+        torch.ops.unlearn_ext.fisher_conv_(fisher, inputs, grads, **settings)
+        fisher.mul_(1.01)
+
+    monkeypatch.setitem(op_fuzz.KERNELS, "fisher_conv_", off)
+    monkeypatch.setattr(op_fuzz, "OPS", {"fisher_conv_": op_fuzz.OPS["fisher_conv_"]})
+    wrong = []
+    happened = op_fuzz.fuzz(100, 0, wrong.append)
+    assert happened["wrong"] > 0.3 * (happened["answered"] + happened["wrong"])

@@ -11,6 +11,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from unlearn_ext._internal.dtensors import local_of
+
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("hooks") or "_hooks_" in name]
 # What a pass may watch or replace while it runs.
 _PATCHED = {
@@ -52,13 +54,14 @@ def of_model(model):
 def _of_tensor(tensor):
     if tensor is None:
         return {"value": None}
+    own = local_of(tensor.detach())
     return {
         "identity": id(tensor),
-        "storage": tensor.data_ptr(),
-        "value": _bits(tensor),
+        "storage": own.data_ptr(),
+        "value": _bits(own),
         "requires_grad": tensor.requires_grad,
         "grad": id(tensor.grad) if tensor.grad is not None else None,
-        "grad value": _bits(tensor.grad),
+        "grad value": _bits(None if tensor.grad is None else local_of(tensor.grad)),
         "hooks": len(tensor._backward_hooks or ()),
         "grad hooks": len(getattr(tensor, "_post_accumulate_grad_hooks", None) or ()),
     }

@@ -421,8 +421,19 @@ def test_retraining_from_trained_weights_is_pointed_out():
         new[-1].reset_parameters()
         return new
 
-    with pytest.warns(UserWarning, match=r"initialise all weights afresh, got 0\.weight as it is"):
+    with pytest.warns(UserWarning, match=r"initialise all weights afresh, got 0\.weight as it is") as caught:
         ux.methods.retrain(model, None, retain, make_model=half_fresh, train=lambda *_: None)
+    (told,) = [warning for warning in caught if "afresh" in str(warning.message)]
+    assert told.filename == __file__  # at the user's own line
+
+
+@pytest.mark.parametrize("name", ["gradient_ascent", "neg_grad_plus", "random_label", "bad_teacher", "scrub"])
+def test_without_a_forget_set_it_is_said_what_is_missing(name):
+    model, _, retain = linear()
+    before = bits(model)
+    with pytest.raises(ValueError, match=f"{name}: forget must be given"):
+        getattr(ux.methods, name)(model, None, retain)
+    assert same(before, bits(model))
 
 
 def test_retraining_gone_wrong_changes_nothing():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import unlearn_ext as ux
+from unlearn_ext._internal.chosen import only_trainable
 from unlearn_ext.methods.common import count_batches, epochs_of
 from unlearn_ext.methods.pgu import pgu_from_sets
 
@@ -56,3 +57,14 @@ def test_choosing_the_epochs_leaves_the_random_state_alone(method):
     result = method(model, forget, retain)
     assert result.hyperparameters["epochs"] > 10
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("names", [["0.weight", "2.bias"], [], None])
+def test_only_what_is_named_is_trainable_for_a_while(names):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with only_trainable(model, names):
+        inside = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert inside == (before if names is None else {name: name in names for name in before})
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -90,6 +90,41 @@ def test_samples_learnt_by_heart_are_answered_like_unseen_ones(case):
     assert outcome["step"] / below <= 1.05 + 1e-9
 
 
+def test_passes_are_counted_in_samples_that_were_answered(case):
+    model, sets = case
+    shown = []
+    model.register_forward_hook(
+        lambda module, args, output: None if output.requires_grad else shown.append(len(args[0]))
+    )
+    data = {name: sets[name] for name in ("forget", "retain", "validation")}
+    result = newton(model, **data)
+    total = sum(len(y) for part in data.values() for _, y in part)
+    assert result.passes == pytest.approx(sum(shown) / total)
+
+
+class Root(nn.Module):
+    """Takes the root of what is positive, and has no slope at 0."""
+
+    def forward(self, x):
+        return (x + x.abs()).sqrt()
+
+
+def test_a_gradient_with_a_single_entry_that_is_no_number_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, CLASSES))
+    with torch.no_grad():
+        model[0].bias[:] = torch.tensor([9.0, 9.0, -9.0])
+    x = torch.randn(60, 4)
+    factors = kfac_factors(model, batches(x, torch.arange(60) % CLASSES))
+    model[1] = Root()
+    y = model(x).argmax(1)
+    y[8:] = (y[8:] + 1) % CLASSES  # what is to be forgotten is known, the rest is not
+    before = bits(model)
+    with pytest.raises(FloatingPointError, match=r"the gradient of 0\.weight must be finite, got NaN"):
+        newton(model, batches(x[:8], y[:8]), validation=batches(x[8:], y[8:]), factors=factors)
+    assert same(model, before)
+
+
 def test_stored_factors_do_without_the_retain_set_and_serve_again(case, tmp_path):
     model, sets = case
     original = copy.deepcopy(model)

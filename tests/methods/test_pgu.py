@@ -15,6 +15,7 @@ from unlearn_ext import ActivationGram, activation_gram, demo, pgu
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
 from unlearn_ext.methods import goal, pgu_rules
 from unlearn_ext.methods.pgu import forgetting_loss
+from unlearn_ext.methods.pgu_weights import FreeWeight
 from unlearn_ext.methods.until import Measured, UnlearningFailed
 from unlearn_ext.subspace.basis import protected
 from unlearn_ext.subspace.layers import layer_of
@@ -107,6 +108,23 @@ def test_both_forms_of_the_projection_give_the_update_worked_out_by_hand(energy)
     step = -0.1 * (grad - grad @ space.basis @ space.basis.T)
     pgu(model, forget, gram=full_gram(model, forget, retain), energy=energy, epochs=1, lr=0.1)
     torch.testing.assert_close(model.weight, expected.weight + step, rtol=1e-9, atol=1e-12)
+
+
+def test_the_moment_of_changes_is_that_of_the_inputs_outside_the_protected_directions():
+    inputs = torch.randn(20, 6).double()
+    space = protected(inputs.T @ inputs, 0.8)
+    weight = nn.Parameter(torch.randn(3, 6))
+    whole = FreeWeight("weight", weight, space.basis, inputs.T @ inputs)
+    left = whole.of_changes()
+    outside = inputs - inputs @ space.basis @ space.basis.T
+    assert 0 < space.k < 6
+    assert left.moment.dtype == torch.float32
+    torch.testing.assert_close(left.moment.double(), outside.T @ outside, rtol=1e-5, atol=1e-6)
+    change = torch.randn(3, 6).double()
+    torch.testing.assert_close(whole.answers(change), float((inputs @ change.T).square().sum()))
+    without = FreeWeight("weight", weight, space.basis, None)
+    assert without.of_changes() is without
+    assert without.answers(change) == 0.0
 
 
 def test_everything_but_covered_weights_keeps_its_bits_and_everything_its_storage():
@@ -267,21 +285,21 @@ def test_a_failure_leaves_the_model_as_it_was(error):
     before, random_state = bits(model), torch.get_rng_state()
 
     class Failing:
-        """Fails in training, not where the model is measured before it."""
+        """Fails in training, not where the model is measured and looked at before it."""
 
         passes = 0
 
         def __iter__(self):
             self.passes += 1
             yield good
-            if self.passes > 1 and error is KeyboardInterrupt:
+            if self.passes > 2 and error is KeyboardInterrupt:
                 raise KeyboardInterrupt
-            yield (good[0] * (math.nan if self.passes > 1 else 1.0), good[1])
+            yield (good[0] * (math.nan if self.passes > 2 else 1.0), good[1])
 
     failing = Failing()
     with pytest.raises(error):
         pgu(model, failing, gram=gram, gram_forget=part, epochs=2)
-    assert failing.passes == 2
+    assert failing.passes == 3
     assert same_bits(before, bits(model))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -471,7 +489,10 @@ def told_apart():
 def test_with_a_retain_set_it_stops_at_the_goal_within_the_budget(told_apart):
     original, forget, retain = told_apart
     model = copy.deepcopy(original)
-    result = ux.unlearn("pgu", model, forget, retain, lr=2.0, lr_end=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = ux.unlearn("pgu", model, forget, retain, lr=2.0, lr_end=2.0)
+    assert "of the change" not in result.history[-1]["reason"]  # all of it was kept
     epochs = [
         entry["forget_accuracy"] for entry in result.history if entry["phase"] == "goal" and "epoch" in entry
     ]
@@ -482,6 +503,32 @@ def test_with_a_retain_set_it_stops_at_the_goal_within_the_budget(told_apart):
     assert result.after["forget_accuracy"] == accuracy(model, forget) <= 0.01
     assert result.after["retain_accuracy"] == accuracy(model, retain)
     assert result.after["retain_accuracy"] >= result.before["retain_accuracy"] - 0.02
+
+
+def test_a_goal_that_is_given_stands_beside_validation_data(told_apart):
+    """Without one, validation data decide how far to go by the rule of the gap."""
+    original, forget, retain = told_apart
+    (x, y) = retain[0]
+    model = copy.deepcopy(original)
+    settings = {"until": "forgotten", "validation": [(x[::4], y[::4])], "lr": 2.0, "lr_end": 2.0}
+    result = pgu(model, forget, retain, **settings)
+    assert result.reached
+    assert result.hyperparameters["until"] == "forgotten"
+    assert accuracy(model, forget) <= 0.01
+
+
+def test_how_far_a_layer_tells_the_sets_apart_is_their_share_of_what_is_free(told_apart):
+    original, forget, retain = told_apart
+    model = copy.deepcopy(original)
+    result = pgu(model, forget, retain, epochs=1, lr=1e-3, lr_end=1e-3, until=None, energy=0.9)
+    seen = {entry["parameter"]: entry for entry in result.history if entry["phase"] == "subspace"}
+    inputs = {"forget": original[:3](forget[0][0]), "retain": original[:3](retain[0][0])}
+    inputs = {name: x.detach().double() for name, x in inputs.items()}
+    vectors = torch.linalg.eigh(inputs["retain"].T @ inputs["retain"])[1]
+    free = vectors[:, : seen["3.weight"]["free"]]
+    shares = {name: float((x @ free).square().sum() / x.square().sum()) for name, x in inputs.items()}
+    assert 0 < shares["retain"] < 0.1
+    assert seen["3.weight"]["apart"] == pytest.approx(shares["forget"] / shares["retain"], rel=1e-3)
 
 
 def test_without_retain_data_the_goal_alone_is_watched(told_apart):
@@ -643,6 +690,20 @@ def test_what_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         pgu(model, forget, **settings)
     assert same_bits(before, bits(model))
+
+
+def test_a_goal_is_refused_where_no_answer_is_right_or_wrong():
+    class Graded(ux.tasks.Classification):
+        def correct(self, outputs, batch):
+            right, counted = super().correct(outputs, batch)
+            return torch.zeros_like(right), torch.zeros_like(counted)
+
+    model, forget, retain = small()
+    before = bits(model)
+    with pytest.raises(NotImplementedError, match="pgu: until must be None for a task that counts no answer"):
+        pgu(model, forget, retain, until="forgotten", epochs=1, task=Graded())
+    assert same_bits(before, bits(model))
+    assert pgu(model, forget, retain, epochs=1, task=Graded()).reached is None
 
 
 def test_a_gram_of_the_retain_set_alone_is_found_out():

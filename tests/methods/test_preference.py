@@ -229,6 +229,27 @@ def test_rmu_by_default_steers_to_twice_the_mean_norm():
     assert result.hyperparameters["steering"] == pytest.approx(want)
 
 
+def test_rmu_of_a_layer_with_one_vector_per_sample():
+    """Its formula, at the one place there is; and a retain set that weighs nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    forget, retain = ((torch.randn(5, 3).double(), torch.arange(5) % 3) for _ in range(2))
+    want = copy.deepcopy(model)
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(7)))
+    torch.manual_seed(seed)
+    direction = torch.rand(4)
+    goal = (2.0 * direction / direction.norm()).double()
+    optimizer = torch.optim.AdamW(want[0].parameters(), RATE, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (want[0](forget[0]) - goal).square().mean(1).mean().backward()
+        optimizer.step()
+    settings = {"layer": "0", "steering": 2.0, "epochs": 3, "lr": RATE, "retain_weight": 0.0}
+    generator = torch.Generator().manual_seed(7)
+    ux.methods.rmu(model, [forget], [retain], **settings, task=Classification(), generator=generator)
+    assert largest_difference(model, want) < 1e-6
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

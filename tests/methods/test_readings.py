@@ -28,12 +28,12 @@ class Passes:
 
 
 def read(batches, task=None, model=MODEL):
-    tally, n = Tally(model, task), 0
+    tally, n = Tally(model, task, batches), 0
     for batch in batches:
         size = (task or ux.tasks.Classification()).count(batch)
         tally.add(batch, size)
         n += size
-    return Reading.of(n, *tally.sums())
+    return Reading.of(n, tally.sums())
 
 
 def batches(x, y, size, seed=None):
@@ -168,9 +168,18 @@ def test_shuffled_loaders_of_all_kinds_are_not_told_of():
     ):
         first, later = (measure(MODEL, loader).reading for _ in range(2))
         assert first == later
-        assert difference(loader, "retain", first, later) == ("", False)
+        assert difference("retain", first, later) == ("", False)
         assert not chosen_anew(loader)
         assert told(forget=FORGET, retain=loader) == ([], [])
+
+
+def test_what_draws_anew_is_noted_though_both_measurements_draw_alike():
+    data = TensorDataset(X[8:], Y[8:])
+    loader = DataLoader(data, 4, sampler=WeightedRandomSampler([1.0] * 16, 16))
+    texts, notes = told(forget=FORGET, retain=loader)
+    assert not texts
+    assert len(notes) == 1
+    assert "the retain set had other samples in the passes of the method, perhaps: the Weighted" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -178,8 +187,11 @@ def test_shuffled_loaders_of_all_kinds_are_not_told_of():
     [
         ({"shuffle": True, "drop_last": True}, "drop_last=False"),
         ({"sampler": WeightedRandomSampler([1.0] * 24, 20)}, "the WeightedRandomSampler draws them anew"),
-        ({"sampler": RandomSampler(range(24), replacement=True)}, "the RandomSampler draws them anew"),
-        ({"sampler": RandomSampler(range(24), num_samples=20)}, "num_samples=20"),
+        (
+            {"sampler": RandomSampler(range(24), replacement=True)},
+            "a sampler with replacement draws them anew",
+        ),
+        ({"sampler": RandomSampler(range(24), num_samples=20)}, "num_samples of the RandomSampler"),
     ],
 )
 def test_loaders_that_choose_anew_are_told_with_what_to_do(settings, says):
@@ -187,7 +199,7 @@ def test_loaders_that_choose_anew_are_told_with_what_to_do(settings, says):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         first, later = read(loader), read(loader)
-    text, are_others = difference(loader, "forget", first, later)
+    text, are_others = difference("forget", first, later)
     assert first.labels == later.labels  # a class has but one
     assert are_others
     assert says in text

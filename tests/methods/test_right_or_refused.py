@@ -96,6 +96,12 @@ def sharded():
     return fully_shard(network(), mesh=init_device_mesh("cpu", (1,)))
 
 
+def in_mkldnn():
+    model = network()
+    model[3].bias = nn.Parameter(model[3].bias.detach().to_mkldnn())
+    return model
+
+
 KNOW_SHARDS = ("gradient_masking", "newton", "salun", "ssd")
 
 WRAPPED = {
@@ -106,6 +112,7 @@ WRAPPED = {
     "FSDP2": (sharded, "must not be sharded, got the DTensor"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "the lazy 0.weight; call the model once"),
     "meta": (lambda: network().to("meta"), "0.weight on the meta device; load the weights"),
+    "MKLDNN": (in_mkldnn, r"computes no gradients, got 3\.bias; give it an nn\.Parameter of its to_dense"),
 }
 
 
@@ -139,7 +146,18 @@ def test_a_mesh_of_one_rank_is_one_process(process_group, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrapper", ["DDP", "meta"])
+def test_bars_of_sharded_models_are_shown_where_they_are_asked_for(process_group, capsys):
+    forget, retain = sets()
+    quiet = {"validation": retain, "until": 0.0, "budget": 1.0, "class_budget": 1.0}
+    ux.newton(sharded(), forget, retain, generator=torch.Generator().manual_seed(0), **quiet)
+    ux.activation_gram(sharded(), forget)
+    assert capsys.readouterr().err == ""
+    ux.activation_gram(sharded(), forget, progress=True)
+    assert "activation Gram matrices" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", ["DDP", "meta", "MKLDNN"])
 def test_scores_and_gram_matrices_refuse_them_too(process_group, wrapper):
     make, message = WRAPPED[wrapper]
     forget, _ = sets()

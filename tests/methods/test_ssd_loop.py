@@ -459,3 +459,17 @@ def test_the_late_half_of_every_family_lies_behind_its_first_layers(family):
         "lstm": ("embedding.weight", "head.weight"),
     }[family]
     assert order.index(first) < len(order) // 2 <= order.index(last)
+
+
+@pytest.mark.parametrize("affordable", range(ssd_search.LEAST, ssd_search.MOST + 1))
+def test_the_most_that_can_be_afforded_is_looked_for_down_to_the_least(affordable):
+    class Priced(ssd_search._Round):
+        def __init__(self):
+            self.allowed = 0.5
+
+        def look(self, scope, k, *, at_retain=False):
+            lost = 0.5 if k <= affordable else 0.6
+            return ssd_search.Candidate(1, scope, k, 1.0, 1, None, None, lost if at_retain else None, False)
+
+    found = Priced().most_affordable("all parameters")
+    assert (found.k, found.lost) == (affordable, 0.5)

@@ -350,6 +350,11 @@ def test_mistakes_are_refused(classes, settings, message):
 
 def test_data_of_the_wrong_form_is_refused():
     model, retain = make("resnet")
+    made = ux.tasks.Classification(
+        inputs=lambda batch: batch[0], labels=1
+    )  # where noise would go is not known
+    with pytest.raises(TypeError, match="the inputs of retain must be one floating-point tensor"):
+        ux.unsir(model, 0, retain, task=made, **QUICK)
     with pytest.raises(ValueError, match="retain must be re-iterable"):
         ux.unsir(model, 0, iter(retain))
     with pytest.raises(ValueError, match="retain must hold a batch, got none"):
