@@ -75,7 +75,8 @@ def test_published_values_stand_beside_the_measured_ones(tmp_path, monkeypatch):
     lines = published.section().splitlines()
     assert "| ssd | 85.8 | 4.4 | 75.0 | 12.5 |  |  | Kodge et al. |" in lines
     half = {"kind": "class", "method": "unsir", "accuracies": {"test retain": 0.5, "test forget": 0.25}}
-    larger.write_text(json.dumps({"rows": [half]}))
+    other = {**half, "target": "5", "accuracies": {"test retain": 0.1, "test forget": 0.1}}
+    larger.write_text(json.dumps({"rows": [{**half, "target": "0"}, other]}))
     lines = published.section().splitlines()
     assert "| ssd | 85.8 | 4.4 | 75.0 | 12.5 |  |  | Kodge et al. |" in lines
     assert "| unsir | 92.2 | 10.9 |  |  | 50.0 | 25.0 | Kodge et al. |" in lines
