@@ -19,7 +19,9 @@ namespace {
 // Whether there is a matrix unit for bfloat16 and the kernel lets this process have its registers, which it has to be
 // asked for since they make a thread's state 8 KB larger. Source: Linux, Documentation/arch/x86/xstate.rst.
 bool has_matrix_unit() {
-#if defined(UNLEARN_MATRIX_UNIT)
+#if defined(UNLEARN_EMULATED_MATRIX_UNIT)
+  return true;
+#elif defined(UNLEARN_MATRIX_UNIT)
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTiles) == 0) return false;
