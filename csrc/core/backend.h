@@ -16,8 +16,9 @@
 
 namespace unlearn_ext {
 
-// No file is compiled for cpu_amx: it is cpu_avx512 on a CPU whose matrix unit may be used, Exec::matrix_unit.
-enum class Backend { cpu_baseline, cpu_avx2, cpu_avx512, cpu_amx, cuda };
+// No file is compiled for cpu_avx512_bf16 and cpu_amx: they are cpu_avx512 on a CPU that has dot products of bfloat16,
+// Exec::bf16_dots, or whose matrix unit may be used, Exec::matrix_unit.
+enum class Backend { cpu_baseline, cpu_avx2, cpu_avx512, cpu_avx512_bf16, cpu_amx, cuda };
 
 #if defined(UNLEARN_BACKEND)
 inline constexpr Backend kBackend = Backend::UNLEARN_BACKEND;
@@ -30,6 +31,7 @@ struct Exec {
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void* context, int64_t begin, int64_t end),
                        const void* context) = nullptr;
   int threads = 1;           // of that pool, for how work is cut up; results don't depend on it
+  bool bf16_dots = false;    // see Backend::cpu_avx512_bf16
   bool matrix_unit = false;  // see Backend::cpu_amx
 };
 

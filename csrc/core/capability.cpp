@@ -32,6 +32,18 @@ bool has_matrix_unit() {
 #endif
 }
 
+bool has_bf16_dots() {
+#if defined(UNLEARN_EMULATED_MATRIX_UNIT)
+  return true;
+#elif defined(UNLEARN_MATRIX_UNIT)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kDots = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kDots) != 0;
+#else
+  return false;
+#endif
+}
+
 // Clang's __builtin_cpu_supports() does not know f16c.
 bool has_half_conversions() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -43,6 +55,7 @@ bool has_half_conversions() {
 bool runs_here(Backend backend) {
 #if defined(__x86_64__)
   if (backend == Backend::cpu_amx) return runs_here(Backend::cpu_avx512) && has_matrix_unit();
+  if (backend == Backend::cpu_avx512_bf16) return runs_here(Backend::cpu_avx512) && has_bf16_dots();
   if (backend == Backend::cpu_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(Backend::cpu_avx2);
@@ -57,10 +70,11 @@ Backend choose() {
   const char* wish = std::getenv("UNLEARN_CPU_CAPABILITY");
   bool known = wish == nullptr || *wish == '\0';
   bool reached = known;  // backends better than the wish are passed over
-  for (const Backend backend : {Backend::cpu_amx, Backend::cpu_avx512, Backend::cpu_avx2, Backend::cpu_baseline})
+  for (const Backend backend : {Backend::cpu_amx, Backend::cpu_avx512_bf16, Backend::cpu_avx512, Backend::cpu_avx2,
+                                Backend::cpu_baseline})
     if (!known && name_of(backend) == std::string(wish)) known = true;
   if (!known)
-    throw std::invalid_argument("UNLEARN_CPU_CAPABILITY must be amx, avx512, avx2 or baseline, got " +
+    throw std::invalid_argument("UNLEARN_CPU_CAPABILITY must be amx, avx512_bf16, avx512, avx2 or baseline, got " +
                                 std::string(wish));
   for (const Backend backend : compiled_cpu_backends()) {
     reached = reached || name_of(backend) == std::string(wish);
@@ -75,6 +89,8 @@ const char* name_of(Backend backend) {
   switch (backend) {
     case Backend::cpu_amx:
       return "amx";
+    case Backend::cpu_avx512_bf16:
+      return "avx512_bf16";
     case Backend::cpu_avx512:
       return "avx512";
     case Backend::cpu_avx2:
@@ -89,7 +105,7 @@ const char* name_of(Backend backend) {
 const std::vector<Backend>& compiled_cpu_backends() {
   static const std::vector<Backend> backends{
 #if defined(UNLEARN_MATRIX_UNIT)
-      Backend::cpu_amx,
+      Backend::cpu_amx, Backend::cpu_avx512_bf16,
 #endif
 #if defined(__x86_64__)
       Backend::cpu_avx512, Backend::cpu_avx2,

@@ -1,14 +1,15 @@
 // A task owns a block of F, outputs x columns, and goes through the samples: panels of the gradients and of the inputs
 // are packed for a stretch of positions, multiplied tile by tile, and each sample's product is squared into running
 // totals that stay in the cache until the task ends. The products are those of vector registers
-// (fisher_registers_cpu.h) or of the CPU's matrix unit (fisher_matrix_unit_cpu.h); convolutions of tiny groups take
-// another way: see fisher_grouped_cpu.h.
+// (fisher_registers_cpu.h; of pairs of bfloat16: fisher_dots_cpu.h) or of the CPU's matrix unit
+// (fisher_matrix_unit_cpu.h); convolutions of tiny groups take another way: see fisher_grouped_cpu.h.
 //
 // Flops: 2 N T O I, those of the plain weight gradient. Packing moves an input once per Cut::rows outputs, a gradient
 // once per Cut::cells / Cut::rows columns, and F once.
 #include "core/apply_cpu.h"
 #include "core/shuffled.h"
 #include "kernels/fisher_grouped_cpu.h"
+#include "kernels/fisher_dots_cpu.h"
 #include "kernels/fisher_matrix_unit_cpu.h"
 #include "kernels/fisher_registers_cpu.h"
 
@@ -66,8 +67,11 @@ int fisher_weight<kBackend>(const LayerProduct& layer, void* fisher, void* parti
     if (has_tiny_groups(layer)) return accumulate_groups<T>(layer, fisher, exec);
 #if defined(UNLEARN_MATRIX_UNIT)
     if constexpr (!std::is_same_v<T, double>)
-      if (exec.matrix_unit && suits_matrix_unit<T>(layer))
-        return accumulate<MatrixUnitBlock<T>>(layer, fisher, partial, exec);
+      if (exec.matrix_unit && suits_pairs<T>(layer))
+        return accumulate<PairsBlock<T, MatrixUnitProducts<T>>>(layer, fisher, partial, exec);
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (exec.bf16_dots && suits_pairs<T>(layer))
+        return accumulate<PairsBlock<T, DotProducts>>(layer, fisher, partial, exec);
 #endif
     if (layer.power == 1)
       accumulate<RegisterBlock<1, T>>(layer, fisher, partial, exec);

@@ -49,12 +49,15 @@ inline void require_supported(const char* op, c10::Device device) {
 
 template <class F>
 void run_on_cpu(const F& launch) {
-  const Exec exec{
-      .parallel_for = &parallel_for, .threads = threads(), .matrix_unit = cpu_backend() == Backend::cpu_amx};
+  const Exec exec{.parallel_for = &parallel_for,
+                  .threads = threads(),
+                  .bf16_dots = cpu_backend() == Backend::cpu_avx512_bf16,
+                  .matrix_unit = cpu_backend() == Backend::cpu_amx};
   int error = 0;
   switch (cpu_backend()) {
 #if defined(__x86_64__)
     case Backend::cpu_amx:
+    case Backend::cpu_avx512_bf16:
     case Backend::cpu_avx512:
       error = launch.template operator()<Backend::cpu_avx512>(exec);
       break;

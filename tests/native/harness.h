@@ -308,6 +308,7 @@ void on_cpu(const F& f, Backend capability = B) {
     const Scope scope(std::string(name_of(capability)) + (in_one ? ", one range" : ", many ranges"));
     Exec exec{nullptr, parallel_for};
     exec.threads = in_one ? 1 : 64;
+    exec.bf16_dots = capability == Backend::cpu_avx512_bf16;
     exec.matrix_unit = capability == Backend::cpu_amx;
     f.template operator()<B>(exec);
   }
@@ -320,6 +321,7 @@ void on_backends(const F& f) {
 #if defined(__x86_64__)
   on_cpu<Backend::cpu_avx2>(f);
   on_cpu<Backend::cpu_avx512>(f);
+  on_cpu<Backend::cpu_avx512>(f, Backend::cpu_avx512_bf16);
   on_cpu<Backend::cpu_avx512>(f, Backend::cpu_amx);
 #endif
 }
