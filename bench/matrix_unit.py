@@ -1,10 +1,11 @@
-"""Fisher diagonals with and without the CPU's matrix unit, as multiples of plain forward and backward passes.
+"""Fisher diagonals with and without the CPU's instructions for bfloat16, beside plain passes.
 
-``python -m bench.matrix_unit [--laps 5]`` on a CPU with AMX, with transformers installed: writes
-``bench/results/matrix_unit.md``; with ``--only padded`` it prints the rows with this in their name instead.
-One process per capability stays up; they run in turns, each lap the pass and, right after it, as many plain
-forward and backward passes. Processor time, one thread, medians of the laps' ratios. Errors are those of one
-batch against a float64 loop of its samples, as a share of a parameter's largest value.
+``python -m bench.matrix_unit [--laps 5]`` with transformers installed: on a CPU with AMX it writes
+``bench/results/matrix_unit.md``, on one with AVX512_BF16 alone ``bench/results/bf16_dots.md``; with ``--only
+padded`` it prints the rows with this in their name instead. One process per capability stays up; they run in
+turns, each lap the pass and, right after it, as many plain forward and backward passes. Processor time, one
+thread, medians of the laps' ratios. Errors are those of one batch against a float64 loop of its samples, as a
+share of a parameter's largest value.
 """
 
 import argparse
@@ -25,14 +26,16 @@ from bench.models import MODELS
 from unlearn_ext import fisher_diagonal, ops
 from unlearn_ext.tasks import CausalLM, Classification
 
-PAGE = Path(__file__).parent / "results" / "matrix_unit.md"
-CAPABILITIES = ("amx", "avx512")
+RESULTS = Path(__file__).parent / "results"
+# What the best capability adds to AVX-512, and the page of its rows.
+UNITS = {"amx": ("the CPU's matrix unit", "matrix_unit.md"), "avx512_bf16": ("dot products", "bf16_dots.md")}
+WITHOUT = "avx512"
 # Network, dtype of its weights, batches of a pass.
 ROWS = [
     *(("mlp", "float32", 16), ("cnn", "float32", 4), ("resnet18", "float32", 2), ("vit", "float32", 2)),
     *(("gpt", "float32", 2), ("llama", "float32", 8), ("llama", "float32", 1)),
     *(("llama", "bfloat16", 8), ("llama", "bfloat16", 1)),
-    ("llama, padded", "float32", 8),
+    *(("llama, padded", "float32", 8), ("llama, padded", "bfloat16", 8), ("gpt", "bfloat16", 8)),
 ]
 
 
@@ -61,7 +64,7 @@ def made(name: str, dtype: str) -> tuple[nn.Module, Any, Any]:
             batch["attention_mask"] = (torch.arange(128) < 128 - 8 * torch.arange(8)[:, None]).long()
             batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, -100)
         return llama().to(getattr(torch, dtype)).eval(), batch, CausalLM()
-    return MODELS[name].build().eval(), MODELS[name].batch(32), Classification()
+    return MODELS[name].build().to(getattr(torch, dtype)).eval(), MODELS[name].batch(32), Classification()
 
 
 def split(batch: Any) -> list[Any]:
@@ -143,16 +146,16 @@ class Side:
         self._process.kill()
 
 
-def measured(row: tuple[str, str, int], laps: int) -> str:
+def measured(row: tuple[str, str, int], unit: str, laps: int) -> str:
     """A line of the table."""
-    sides = {name: Side(name) for name in CAPABILITIES}
+    sides = {name: Side(name) for name in (unit, WITHOUT)}
     try:
         for name, side in sides.items():
             if (got := side.ask(row, "make")) != name:
                 raise SystemExit(f"this CPU or build has no {name}: it runs {got}")
         ratios: dict[str, list[float]] = {name: [] for name in sides}
         for lap in range(laps):
-            for name in CAPABILITIES if lap % 2 == 0 else reversed(CAPABILITIES):
+            for name in sides if lap % 2 == 0 else reversed(sides):
                 ours, plain = sides[name].ask(row, "lap")
                 ratios[name].append(ours / plain)
         errors = {name: side.ask(row, "error") for name, side in sides.items()}
@@ -161,8 +164,8 @@ def measured(row: tuple[str, str, int], laps: int) -> str:
             side.close()
     cells = [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios.values()]
     return (
-        f"| {row[0]} | {row[1]} | {row[2]} | {cells[0]} | {cells[1]} | {errors['amx'][0]:.0e} | "
-        f"{errors['avx512'][0]:.0e} | {errors['avx512'][1]:.0e} |"
+        f"| {row[0]} | {row[1]} | {row[2]} | {cells[0]} | {cells[1]} | {errors[unit][0]:.0e} | "
+        f"{errors[WITHOUT][0]:.0e} | {errors[WITHOUT][1]:.0e} |"
     )
 
 
@@ -180,19 +183,26 @@ def main(arguments: list[str] | None = None) -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
+    unit = ops.build_info()["cpu_capability"]
+    if unit not in UNITS:
+        raise SystemExit(f"this CPU or build has neither {' nor '.join(UNITS)}: it runs {unit}")
+    rows = [row for row in ROWS if given.only in f"{row[0]} {row[1]}"]
+    if unit != "amx":  # of float32 it makes nothing
+        rows = [row for row in rows if row[1] == "bfloat16"]
     lines = [
-        "## Fisher diagonals by the CPU's matrix unit",
+        f"## Fisher diagonals by {UNITS[unit][0]} of bfloat16",
         "",
-        "Time of `fisher_diagonal` over that of as many plain forward and backward passes (in brackets the",
-        "least and the most of all laps), with AMX and, by `UNLEARN_CPU_CAPABILITY=avx512`, without; errors",
-        "against a float64 loop of single samples, and those of such a loop in the weights' own precision.",
+        "Time of `fisher_diagonal` over that of as many plain forward and backward passes (in brackets",
+        f"least and most of all laps), with `{unit}` and, by `UNLEARN_CPU_CAPABILITY={WITHOUT}`, without,",
+        "errors against a float64 loop of single samples, and those of such a loop in the weights' dtype.",
         "Llama: 45 M parameters, 8 x 128 tokens; the others are those of `bench/models.py`, 32 samples.",
         "",
-        "| network | weights | batches of a pass | amx | avx512 | error, amx | error, avx512 | error, loop |",
+        f"| network | weights | batches of a pass | {unit} | {WITHOUT} | error, {unit} | error, {WITHOUT} | "
+        "error, loop |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in (row for row in ROWS if given.only in row[0]):
-        lines.append(measured(row, given.laps))
+    for row in rows:
+        lines.append(measured(row, unit, given.laps))
         print(lines[-1], flush=True)
     lines += [
         "",
@@ -201,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         "",
     ]
     if not given.only:
-        PAGE.write_text("\n".join(lines))
+        (RESULTS / UNITS[unit][1]).write_text("\n".join(lines))
     return 0
 
 

@@ -124,7 +124,7 @@ def test_build_info_describes_the_build():
     assert isinstance(info["cuda_reason"], str)
     assert isinstance(info["cuda_architectures"], list)
     assert info["cpu_capability"] in info["cpu_capabilities"]
-    possible = {"compiled": {"amx", "avx512", "avx2", "baseline"}, "reference": {"reference"}}
+    possible = {"compiled": {"amx", "avx512_bf16", "avx512", "avx2", "baseline"}, "reference": {"reference"}}
     assert set(info["cpu_capabilities"]) <= possible[info["kernels"]]
     assert (info["reason"] == info["mend"] == "") == (info["kernels"] == "compiled")
     assert {"version", "python", "compiler", "schemas"} <= set(info)

@@ -70,8 +70,8 @@ Backend choose() {
   const char* wish = std::getenv("UNLEARN_CPU_CAPABILITY");
   bool known = wish == nullptr || *wish == '\0';
   bool reached = known;  // backends better than the wish are passed over
-  for (const Backend backend : {Backend::cpu_amx, Backend::cpu_avx512_bf16, Backend::cpu_avx512, Backend::cpu_avx2,
-                                Backend::cpu_baseline})
+  for (const Backend backend :
+       {Backend::cpu_amx, Backend::cpu_avx512_bf16, Backend::cpu_avx512, Backend::cpu_avx2, Backend::cpu_baseline})
     if (!known && name_of(backend) == std::string(wish)) known = true;
   if (!known)
     throw std::invalid_argument("UNLEARN_CPU_CAPABILITY must be amx, avx512_bf16, avx512, avx2 or baseline, got " +

@@ -5,8 +5,8 @@
 // itself. The compiler knows nothing of these registers; it never uses them by itself, so that code built with this
 // header runs on CPUs without the unit as long as nobody calls it.
 //
-// UNLEARN_EMULATED_MATRIX_UNIT makes ordinary loops of the instructions, also of those of kernels/fisher_dots_cpu.h, for
-// tests on any CPU with AVX-512: sanitizers see what is read and written, and registers hold NaN until something is
+// UNLEARN_EMULATED_MATRIX_UNIT makes ordinary loops of the instructions, also of those of kernels/fisher_dots_cpu.h,
+// for tests on any CPU with AVX-512: sanitizers see what is read and written, and registers hold NaN until something is
 // loaded.
 #pragma once
 

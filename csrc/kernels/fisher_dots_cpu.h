@@ -9,8 +9,8 @@
 namespace unlearn_ext {
 namespace {
 
-// sum[n] += a[2n + 1] b[2n + 1], then a[2n] b[2n]. Subnormal factors and sums count as 0. In assembly because the file is
-// compiled for all CPUs with AVX-512. Source: Intel, Architecture Instruction Set Extensions Programming Reference.
+// sum[n] += a[2n + 1] b[2n + 1], then a[2n] b[2n]. Subnormal factors and sums count as 0. In assembly because the file
+// is compiled for all CPUs with AVX-512. Source: Intel, Architecture Instruction Set Extensions Programming Reference.
 UNLEARN_ALWAYS_INLINE inline VectorRegister<float> add_pairs(VectorRegister<float> sum, Words a, Words b) {
 #if defined(UNLEARN_EMULATED_MATRIX_UNIT)
   for (int n = 0; n < kTileSide; ++n) {
@@ -35,11 +35,12 @@ struct DotProducts {
   template <class L>
   static bool split_rows(Lines<L> lines, int64_t length, uint16_t* to) {
     Words largest{};
-    for_each_pair<kTileSide>(lines, length, [&](int64_t step, int pair, int, auto even, auto odd) UNLEARN_ALWAYS_INLINE {
-      Words pairs[kCount];
-      split(even, odd, pairs, largest);
-      memcpy(to + step * kTileScalars + pair * kTileDepth, pairs, sizeof(pairs));
-    });
+    for_each_pair<kTileSide>(lines, length,
+                             [&](int64_t step, int pair, int, auto even, auto odd) UNLEARN_ALWAYS_INLINE {
+                               Words pairs[kCount];
+                               split(even, odd, pairs, largest);
+                               memcpy(to + step * kTileScalars + pair * kTileDepth, pairs, sizeof(pairs));
+                             });
     return fits(largest);
   }
 
@@ -62,8 +63,7 @@ struct DotProducts {
       add_products(part, b, length, sums);
       V* to = reinterpret_cast<V*>(total + at);
       UNLEARN_UNROLL
-      for (int r = 0; r < kRows; ++r)
-        to[2 * r] += sums[r][0] * sums[r][0], to[2 * r + 1] += sums[r][1] * sums[r][1];
+      for (int r = 0; r < kRows; ++r) to[2 * r] += sums[r][0] * sums[r][0], to[2 * r + 1] += sums[r][1] * sums[r][1];
     });
   }
 
@@ -76,8 +76,7 @@ struct DotProducts {
   template <class F>
   UNLEARN_ALWAYS_INLINE static void for_each_part(const uint16_t* a, int64_t rows, int64_t length, const F& f) {
     const int64_t tiles = divide_up(length, kTileDepth) * kTileScalars;
-    for (int64_t r = 0; r < rows; r += kRows)
-      f(a + r / kTileSide * tiles + r % kTileSide * 2, r * 2 * kTileSide);
+    for (int64_t r = 0; r < rows; r += kRows) f(a + r / kTileSide * tiles + r % kTileSide * 2, r * 2 * kTileSide);
   }
 
   UNLEARN_ALWAYS_INLINE static void load(const float* from, Sums& sums) {

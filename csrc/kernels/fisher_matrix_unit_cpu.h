@@ -101,16 +101,18 @@ struct MatrixUnitProducts {
   static bool split_rows(Lines<L> lines, int64_t length, uint16_t* to) {
     Words largest{};
     Square<float> squares[kCount];
-    for_each_pair<kTileSide>(lines, length, [&](int64_t step, int pair, int, auto even, auto odd) UNLEARN_ALWAYS_INLINE {
-      Words pairs[kCount];
-      split(even, odd, pairs, largest);
-      for (int part = 0; part < kCount; ++part) squares[part].row[pair] = (VectorRegister<float>)pairs[part];
-      if (pair + 1 < kTileSide) return;
-      for (int part = 0; part < kCount; ++part) {
-        transpose(squares[part]);
-        memcpy(to + (step * kCount + part) * kTileScalars, &squares[part], kTileBytes);
-      }
-    });
+    for_each_pair<kTileSide>(lines, length,
+                             [&](int64_t step, int pair, int, auto even, auto odd) UNLEARN_ALWAYS_INLINE {
+                               Words pairs[kCount];
+                               split(even, odd, pairs, largest);
+                               for (int part = 0; part < kCount; ++part)
+                                 squares[part].row[pair] = (VectorRegister<float>)pairs[part];
+                               if (pair + 1 < kTileSide) return;
+                               for (int part = 0; part < kCount; ++part) {
+                                 transpose(squares[part]);
+                                 memcpy(to + (step * kCount + part) * kTileScalars, &squares[part], kTileBytes);
+                               }
+                             });
     return fits(largest);
   }
 

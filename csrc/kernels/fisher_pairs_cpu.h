@@ -1,8 +1,8 @@
 // A block of F by instructions that multiply pairs of bfloat16 and add up in float32: those of the CPU's matrix unit
-// (fisher_matrix_unit_cpu.h) or of its vector registers (fisher_dots_cpu.h). A float32 is the exact sum of three bfloat16
-// of falling size, a float16 of two: of their nine products the six largest are taken, which leaves out less than 2^-24
-// of a product, its own rounding. What comes out is as exact as sums of float32 products, and tests/native holds both to
-// the same bounds.
+// (fisher_matrix_unit_cpu.h) or of its vector registers (fisher_dots_cpu.h). A float32 is the exact sum of three
+// bfloat16 of falling size, a float16 of two: of their nine products the six largest are taken, which leaves out less
+// than 2^-24 of a product, its own rounding. What comes out is as exact as sums of float32 products, and tests/native
+// holds both to the same bounds.
 //
 // The instructions treat subnormal numbers as 0. With no factor above kLargest that changes what a stretch adds to a
 // gradient by less than 2^-92, which its square in float32 cannot show; one with larger factors, infinities or NaN goes

@@ -8,8 +8,8 @@
 // once per Cut::cells / Cut::rows columns, and F once.
 #include "core/apply_cpu.h"
 #include "core/shuffled.h"
-#include "kernels/fisher_grouped_cpu.h"
 #include "kernels/fisher_dots_cpu.h"
+#include "kernels/fisher_grouped_cpu.h"
 #include "kernels/fisher_matrix_unit_cpu.h"
 #include "kernels/fisher_registers_cpu.h"
 
