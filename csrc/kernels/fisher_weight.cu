@@ -1,69 +1,13 @@
 #include <algorithm>
 
+#include "kernels/fisher_narrow.cuh"
+#include "kernels/fisher_permute.cuh"
 #include "kernels/fisher_plan.h"
+#include "kernels/fisher_task.cuh"
 #include "kernels/fisher_tiles.cuh"
 
 namespace unlearn_ext {
 namespace {
-
-// ---- What every kernel is told
-
-struct Task {
-  LayerProduct layer;
-  int samples, positions, outputs, columns;  // of the layer, the last two per group
-  Divisor padded;                            // positions up to the end of the last step
-  Divisor across, down;                      // positions along the last axis and the one before
-  int run;                                   // samples of one block
-  int tiles_m, tiles_n;
-  int lane_groups, group_blocks;  // of the narrow kernel: groups side by side in a warp, warps for all of them
-  bool channels_first;            // columns of a tile run over channels, then taps: the order of channels_last memory
-  bool add;                       // to F; otherwise partial sums are stored, their columns in the order of the tiles
-  bool chunks;                    // of F or of partial sums are aligned, and whole in every row
-  Access grads, inputs;
-};
-
-// The column of F that column j of the tiles is.
-__device__ __forceinline__ int64_t column_of_weight(const Task& task, int64_t j) {
-  const Patches& p = task.layer.inputs;
-  return task.channels_first ? j % p.channels * p.window() + j / p.channels : j;
-}
-
-template <class T>
-__device__ __forceinline__ Column column_of(const Task& task, int64_t j) {
-  if (j >= task.columns) return {0, {kNoColumn, 0, 0}, 0};
-  const Patches& p = task.layer.inputs;
-  const int64_t to = column_of_weight(task, j);
-  int64_t offset = p.channel_of(to) * p.channel_stride;
-  Column column{0, {}, static_cast<int>(task.add ? to : j)};
-#pragma unroll
-  for (int axis = 0; axis < kMaxSpatial; ++axis) {
-    const int64_t shift = p.tap(axis, to) * p.dilation[axis];
-    offset += shift * p.space_stride[axis];
-    column.shift[axis] = static_cast<uint32_t>(shift);
-  }
-  column.offset = offset * static_cast<int64_t>(sizeof(T));
-  return column;
-}
-
-template <class T>
-__device__ __forceinline__ Position position_of(const Task& task, int sample, uint32_t t) {
-  const Patches& p = task.layer.inputs;
-  const Positions& g = task.layer.grads;
-  const uint32_t line = task.across.quotient(t), plane = task.down.quotient(line);
-  const uint32_t at[] = {plane, line - plane * task.down.value, t - line * task.across.value};
-  int64_t grads = sample * g.sample_stride, inputs = sample * p.sample_stride;
-  Position row{0, 1, {}, 0};
-#pragma unroll
-  for (int axis = 0; axis < kMaxSpatial; ++axis) {
-    const int source =
-        static_cast<int>(at[axis]) * static_cast<int>(p.stride[axis]) - static_cast<int>(p.padding[axis]);
-    grads += at[axis] * g.space_stride[axis];
-    inputs += source * p.space_stride[axis];
-    row.at[axis] = static_cast<uint32_t>(source);
-  }
-  row.grads = grads * static_cast<int64_t>(sizeof(T)), row.inputs = inputs * static_cast<int64_t>(sizeof(T));
-  return row;
-}
 
 // ---- Tiles
 
@@ -304,126 +248,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (idle) return;
   const int64_t row = (at.split * task.layer.groups + at.group) * task.outputs + at.first_m;
   hand_over(tile, task, weight, out + row * task.columns + at.first_n, at.rows, at.columns);
-}
-
-// ---- Few outputs per group
-
-// A warp owns up to kOutputs x 9 elements of each of its groups: 8 neighbouring ones where channels lie side by
-// side, so that lanes share the 32 bytes a load brings, and one otherwise, with all lanes along the positions. The taps
-// of a position meet in the first-level cache. An input is found and loaded once per tap, about a dozen instructions
-// for kOutputs multiplications, and these are what limits: an estimated 2 Tflop/s on an H100 for one output per group,
-// 7 for four, where all but a few per cent of a tile's multiplications would be with zeros.
-template <class T, int kOutputs>
-__global__ void __launch_bounds__(32 * kNarrowWarps, 2)
-    narrow_kernel(const __grid_constant__ Task task, acc_t<T> weight, acc_t<T>* out) {
-  using A = acc_t<T>;
-  SIMT_SHARED(Column, columns, [kNarrowColumns]);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, lane_groups = task.lane_groups;
-  const int64_t first_n = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(task.tiles_n)) * kNarrowColumns;
-  if (thread < kNarrowColumns) columns[thread] = column_of<T>(task, first_n + thread);
-  __syncthreads();
-  // The warps of a block have the columns in common and differ in the outputs, the groups or the samples.
-  int64_t rest = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(task.tiles_n)) * kNarrowWarps + thread / 32;
-  const int64_t first_m = rest % task.tiles_m * kOutputs;
-  rest /= task.tiles_m;
-  const int64_t group = rest % task.group_blocks * lane_groups + lane % lane_groups;
-  const int64_t split = rest / task.group_blocks, first = split * task.run;
-  const int64_t last = min(int64_t{task.samples}, first + task.run);
-  if (first >= last) return;
-  const int outputs = group < task.layer.groups ? static_cast<int>(min(task.outputs - first_m, int64_t{kOutputs})) : 0;
-
-  const Patches& p = task.layer.inputs;
-  const Grads<T> grads{
-      static_cast<const T*>(task.layer.grads.data) + (group * task.outputs + first_m) * task.layer.grads.channel_stride,
-      task.layer.grads.channel_stride, outputs};
-  const Inputs<T> inputs{
-      static_cast<const T*>(p.data) + group * task.layer.group_stride,
-      columns,
-      {static_cast<uint32_t>(p.in[0]), static_cast<uint32_t>(p.in[1]), static_cast<uint32_t>(p.in[2])}};
-  A total[kOutputs][kNarrowColumns] = {};
-  for (int sample = static_cast<int>(first); sample < last; ++sample) {
-    A product[kOutputs][kNarrowColumns] = {};
-    for (int t = outputs > 0 ? lane / lane_groups : task.positions; t < task.positions; t += 32 / lane_groups) {
-      const Position row = position_of<T>(task, sample, static_cast<uint32_t>(t));
-      const void* from;
-      A g[kOutputs];
-#pragma unroll
-      for (int o = 0; o < kOutputs; ++o)
-        g[o] = grads.column(o).find(row, from) ? static_cast<A>(*static_cast<const T*>(from)) : A(0);
-#pragma unroll
-      for (int j = 0; j < kNarrowColumns; ++j) {
-        const A a = inputs.column(j).find(row, from) ? static_cast<A>(*static_cast<const T*>(from)) : A(0);
-#pragma unroll
-        for (int o = 0; o < kOutputs; ++o) product[o][j] = fused_multiply_add(g[o], a, product[o][j]);
-      }
-    }
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o)
-#pragma unroll
-      for (int j = 0; j < kNarrowColumns; ++j) {
-        A sum = product[o][j];
-        for (int step = 16; step >= lane_groups; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        total[o][j] += raised(sum, task.layer.power);
-      }
-  }
-  if (lane >= lane_groups) return;
-  A* to = out + ((split * task.layer.groups + group) * task.outputs + first_m) * task.columns;
-#pragma unroll
-  for (int o = 0; o < kOutputs; ++o)
-#pragma unroll
-    for (int j = 0; j < kNarrowColumns; ++j)
-      if (o < outputs && first_n + j < task.columns) {
-        A& f = to[o * task.columns + columns[j].to];
-        f = task.add ? fused_multiply_add(weight, total[o][j], f) : total[o][j];
-      }
-}
-
-// ---- The runs' partial sums, first to last, where their columns run over channels, then taps
-
-constexpr unsigned kPermuteThreads = 128, kPermuteChannels = 32, kPermuteTaps = 64;
-
-// A block adds up some channels of a row, under some taps, in the order they were stored in, and turns the sums in
-// shared memory into the order of F: all accesses to global memory are to neighbours. Bytes: the partial sums once, F
-// twice.
-template <class A>
-__global__ void __launch_bounds__(kPermuteThreads, 8)
-    add_permuted_kernel(const A* __restrict__ partial, int splits, int64_t n, unsigned channels, unsigned window,
-                        A weight, A* __restrict__ fisher) {
-  // An odd pitch: neighbouring channels lie in different banks.
-  SIMT_SHARED(A, sums, [kPermuteChannels * (kPermuteTaps + 1)]);
-  const unsigned channel_blocks = (channels + kPermuteChannels - 1) / kPermuteChannels;
-  const unsigned tap_blocks = (window + kPermuteTaps - 1) / kPermuteTaps;
-  const unsigned first_channel = blockIdx.x % channel_blocks * kPermuteChannels, rest = blockIdx.x / channel_blocks;
-  const unsigned first_tap = rest % tap_blocks * kPermuteTaps;
-  const unsigned width = min(kPermuteChannels, channels - first_channel);
-  const unsigned taps = min(kPermuteTaps, window - first_tap), pitch = taps | 1u;
-  const int64_t row = static_cast<int64_t>(rest / tap_blocks) * channels * window;
-  for (unsigned i = threadIdx.x; i < width * taps; i += kPermuteThreads) {
-    const unsigned tap = i / width, channel = i % width;
-    const A* from = partial + row + static_cast<int64_t>(first_tap + tap) * channels + first_channel + channel;
-    A sum = 0;
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split, from += n) sum += *from;
-    sums[channel * pitch + tap] = sum;
-  }
-  __syncthreads();
-  for (unsigned i = threadIdx.x; i < width * taps; i += kPermuteThreads) {
-    const unsigned channel = i / taps, tap = i % taps;
-    A& f = fisher[row + static_cast<int64_t>(first_channel + channel) * window + first_tap + tap];
-    f = fused_multiply_add(weight, sums[channel * pitch + tap], f);
-  }
-}
-
-template <class A>
-cudaError_t add_permuted(const A* partial, int64_t runs, int64_t n, const Task& task, A* fisher, const Exec& exec) {
-  const int64_t channels = task.layer.inputs.channels, window = task.layer.inputs.window();
-  const int64_t blocks = n / task.columns * ((channels + kPermuteChannels - 1) / kPermuteChannels) *
-                         ((window + kPermuteTaps - 1) / kPermuteTaps);
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return simt::launch(add_permuted_kernel<A>, dim3(static_cast<unsigned>(blocks)), dim3(kPermuteThreads), 0,
-                      static_cast<cudaStream_t>(exec.stream), partial, static_cast<int>(runs), n,
-                      static_cast<unsigned>(channels), static_cast<unsigned>(window), static_cast<A>(task.layer.weight),
-                      fisher);
 }
 
 // ---- Launchers
