@@ -374,7 +374,36 @@ const Case matrix_unit_case("fisher_weight: many positions", [] {
     });
 });
 
-// Factors that the three bfloat16 of a float do not reach: in one sample and one line, so that others are as always.
+// Where one sample's operands are as large or small as the factors say, those of others as always.
+template <Backend B, class T>
+void magnitudes(int64_t positions, float of_inputs, float of_grads, const Exec& exec) {
+  const Layer layer = linear(3, positions, 40, 68);
+  LayerProduct product{};
+  Patches& p = product.inputs;
+  Positions& g = product.grads;
+  p.dtype = g.dtype = Format<T>::dtype, p.samples = g.samples = layer.samples;
+  p.channels = layer.channels, g.channels = layer.outputs;
+  for (int axis = 0; axis < 3; ++axis)
+    p.in[axis] = p.out[axis] = g.extent[axis] = layer.in[axis], p.kernel[axis] = p.stride[axis] = p.dilation[axis] = 1;
+  Operand<T> inputs(lay_out(p, layer.samples, layer.channels, p.in, Layout::channels_last), 0);
+  Operand<T> grads(lay_out(g, layer.samples, layer.outputs, g.extent, Layout::channels_last), 0);
+  for (auto [operand, factor] : {std::pair{&inputs, of_inputs}, std::pair{&grads, of_grads}})
+    for (int64_t i = 0; i < operand->now.size() / layer.samples; ++i)
+      operand->now[i] = operand->before[i] = store_as<T>(static_cast<float>(operand->now[i]) * factor);
+  p.data = inputs.now.device(), g.data = grads.now.device();
+  product.groups = 1, product.weight = 0.37, product.power = 2;
+  auto [fisher, before] = preloaded<float>(layer.outputs * layer.channels);
+  const int64_t splits = fisher_weight_partials<B>(product);
+  Buf<float> partial(splits * fisher.size());
+  for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<float>(NAN);
+  const Scope scope(std::string(Format<T>::name) + " 2^" + std::to_string(std::ilogb(of_inputs)) + ", 2^" +
+                    std::to_string(std::ilogb(of_grads)));
+  CHECK(fisher_weight<B>(product, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0, "error code");
+  check_fisher(fisher, before, weights_of(layer, product, inputs.before, grads.before, Options{}), product.weight,
+               layer.samples);
+}
+
+// Factors that pairs of bfloat16 do not reach: in one sample and one line, so that others are as always.
 const Case magnitudes_case("fisher_weight: magnitudes", [] {
   if (kOnCuda) return;
   on_backends([&]<Backend B>(const Exec& exec) {
@@ -390,31 +419,8 @@ const Case magnitudes_case("fisher_weight: magnitudes", [] {
                                                 {0x1p-120f, 1.f},
                                                 {0x1p25f, 0x1p-135f},
                                                 {0x1p-40f, 0x1p-30f}}) {
-        const Layer layer = linear(3, positions, 40, 68);
-        LayerProduct product{};
-        Patches& p = product.inputs;
-        Positions& g = product.grads;
-        p.dtype = g.dtype = DType::f32, p.samples = g.samples = layer.samples;
-        p.channels = layer.channels, g.channels = layer.outputs;
-        for (int axis = 0; axis < 3; ++axis)
-          p.in[axis] = p.out[axis] = g.extent[axis] = layer.in[axis],
-          p.kernel[axis] = p.stride[axis] = p.dilation[axis] = 1;
-        Operand<float> inputs(lay_out(p, layer.samples, layer.channels, p.in, Layout::channels_last), 0);
-        Operand<float> grads(lay_out(g, layer.samples, layer.outputs, g.extent, Layout::channels_last), 0);
-        for (auto [operand, factor] : {std::pair{&inputs, of_inputs}, std::pair{&grads, of_grads}})
-          for (int64_t i = 0; i < operand->now.size() / layer.samples; ++i)
-            operand->now[i] = operand->before[i] = operand->now[i] * factor;
-        p.data = inputs.now.device(), g.data = grads.now.device();
-        product.groups = 1, product.weight = 0.37, product.power = 2;
-        auto [fisher, before] = preloaded<float>(layer.outputs * layer.channels);
-        const int64_t splits = fisher_weight_partials<B>(product);
-        Buf<float> partial(splits * fisher.size());
-        for (int64_t i = 0; i < partial.size(); ++i) partial[i] = static_cast<float>(NAN);
-        const Scope scope("2^" + std::to_string(std::ilogb(of_inputs)) + ", 2^" + std::to_string(std::ilogb(of_grads)));
-        CHECK(fisher_weight<B>(product, fisher.device(), splits > 0 ? partial.device() : nullptr, exec) == 0,
-              "error code");
-        check_fisher(fisher, before, weights_of(layer, product, inputs.before, grads.before, Options{}), product.weight,
-                     layer.samples);
+        magnitudes<B, float>(positions, of_inputs, of_grads, exec);
+        magnitudes<B, BFloat16>(positions, of_inputs, of_grads, exec);
       }
   });
 });
