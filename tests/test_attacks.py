@@ -168,11 +168,35 @@ def test_calibration_takes_hard_samples_for_what_they_are():
         ((FORGET, FORGET, TEST, "ssd", 1), {}, TypeError, "at most 4 arguments may follow"),
         ((), {"forget": FORGET, "test": [], "convention": "loss"}, ValueError, "test"),
         ((), {"forget": FORGET, "test": TEST, "convention": "x"}, ValueError, "convention must be one of"),
+        (
+            (),
+            {"forget": FORGET, "test": TEST, "convention": "loss", "bootstrap": -1},
+            ValueError,
+            "bootstrap must be at least 0, got -1",
+        ),
     ],
 )
 def test_what_is_missing_or_given_twice_is_said(sets, settings, error, message):
     with pytest.raises(error, match=message):
         mia(nn.Identity(), *sets, **settings)
+
+
+def test_infinite_losses_are_ranked_and_refused_where_they_cannot_be():
+    impossible, possible = labelled([0.0] * 6), labelled([0.5] * 6)
+    sets = {"forget": impossible, "test": possible}
+    plain = mia(nn.Identity(), **sets, convention="loss", bootstrap=0)
+    assert plain.auc == 0.0
+    with pytest.raises(FloatingPointError, match="forget set must be finite in the model or the calibration"):
+        mia(nn.Identity(), **sets, convention="loss", calibration=[nn.Identity()], bootstrap=0)
+
+    class Uniform(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    assert mia(Uniform(), **sets, convention="loss", calibration=[nn.Identity()], bootstrap=0).auc == 1.0
+    assert mia(nn.Identity(), **sets, convention="loss", calibration=[Uniform()], bootstrap=0).auc == 0.0
+    with pytest.raises(FloatingPointError, match="losses must be finite for 'scrub'"):
+        mia(nn.Identity(), **sets, convention="scrub", bootstrap=0)
 
 
 def test_the_loss_is_that_of_the_task():

@@ -457,6 +457,8 @@ def test_failures_are_tried_again(trained, sets, tmp_path):
         ({"methods": [3]}, "a method must be a name, a function"),
         ({"seeds": []}, "seeds must be distinct and at least one"),
         ({"seeds": [1, 1]}, "seeds must be distinct"),
+        ({"seeds": [1.5]}, r"seeds must be a sequence of whole numbers, got \[1.5\]"),
+        ({"seeds": 5}, "seeds must be a sequence of whole numbers, got 5"),
         ({"metrics": ["speed"]}, "metrics must be among retain, forget"),
         ({"metrics": [("retain", len)]}, "names of metrics must be distinct, got 'retain' twice"),
         ({"train": None}, "make_model and train must be given together"),

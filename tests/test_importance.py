@@ -6,6 +6,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -586,6 +587,7 @@ def test_importances_computed_elsewhere():
     [
         (({}, 1), ValueError, "at least one parameter"),
         (({"w": torch.ones(1)}, 0), ValueError, "n_samples must be at least 1, got 0"),
+        (({"w": torch.ones(1)}, 2.5), TypeError, "n_samples must be a whole number, got 2.5"),
         (({"w": torch.tensor([1.0, -0.5])}, 1), ValueError, "w must be non-negative, got -0.5"),
         (({"w": torch.ones(1, dtype=torch.float16)}, 1), TypeError, "w must be float32 or float64, got"),
         (({"w": [1.0]}, 1), TypeError, "w must be float32 or float64, got list"),
@@ -594,6 +596,16 @@ def test_importances_computed_elsewhere():
 def test_what_is_no_importance_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         Importance.from_dict(*arguments)
+
+
+@pytest.mark.parametrize("count", [np.int64(3), torch.tensor(3), True], ids=["numpy", "tensor", "bool"])
+def test_counts_of_any_kind_can_be_saved_and_read_again(tmp_path, count):
+    taken = Importance.from_dict({"w": torch.ones(2)}, count, batch_size=count, n_batches=count)
+    taken.save(tmp_path / "taken.safetensors")
+    read = Importance.load(tmp_path / "taken.safetensors")
+    for found in (read.n_samples, read.batch_size, read.n_batches):
+        assert type(found) is int
+        assert found == int(count)
 
 
 def test_save_and_load(tmp_path):

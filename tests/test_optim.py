@@ -573,6 +573,25 @@ def test_hooks_enclose_the_load():
 
 
 @pytest.mark.parametrize(
+    "option", [{"amsgrad": True}, {"differentiable": True}, {"decoupled_weight_decay": False}]
+)
+@pytest.mark.parametrize("cls", [MaskedSGD, MaskedAdamW])
+def test_a_group_of_another_variant_is_refused_and_not_stepped_as_if_it_were_none(cls, option):
+    params = make_params()
+    (key,) = option
+    with pytest.raises(ValueError, match=f"{cls.__name__}: {key} must be {not option[key]} in every group"):
+        cls([{"params": list(named(params)), **option}], lr=0.1)
+    first, *others = named(params)
+    optimizer = cls([first], lr=0.1)
+    with pytest.raises(ValueError, match=key):
+        optimizer.add_param_group({"params": others, **option})
+    assert len(optimizer.param_groups) == 1
+    harmless = {key: not option[key], "foreach": True}  # as in groups that were taken from torch.optim
+    optimizer.add_param_group({"params": others, **harmless})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(
     "cls, other, change, message",
     [
         (MaskedSGD, MaskedAdamW, None, "hold momentum_buffer"),

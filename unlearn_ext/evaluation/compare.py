@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,10 @@ def compare(
         0.0
     """
     jobs = _jobs(methods, controls)
-    seeds = tuple(int(seed) for seed in seeds)
+    try:
+        seeds = tuple(int(operator.index(seed)) for seed in seeds)
+    except TypeError:
+        raise ValueError(f"compare: seeds must be a sequence of whole numbers, got {seeds!r}") from None
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"compare: seeds must be distinct and at least one, got {list(seeds)}")
     chosen = _chosen_metrics(metrics)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -134,14 +135,11 @@ class Importance(Mapping[str, Tensor]):
 
         Raises:
             ValueError: If a count is not positive, a value is negative, or there is no tensor.
-            TypeError: If a value is not a float32 or float64 tensor.
+            TypeError: If a value is not a float32 or float64 tensor, or a count is not whole.
         """
         check_estimator("Importance.from_dict", estimator, power)
-        if n_batches is None and batch_size >= 1:
-            n_batches = -(-n_samples // batch_size)
-        for name, count in (("n_samples", n_samples), ("batch_size", batch_size), ("n_batches", n_batches)):
-            if count is None or count < 1:
-                raise ValueError(f"Importance.from_dict: {name} must be at least 1, got {count}")
+        n_samples, batch_size = _count("n_samples", n_samples), _count("batch_size", batch_size)
+        n_batches = -(-n_samples // batch_size) if n_batches is None else _count("n_batches", n_batches)
         if not tensors:
             raise ValueError("Importance.from_dict: tensors must name at least one parameter, got none")
         for name, tensor in tensors.items():
@@ -158,7 +156,7 @@ class Importance(Mapping[str, Tensor]):
             estimator=estimator,
             power=power,
             batch_size=batch_size,
-            n_batches=cast("int", n_batches),
+            n_batches=n_batches,
             coverage=dict.fromkeys(tensors, "fallback: computed elsewhere"),
             loss=loss,
             weights_digest=weights_digest,
@@ -404,6 +402,17 @@ class Importance(Mapping[str, Tensor]):
             meta = json.loads(facts["importance"])
             _check_facts(meta)
             return cls({name: tensors[name].to(device) for name in meta["coverage"]}, **meta)
+
+
+def _count(name: str, count: int) -> int:
+    # Plain ints: JSON cannot hold those of NumPy, and files with bools are refused.
+    try:
+        number = int(operator.index(count))
+    except TypeError:
+        raise TypeError(f"Importance.from_dict: {name} must be a whole number, got {count!r}") from None
+    if number < 1:
+        raise ValueError(f"Importance.from_dict: {name} must be at least 1, got {number}")
+    return number
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:

@@ -313,6 +313,10 @@ class ConstrainedOptimizer(Optimizer):
         if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
             got = f"momentum={group['momentum']}, dampening={group['dampening']}"
             raise ValueError(self._error("nesterov", "have momentum and no dampening", got))
+        # Of torch.optim's options these change what a step does; unknown keys may stay, as in torch.
+        for key, meant in (("amsgrad", False), ("differentiable", False), ("decoupled_weight_decay", True)):
+            if group.get(key, meant) != meant:
+                raise ValueError(self._error(key, f"be {meant} in every group", group[key]))
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(self._error("params", "hold every parameter once", "a repeated one"))
         for index, param in enumerate(group["params"]):

@@ -140,7 +140,8 @@ def mia(
         The outcome.
 
     Raises:
-        FloatingPointError: If an output or a loss of the model is NaN.
+        FloatingPointError: If an output or a loss of the model is NaN, or losses are infinite where that has
+            no meaning: for ``"scrub"``, and in both the model and a calibration model.
         ImportError: If scikit-learn is needed and not installed.
         NotImplementedError: If the task lacks what the convention needs.
         TypeError: If a set is given by position and by name.
@@ -174,6 +175,8 @@ def mia(
             given[name] = value
     if convention not in CONVENTIONS:
         raise ValueError(f"mia: convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    if bootstrap < 0:
+        raise ValueError(f"mia: bootstrap must be at least 0, got {bootstrap}")
     if not _NEEDS[convention]:  # fitted on no members
         given["retain"] = None
     sets = {name: data for name, data in given.items() if data is not None}
@@ -195,7 +198,9 @@ def mia(
         features = {
             name: _features(subject, data, name, judge, convention, together) for name, data in sets.items()
         }
-        members, others = (usual.get(name, 0.0) - features[name].loss for name in ("forget", "test"))
+        members, others = (
+            _calibrated(features[name].loss, usual.get(name), name) for name in ("forget", "test")
+        )
         ranks = _Ranked(members, others)
         fitted = _SCORES.get(convention)  # none for the attack by loss, whose score is the AUC
         if fitted is None:
@@ -222,6 +227,18 @@ def mia(
         reference_score=reference_score,
         reference_auc=reference_auc,
     )
+
+
+def _calibrated(loss: _Numbers, usual: _Numbers | None, name: str) -> _Numbers:
+    # High for members. What both answer with infinite loss has no rank: as NaN it would count as a member.
+    if usual is None:
+        return -loss
+    if (np.isinf(loss) & np.isinf(usual)).any():
+        raise FloatingPointError(
+            f"mia: the losses of the {name} set must be finite in the model or the calibration models, got "
+            "infinity in both; leave calibration out, or use models that rule out no class"
+        )
+    return usual - loss
 
 
 class _Features(NamedTuple):
@@ -332,6 +349,10 @@ def _scrub_score(retain: _Features | None, forget: _Features, test: _Features, s
     n = min(len(forget.loss), len(test.loss))
     if n < 5:
         raise ValueError(f"mia: forget and test must hold at least 5 samples each for 'scrub', got {n}")
+    if not (np.isfinite(forget.loss).all() and np.isfinite(test.loss).all()):
+        raise FloatingPointError(
+            "mia: losses must be finite for 'scrub', got infinity; use convention='loss'"
+        )
     draws = np.random.default_rng(seed)
     sides = [draws.permutation(side)[:n] for side in (forget.loss, test.loss)]
     x, y = _labelled(*sides)
