@@ -573,12 +573,15 @@ def test_hooks_enclose_the_load():
 
 
 @pytest.mark.parametrize(
-    "option", [{"amsgrad": True}, {"differentiable": True}, {"decoupled_weight_decay": False}]
+    "cls, option",
+    [
+        *((cls, {key: True}) for cls in (MaskedSGD, MaskedAdamW) for key in ("amsgrad", "differentiable")),
+        (MaskedAdamW, {"decoupled_weight_decay": False, "weight_decay": 0.1}),
+    ],
 )
-@pytest.mark.parametrize("cls", [MaskedSGD, MaskedAdamW])
 def test_a_group_of_another_variant_is_refused_and_not_stepped_as_if_it_were_none(cls, option):
     params = make_params()
-    (key,) = option
+    key = next(iter(option))
     with pytest.raises(ValueError, match=f"{cls.__name__}: {key} must be {not option[key]} in every group"):
         cls([{"params": list(named(params)), **option}], lr=0.1)
     first, *others = named(params)
@@ -589,6 +592,11 @@ def test_a_group_of_another_variant_is_refused_and_not_stepped_as_if_it_were_non
     harmless = {key: not option[key], "foreach": True}  # as in groups that were taken from torch.optim
     optimizer.add_param_group({"params": others, **harmless})
     assert len(optimizer.param_groups) == 2
+
+
+def test_without_weight_decay_a_group_of_adam_is_one_of_adamw():
+    params = make_params()
+    MaskedAdamW([{"params": list(named(params)), "decoupled_weight_decay": False, "weight_decay": 0}], lr=0.1)
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,10 @@ class ConstrainedOptimizer(Optimizer):
             got = f"momentum={group['momentum']}, dampening={group['dampening']}"
             raise ValueError(self._error("nesterov", "have momentum and no dampening", got))
         # Of torch.optim's options these change what a step does; unknown keys may stay, as in torch.
-        for key, meant in (("amsgrad", False), ("differentiable", False), ("decoupled_weight_decay", True)):
+        variants = {"amsgrad": False, "differentiable": False}
+        if "betas" in group and group["weight_decay"]:  # as of torch.optim.Adam
+            variants["decoupled_weight_decay"] = True
+        for key, meant in variants.items():
             if group.get(key, meant) != meant:
                 raise ValueError(self._error(key, f"be {meant} in every group", group[key]))
         if len(set(group["params"])) < len(group["params"]):
