@@ -214,6 +214,28 @@ def test_certain_tokens_have_finite_scores():
     assert all(bool(torch.isfinite(scores).all()) for scores in found.values())
 
 
+def test_tokens_that_cannot_come_leave_the_others_scores_as_they_are():
+    """A vocabulary is padded with logits of -inf; k=1 looks at every token."""
+    model, data = Bigram(), texts()
+    want = language.membership_scores(model, data, k=1.0, task=CausalLM(), attacks=["min_k", "min_k++"])
+    with torch.no_grad():
+        padded = nn.functional.pad(model.rows, (0, 3), value=-torch.inf)
+    model.rows = nn.Parameter(padded)
+    found = language.membership_scores(model, data, k=1.0, task=CausalLM(), attacks=["min_k", "min_k++"])
+    for attack, scores in want.items():
+        torch.testing.assert_close(found[attack], scores, rtol=1e-12, atol=0)
+
+
+def test_outputs_without_probabilities_are_refused():
+    """Infinity has come to 0.5, chance, in the attacks, and to an extraction of everything."""
+    data = [(torch.tensor([[[torch.inf, torch.inf], [0.0, 1.0]]]), torch.zeros(1, 2, dtype=torch.long))]
+    for measure in (language.probability, language.extraction_strength, language.membership_scores):
+        with pytest.raises(FloatingPointError, match="outputs must be below infinity in data, got inf"):
+            measure(nn.Identity(), data, task=TASK)
+    ignored = [(data[0][0], torch.tensor([[-100, 0]]))]
+    assert language.probability(nn.Identity(), ignored, task=TASK) == pytest.approx(1 / (1 + math.e))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

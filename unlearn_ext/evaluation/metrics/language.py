@@ -67,7 +67,7 @@ def tokens(
         One entry per sequence that has a token that counts.
 
     Raises:
-        FloatingPointError: If an output of the model is NaN.
+        FloatingPointError: If an output of the model is NaN, or leaves no probabilities, such as infinity.
         ValueError: If the data have no label per token, or none that counts.
         NotImplementedError: If the model is sharded.
     """
@@ -78,14 +78,14 @@ def tokens(
         for batch, outputs in answers("language", model, judge, data, name=name):
             # An inferred task goes along with what it made of the batch.
             told, logits = outputs if task is None else (task, outputs)
-            for own in _tokens_of(logits, batch, told):
+            for own in _tokens_of(logits, batch, told, name):
                 found = True
                 yield own
     if not found:
         raise ValueError(f"language: {name} must hold at least one token with a label, got none")
 
 
-def _tokens_of(outputs: Any, batch: Batch, task: Task) -> Iterator[Tokens]:  # noqa: ANN401 - a task's own
+def _tokens_of(outputs: Any, batch: Batch, task: Task, name: str) -> Iterator[Tokens]:  # noqa: ANN401 - a task's own
     if not isinstance(task, Categorical):
         raise ValueError(f"language: task must have a label per token, got {task!r}")
     logits, labels = task.aligned(outputs, batch)
@@ -97,8 +97,12 @@ def _tokens_of(outputs: Any, batch: Batch, task: Task) -> Iterator[Tokens]:  # n
             continue
         kept = own[counted]
         logs = rows[counted].double().log_softmax(-1)
+        if bool(torch.isnan(logs).any()):
+            raise FloatingPointError(
+                f"language: the model's outputs must be below infinity in {name}, got inf"
+            )
         chances = logs.exp()
-        finite = logs.clamp(min=torch.finfo(logs.dtype).min)  # 0 log 0 is 0
+        finite = logs.where(chances > 0, 0.0)  # 0 log 0 is 0, and so is 0 (log 0)^2
         mean = (chances * finite).sum(-1)
         variance = (chances * (finite - mean.unsqueeze(-1)).square()).sum(-1)
         yield Tokens(
