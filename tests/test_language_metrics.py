@@ -236,6 +236,14 @@ def test_outputs_without_probabilities_are_refused():
     assert language.probability(nn.Identity(), ignored, task=TASK) == pytest.approx(1 / (1 + math.e))
 
 
+def test_whoever_looks_at_tokens_does_it_in_modes_of_their_own(known):
+    model, data = known
+    before = torch.random.get_rng_state()
+    for _ in language.tokens(model.train(), data, task=CausalLM()):
+        assert torch.is_grad_enabled() and model.training
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

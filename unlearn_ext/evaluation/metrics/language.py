@@ -63,7 +63,7 @@ def tokens(
         task: What the model is for; None infers it from the model and the batch.
         name: What the data is called in messages.
 
-    Yields:
+    Returns:
         One entry per sequence that has a token that counts.
 
     Raises:
@@ -73,16 +73,16 @@ def tokens(
     """
     check_whole(model, "language")
     judge = task_for("language", task)
-    found = False
+    # All before the first is handed out: the caller's own code must not run in eval mode, or without gradients.
+    found: list[Tokens] = []
     with seeded(0, data), borrowed(model), torch.no_grad():
         for batch, outputs in answers("language", model, judge, data, name=name):
             # An inferred task goes along with what it made of the batch.
             told, logits = outputs if task is None else (task, outputs)
-            for own in _tokens_of(logits, batch, told, name):
-                found = True
-                yield own
+            found.extend(_tokens_of(logits, batch, told, name))
     if not found:
         raise ValueError(f"language: {name} must hold at least one token with a label, got none")
+    return iter(found)
 
 
 def _tokens_of(outputs: Any, batch: Batch, task: Task, name: str) -> Iterator[Tokens]:  # noqa: ANN401 - a task's own
