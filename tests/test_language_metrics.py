@@ -117,6 +117,17 @@ def test_truth_ratio_reads_answers_as_its_task_says(known):
     assert found == pytest.approx(want, rel=1e-6)
 
 
+def test_truth_ratio_of_answers_too_unlikely_for_a_float():
+    """Gradient ascent leaves such: exp(-1000) is 0 in any float, the ratio of two of them is not."""
+    logits = torch.tensor([[[2000.0, 1000.0, 999.0]]])
+    right, wrong = ([(logits, torch.tensor([[label]]))] for label in (1, 2))
+    found = language.truth_ratios(nn.Identity(), right, wrong, task=TASK)
+    assert found.tolist() == pytest.approx([math.exp(-1)])
+    impossible = [(torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([[1]]))]
+    with pytest.raises(ValueError, match=r"a probability above 0, got 0 for .* question 0"):
+        language.truth_ratio(nn.Identity(), impossible, impossible, task=TASK)
+
+
 def test_truth_ratio_wants_as_many_wrong_answers_to_every_question():
     with pytest.raises(ValueError, match="equally many answers to each of the 2 questions, got 3"):
         language.truth_ratios(nn.Identity(), answers_with(0.8, 0.3), answers_with(0.1, 0.3, 0.6), task=TASK)
@@ -240,7 +251,8 @@ def test_whoever_looks_at_tokens_does_it_in_modes_of_their_own(known):
     model, data = known
     before = torch.random.get_rng_state()
     for _ in language.tokens(model.train(), data, task=CausalLM()):
-        assert torch.is_grad_enabled() and model.training
+        assert torch.is_grad_enabled()
+        assert model.training
         assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -73,7 +73,7 @@ def tokens(
     """
     check_whole(model, "language")
     judge = task_for("language", task)
-    # All before the first is handed out: the caller's own code must not run in eval mode, or without gradients.
+    # All before the first is handed out: the caller's code must not run in eval mode, or without gradients.
     found: list[Tokens] = []
     with seeded(0, data), borrowed(model), torch.no_grad():
         for batch, outputs in answers("language", model, judge, data, name=name):
@@ -181,7 +181,8 @@ def truth_ratios(
 
     Raises:
         ValueError: If the wrong answers are not a multiple of the right ones, an answer has no token that
-            counts, a loader shuffles, or the mean is unknown.
+            counts, a loader shuffles, the mean is unknown, or a right answer and its wrong ones are
+            impossible.
 
     Source:
         Maini, Feng, Schwarzschild, Lipton & Kolter, "TOFU: A Task of Fictitious Unlearning for LLMs", COLM
@@ -189,8 +190,8 @@ def truth_ratios(
     """
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f"truth_ratio: mean must be 'arithmetic' or 'geometric', got {mean!r}")
-    right = _of_every_answer("paraphrased", model, paraphrased, task).log()
-    wrong = _of_every_answer("perturbed", model, perturbed, task).log()
+    right = _of_every_answer("paraphrased", model, paraphrased, task)
+    wrong = _of_every_answer("perturbed", model, perturbed, task)
     if len(wrong) % len(right):
         raise ValueError(
             f"truth_ratio: perturbed must hold equally many answers to each of the {len(right)} questions, "
@@ -202,14 +203,21 @@ def truth_ratios(
         if mean == "geometric"
         else grouped.logsumexp(1) - torch.log(torch.tensor(float(grouped.shape[1]), dtype=grouped.dtype))
     )
-    return (logs - right).exp()
+    ratios = (logs - right).exp()
+    if bool((undefined := torch.isnan(ratios)).any()):
+        raise ValueError(
+            "truth_ratio: answers must have a probability above 0, got 0 for the right one and for a wrong "
+            f"one to question {int(undefined.nonzero()[0])}"
+        )
+    return ratios
 
 
 def _of_every_answer(name: str, model: nn.Module, data: Batches, task: Task | None) -> Tensor:
     # Answers are told apart by their place: none may be left out, or come in another order.
     if isinstance(getattr(data, "sampler", None), RandomSampler):
         raise ValueError(f"truth_ratio: {name} must come in the order of the questions, got shuffled data")
-    found = probabilities(model, data, task=task)
+    # Logarithms: a model that climbed on the answers gives them probabilities too small for any float.
+    found = torch.stack([own.logs.mean() for own in tokens(model, data, task=task)])
     judge = task_for("language", task)
     n = sum(judge.count(batch) for batch in data)
     if len(found) < n:
