@@ -339,6 +339,25 @@ def test_rf_jsd_compares_mean_predictions_of_classes():
         metrics.rf_jsd(a, b, forget=only, unseen=other)
 
 
+def test_rf_jsd_leaves_out_samples_that_do_not_count():
+    torch.manual_seed(0)
+    a, b = make_model(), make_model()
+    forget, unseen = ([blobs(n, seed).tensors] for n, seed in ((30, 0), (60, 1)))
+    want = metrics.rf_jsd(a, b, forget=forget, unseen=unseen)
+    for data in (forget, unseen):
+        data.append((data[0][0] + 1, torch.full_like(data[0][1], -100)))
+    assert metrics.rf_jsd(a, b, forget=forget, unseen=unseen) == want
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rf_jsd_refuses_answers_that_are_no_numbers(value):
+    """They came to 0, which is ideal."""
+    data = [(torch.eye(3), torch.arange(3))]
+    broken = [(torch.eye(3).fill_diagonal_(value), torch.arange(3))]
+    with pytest.raises(FloatingPointError, match=r"rf_jsd: .* got NaN"):
+        metrics.rf_jsd(nn.Identity(), nn.Identity(), forget=broken, unseen=data)
+
+
 def test_tug_of_war_is_one_only_for_equal_accuracies():
     same = {"forget": 0.5, "retain": 1.0}
     assert metrics.tug_of_war(same, same) == 1
