@@ -228,6 +228,22 @@ def test_margins_are_log_odds_in_reading_order(problem):
     assert str(Figure(0.5)) == "0.5"
 
 
+def test_samples_without_a_label_do_not_pass_for_forgotten(problem):
+    """Their log-odds are 0 in every network, which would be perfect."""
+    forget = list(problem["forget"])
+    unlabelled = [(inputs, torch.full_like(labels, -100)) for inputs, labels in forget]
+    found, want = (
+        audit_function({"nothing": nothing}, **{**problem, "forget": data}, n_models=4, bootstrap=0)
+        for data in (forget + unlabelled, forget)
+    )
+    for kind, margins in want.margins.items():
+        assert np.array_equal(found.margins[kind]["forget"], margins["forget"])
+    with pytest.raises(
+        ValueError, match="audit: forget must hold at least one sample with a label, got none"
+    ):
+        audit_function({"nothing": nothing}, **{**problem, "forget": unlabelled}, n_models=4, bootstrap=0)
+
+
 def test_what_is_known_is_not_computed_again(problem, tmp_path, monkeypatch, capsys):
     settings = {**problem, "n_models": 4, "bootstrap": 0, "cache": tmp_path}
     first = audit_function({"perfect": perfect}, **settings)
