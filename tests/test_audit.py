@@ -228,6 +228,22 @@ def test_margins_are_log_odds_in_reading_order(problem):
     assert str(Figure(0.5)) == "0.5"
 
 
+def test_samples_without_a_label_do_not_pass_for_forgotten(problem):
+    """Their log-odds are 0 in every network, which would be perfect."""
+    forget = list(problem["forget"])
+    unlabelled = [(inputs, torch.full_like(labels, -100)) for inputs, labels in forget]
+    found, want = (
+        audit_function({"nothing": nothing}, **{**problem, "forget": data}, n_models=4, bootstrap=0)
+        for data in (forget + unlabelled, forget)
+    )
+    for kind, margins in want.margins.items():
+        assert np.array_equal(found.margins[kind]["forget"], margins["forget"])
+    with pytest.raises(
+        ValueError, match="audit: forget must hold at least one sample with a label, got none"
+    ):
+        audit_function({"nothing": nothing}, **{**problem, "forget": unlabelled}, n_models=4, bootstrap=0)
+
+
 def test_what_is_known_is_not_computed_again(problem, tmp_path, monkeypatch, capsys):
     settings = {**problem, "n_models": 4, "bootstrap": 0, "cache": tmp_path}
     first = audit_function({"perfect": perfect}, **settings)
@@ -337,6 +353,25 @@ def test_rf_jsd_compares_mean_predictions_of_classes():
     other = [(unseen[0][0][1:2], unseen[0][1][1:2])]
     with pytest.raises(ValueError, match="share a class"):
         metrics.rf_jsd(a, b, forget=only, unseen=other)
+
+
+def test_rf_jsd_leaves_out_samples_that_do_not_count():
+    torch.manual_seed(0)
+    a, b = make_model(), make_model()
+    forget, unseen = ([blobs(n, seed).tensors] for n, seed in ((30, 0), (60, 1)))
+    want = metrics.rf_jsd(a, b, forget=forget, unseen=unseen)
+    for data in (forget, unseen):
+        data.append((data[0][0] + 1, torch.full_like(data[0][1], -100)))
+    assert metrics.rf_jsd(a, b, forget=forget, unseen=unseen) == want
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rf_jsd_refuses_answers_that_are_no_numbers(value):
+    """They came to 0, which is ideal."""
+    data = [(torch.eye(3), torch.arange(3))]
+    broken = [(torch.eye(3).fill_diagonal_(value), torch.arange(3))]
+    with pytest.raises(FloatingPointError, match=r"rf_jsd: .* got NaN"):
+        metrics.rf_jsd(nn.Identity(), nn.Identity(), forget=broken, unseen=data)
 
 
 def test_tug_of_war_is_one_only_for_equal_accuracies():

@@ -25,6 +25,7 @@ from unlearn_ext.evaluation.audit import FLOOR
 from unlearn_ext.evaluation.compare import compare
 from unlearn_ext.evaluation.metrics import registry
 from unlearn_ext.evaluation.rows import LOSS_EDGES, read_row, row_text
+from unlearn_ext.evaluation.sets import Sets
 from unlearn_ext.evaluation.settings import check_settings
 from unlearn_ext.methods import METHODS
 
@@ -169,6 +170,18 @@ def test_what_needs_a_reference_says_so_without_one(trained, sets):
     assert found["retain"].value is not None
     assert found["mia_auc"].note is None
     assert "give reference=" in table.to_markdown()
+
+
+def test_labels_that_do_not_count_are_no_classes(trained):
+    """A sample without a label in both sets hid that all of a class was to go."""
+    x, y = blobs(30, 0).tensors
+    unlabelled = (x[:3], torch.full((3,), -100))
+    forget, retain = ([(x[part], y[part]), unlabelled] for part in (y == 2, y != 2))
+    found = Sets(trained, forget, retain, [(x, y)], task=None, hashed=False)
+    assert found.classes == [2]
+    assert list(found.tests) == ["test_retained", "test_forgotten"]
+    found = Sets(trained, [unlabelled], retain[:1], [(x, y)], task=None, hashed=False)
+    assert found.classes is None
 
 
 def test_random_samples_are_not_taken_for_a_class(trained, sets):

@@ -117,6 +117,17 @@ def test_truth_ratio_reads_answers_as_its_task_says(known):
     assert found == pytest.approx(want, rel=1e-6)
 
 
+def test_truth_ratio_of_answers_too_unlikely_for_a_float():
+    """Gradient ascent leaves such: exp(-1000) is 0 in any float, the ratio of two of them is not."""
+    logits = torch.tensor([[[2000.0, 1000.0, 999.0]]])
+    right, wrong = ([(logits, torch.tensor([[label]]))] for label in (1, 2))
+    found = language.truth_ratios(nn.Identity(), right, wrong, task=TASK)
+    assert found.tolist() == pytest.approx([math.exp(-1)])
+    impossible = [(torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([[1]]))]
+    with pytest.raises(ValueError, match=r"a probability above 0, got 0 for .* question 0"):
+        language.truth_ratio(nn.Identity(), impossible, impossible, task=TASK)
+
+
 def test_truth_ratio_wants_as_many_wrong_answers_to_every_question():
     with pytest.raises(ValueError, match="equally many answers to each of the 2 questions, got 3"):
         language.truth_ratios(nn.Identity(), answers_with(0.8, 0.3), answers_with(0.1, 0.3, 0.6), task=TASK)
@@ -212,6 +223,37 @@ def test_certain_tokens_have_finite_scores():
     data = [(logits, torch.zeros(1, 2, dtype=torch.long))]
     found = language.membership_scores(nn.Identity(), data, task=TASK)
     assert all(bool(torch.isfinite(scores).all()) for scores in found.values())
+
+
+def test_tokens_that_cannot_come_leave_the_others_scores_as_they_are():
+    """A vocabulary is padded with logits of -inf; k=1 looks at every token."""
+    model, data = Bigram(), texts()
+    want = language.membership_scores(model, data, k=1.0, task=CausalLM(), attacks=["min_k", "min_k++"])
+    with torch.no_grad():
+        padded = nn.functional.pad(model.rows, (0, 3), value=-torch.inf)
+    model.rows = nn.Parameter(padded)
+    found = language.membership_scores(model, data, k=1.0, task=CausalLM(), attacks=["min_k", "min_k++"])
+    for attack, scores in want.items():
+        torch.testing.assert_close(found[attack], scores, rtol=1e-12, atol=0)
+
+
+def test_outputs_without_probabilities_are_refused():
+    """Infinity has come to 0.5, chance, in the attacks, and to an extraction of everything."""
+    data = [(torch.tensor([[[torch.inf, torch.inf], [0.0, 1.0]]]), torch.zeros(1, 2, dtype=torch.long))]
+    for measure in (language.probability, language.extraction_strength, language.membership_scores):
+        with pytest.raises(FloatingPointError, match="outputs must be below infinity in data, got inf"):
+            measure(nn.Identity(), data, task=TASK)
+    ignored = [(data[0][0], torch.tensor([[-100, 0]]))]
+    assert language.probability(nn.Identity(), ignored, task=TASK) == pytest.approx(1 / (1 + math.e))
+
+
+def test_whoever_looks_at_tokens_does_it_in_modes_of_their_own(known):
+    model, data = known
+    before = torch.random.get_rng_state()
+    for _ in language.tokens(model.train(), data, task=CausalLM()):
+        assert torch.is_grad_enabled()
+        assert model.training
+        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

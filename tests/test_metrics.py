@@ -112,6 +112,15 @@ def test_divergences_refuse_what_they_cannot_compare(measure):
         measure(nn.Identity(), Constant(0.2, 0.3, 0.5), fixed((0.75, 0.25)))
 
 
+@pytest.mark.parametrize("measure", [js_divergence, activation_distance, zrf])
+@pytest.mark.parametrize("row", [[torch.inf, 0.0], [-torch.inf, -torch.inf]])
+def test_divergences_refuse_outputs_without_probabilities(measure, row):
+    outputs = torch.tensor([row, [1.0, 0.0]])
+    with pytest.raises(FloatingPointError, match="outputs must leave probabilities, got infinite ones"):
+        measure(nn.Identity(), nn.Identity(), [(outputs, torch.tensor([0, 1]))])
+    assert math.isfinite(measure(nn.Identity(), nn.Identity(), [(outputs, torch.tensor([-100, 1]))]))
+
+
 def test_zrf_refuses_an_unknown_convention():
     with pytest.raises(ValueError, match="convention must be paper or release"):
         zrf(nn.Identity(), nn.Identity(), fixed((0.5, 0.5)), convention="other")

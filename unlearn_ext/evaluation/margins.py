@@ -20,6 +20,7 @@ from unlearn_ext._internal.seeding import seeded
 from unlearn_ext.evaluation.audit_scores import Margins
 from unlearn_ext.evaluation.cache import Cache, keeping
 from unlearn_ext.evaluation.keys import NoKeyError, sample_hashes
+from unlearn_ext.evaluation.metrics.attacks import counted_in
 from unlearn_ext.evaluation.references import References
 from unlearn_ext.results import UnlearnResult
 from unlearn_ext.tasks.base import Task
@@ -33,7 +34,7 @@ class Row:
     """One network on all samples.
 
     Attributes:
-        margins: Set to log-odds of its samples, in reading order.
+        margins: Set to log-odds of its samples that count, in reading order.
         accuracy: Set to the share of right answers.
         reached: What the method said, where it said something.
     """
@@ -138,6 +139,7 @@ class Rows:
 
         Raises:
             FloatingPointError: If a margin is NaN.
+            ValueError: If no sample of a set counts.
         """
         margins, accuracy = {}, {}
         with borrowed(model), torch.no_grad():
@@ -149,10 +151,14 @@ class Rows:
                         if self._task.count(batch) == 0:
                             continue
                         outputs = self._task.forward(model, batch)
-                        found.append(self._task.log_odds(outputs, batch).double().cpu())
+                        # Samples without a label have log-odds of 0 in every network: as if forgotten.
+                        kept = counted_in(self._task, outputs, batch).any(-1)
+                        found.append(self._task.log_odds(outputs, batch)[kept].double().cpu())
                         hits, labels = self._task.correct(outputs, batch)
                         right, counted = right + float(hits.sum()), counted + float(labels.sum())
                 values = torch.cat(found).numpy()
+                if not values.size:
+                    raise ValueError(f"audit: {name} must hold at least one sample with a label, got none")
                 if np.isnan(values).any():
                     raise FloatingPointError(f"audit: margins on the {name} set must be numbers, got NaN")
                 margins[name], accuracy[name] = values, right / max(counted, 1.0)

@@ -98,7 +98,7 @@ def _survey(
         n = judge.count(batch)
         count, largest, n_batches = count + n, max(largest, n), n_batches + 1
         found = judge.classes_of(batch)
-        classes = None if found is None or classes is None else classes | set(found.tolist())
+        classes = None if found is None or classes is None else classes | _classes_in(found, judge)
         if hashed and unknown is None:
             try:
                 sum_of_hashes += sum(sample_hashes(batch, judge))
@@ -109,6 +109,12 @@ def _survey(
     # A sum, so that the order does not matter: loaders shuffle.
     text = f"{sum_of_hashes % 2**256:064x}/{count}/{n_batches}/{largest}" if hashed else ""
     return _Survey(count, None if classes is None else frozenset(classes), unknown or text, told)
+
+
+def _classes_in(labels: torch.Tensor, judge: Task) -> set[int]:
+    # A label that says "does not count" is no class: neither one to be forgotten, nor one that sets share.
+    ignored = getattr(judge, "ignore_index", -100)
+    return {label for label in labels.tolist() if label not in (ignored, -100)}
 
 
 def _tried(name: str, batch: Batch, model: nn.Module, task: Task | None, judge: Task) -> str:

@@ -260,7 +260,7 @@ def _features(
         for batch, narrow in answers("mia", model, task, data, name=name):
             # In double precision, so that confident samples do not share one loss of 0.
             outputs = map_tensors(lambda part: part.double() if part.is_floating_point() else part, narrow)
-            counted = _counted(task, outputs, batch)
+            counted = counted_in(task, outputs, batch)
             kept = counted.any(-1)
             loss = task.losses(outputs, batch) if task.loss_fn is None else task.loss_fn(model, batch)
             found["loss"].append(loss[kept].double().cpu())
@@ -280,7 +280,17 @@ def _features(
     return features
 
 
-def _counted(task: Task, outputs: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - a task's own
+def counted_in(task: Task, outputs: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - a task's own
+    """Say what of a batch counts.
+
+    Args:
+        task: What the model is for.
+        outputs: What its ``forward`` returned.
+        batch: The batch.
+
+    Returns:
+        bool ``[N, positions]``; a sample counts where one of its positions does.
+    """
     try:
         counted = task.counted(outputs, batch)
     except NotImplementedError:  # without classes every sample counts

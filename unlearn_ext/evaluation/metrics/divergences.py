@@ -46,7 +46,7 @@ def zrf(
         The score, in [0, 1] for ``"paper"``.
 
     Raises:
-        FloatingPointError: If an output of a model is NaN.
+        FloatingPointError: If an output of a model is NaN, or leaves no probabilities, such as infinity.
         NotImplementedError: If the task has no classes.
         ValueError: If ``data`` is empty, the convention is unknown, or the outputs differ in shape.
 
@@ -89,7 +89,7 @@ def js_divergence(
         A number in [0, 1]; 0 for equal predictions.
 
     Raises:
-        FloatingPointError: If an output of a model is NaN.
+        FloatingPointError: If an output of a model is NaN, or leaves no probabilities, such as infinity.
         NotImplementedError: If the task has no classes.
         ValueError: If ``data`` is empty, or the outputs differ in shape.
 
@@ -127,7 +127,7 @@ def activation_distance(
         A number in [0, sqrt(2)].
 
     Raises:
-        FloatingPointError: If an output of a model is NaN.
+        FloatingPointError: If an output of a model is NaN, or leaves no probabilities, such as infinity.
         NotImplementedError: If the task has no classes.
         ValueError: If ``data`` is empty, or the outputs differ in shape.
 
@@ -197,6 +197,10 @@ def _mean_over_positions(
                 )
             counted = judge.counted(outputs, batch)
             values = distance(log_p, log_q)[counted]
+            if bool(torch.isnan(values).any()):
+                raise FloatingPointError(
+                    f"{who}: outputs must leave probabilities, got infinite ones or none but -inf"
+                )
             total, count = total + float(values.sum()), count + values.numel()
     total, count = ranks.total("distances", total, count)
     if count == 0:

@@ -63,29 +63,29 @@ def tokens(
         task: What the model is for; None infers it from the model and the batch.
         name: What the data is called in messages.
 
-    Yields:
+    Returns:
         One entry per sequence that has a token that counts.
 
     Raises:
-        FloatingPointError: If an output of the model is NaN.
+        FloatingPointError: If an output of the model is NaN, or leaves no probabilities, such as infinity.
         ValueError: If the data have no label per token, or none that counts.
         NotImplementedError: If the model is sharded.
     """
     check_whole(model, "language")
     judge = task_for("language", task)
-    found = False
+    # All before the first is handed out: the caller's code must not run in eval mode, or without gradients.
+    found: list[Tokens] = []
     with seeded(0, data), borrowed(model), torch.no_grad():
         for batch, outputs in answers("language", model, judge, data, name=name):
             # An inferred task goes along with what it made of the batch.
             told, logits = outputs if task is None else (task, outputs)
-            for own in _tokens_of(logits, batch, told):
-                found = True
-                yield own
+            found.extend(_tokens_of(logits, batch, told, name))
     if not found:
         raise ValueError(f"language: {name} must hold at least one token with a label, got none")
+    return iter(found)
 
 
-def _tokens_of(outputs: Any, batch: Batch, task: Task) -> Iterator[Tokens]:  # noqa: ANN401 - a task's own
+def _tokens_of(outputs: Any, batch: Batch, task: Task, name: str) -> Iterator[Tokens]:  # noqa: ANN401 - a task's own
     if not isinstance(task, Categorical):
         raise ValueError(f"language: task must have a label per token, got {task!r}")
     logits, labels = task.aligned(outputs, batch)
@@ -97,8 +97,12 @@ def _tokens_of(outputs: Any, batch: Batch, task: Task) -> Iterator[Tokens]:  # n
             continue
         kept = own[counted]
         logs = rows[counted].double().log_softmax(-1)
+        if bool(torch.isnan(logs).any()):
+            raise FloatingPointError(
+                f"language: the model's outputs must be below infinity in {name}, got inf"
+            )
         chances = logs.exp()
-        finite = logs.clamp(min=torch.finfo(logs.dtype).min)  # 0 log 0 is 0
+        finite = logs.where(chances > 0, 0.0)  # 0 log 0 is 0, and so is 0 (log 0)^2
         mean = (chances * finite).sum(-1)
         variance = (chances * (finite - mean.unsqueeze(-1)).square()).sum(-1)
         yield Tokens(
@@ -177,7 +181,8 @@ def truth_ratios(
 
     Raises:
         ValueError: If the wrong answers are not a multiple of the right ones, an answer has no token that
-            counts, a loader shuffles, or the mean is unknown.
+            counts, a loader shuffles, the mean is unknown, or a right answer and its wrong ones are
+            impossible.
 
     Source:
         Maini, Feng, Schwarzschild, Lipton & Kolter, "TOFU: A Task of Fictitious Unlearning for LLMs", COLM
@@ -185,8 +190,8 @@ def truth_ratios(
     """
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f"truth_ratio: mean must be 'arithmetic' or 'geometric', got {mean!r}")
-    right = _of_every_answer("paraphrased", model, paraphrased, task).log()
-    wrong = _of_every_answer("perturbed", model, perturbed, task).log()
+    right = _of_every_answer("paraphrased", model, paraphrased, task)
+    wrong = _of_every_answer("perturbed", model, perturbed, task)
     if len(wrong) % len(right):
         raise ValueError(
             f"truth_ratio: perturbed must hold equally many answers to each of the {len(right)} questions, "
@@ -198,14 +203,21 @@ def truth_ratios(
         if mean == "geometric"
         else grouped.logsumexp(1) - torch.log(torch.tensor(float(grouped.shape[1]), dtype=grouped.dtype))
     )
-    return (logs - right).exp()
+    ratios = (logs - right).exp()
+    if bool((undefined := torch.isnan(ratios)).any()):
+        raise ValueError(
+            "truth_ratio: answers must have a probability above 0, got 0 for the right one and for a wrong "
+            f"one to question {int(undefined.nonzero()[0])}"
+        )
+    return ratios
 
 
 def _of_every_answer(name: str, model: nn.Module, data: Batches, task: Task | None) -> Tensor:
     # Answers are told apart by their place: none may be left out, or come in another order.
     if isinstance(getattr(data, "sampler", None), RandomSampler):
         raise ValueError(f"truth_ratio: {name} must come in the order of the questions, got shuffled data")
-    found = probabilities(model, data, task=task)
+    # Logarithms: a model that climbed on the answers gives them probabilities too small for any float.
+    found = torch.stack([own.logs.mean() for own in tokens(model, data, task=task)])
     judge = task_for("language", task)
     n = sum(judge.count(batch) for batch in data)
     if len(found) < n:

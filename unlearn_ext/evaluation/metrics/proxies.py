@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_ext._internal.borrow import borrowed
+from unlearn_ext.evaluation.metrics.answers import answers
 from unlearn_ext.tasks.base import Task
-from unlearn_ext.tasks.batches import Batches, check_batches, device_of, read_batches
+from unlearn_ext.tasks.batches import Batches
 from unlearn_ext.tasks.losses import resolve
 
 
@@ -35,6 +36,7 @@ def rf_jsd(
         A number in [0, 1].
 
     Raises:
+        FloatingPointError: If an output of a model is NaN, or leaves no probabilities, such as infinity.
         ValueError: If no class is in both sets, or samples have no class.
 
     Source:
@@ -96,15 +98,16 @@ def _class_means(model: nn.Module, data: Batches, task: Task) -> dict[int, Tenso
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
     with borrowed(model), torch.no_grad():
-        for batch in read_batches(check_batches(data, "rf_jsd"), device_of(model)):
-            if task.count(batch) == 0:
-                continue
+        for batch, outputs in answers("rf_jsd", model, task, data):
             labels = task.classes_of(batch)
             if labels is None:
                 raise ValueError("rf_jsd: samples must have one class each, got labels of another form")
-            scores = task.scores(task.forward(model, batch), batch).double().cpu()
+            counted = task.counted(outputs, batch).cpu()
+            scores, labels = task.scores(outputs, batch).double().cpu()[counted], labels.cpu()[counted]
+            if bool(torch.isnan(scores).any()):
+                raise FloatingPointError("rf_jsd: outputs must leave probabilities, got NaN from infinity")
             for label in set(labels.tolist()):
-                own = scores[labels.cpu() == label]
+                own = scores[labels == label]
                 sums[label] = sums.get(label, torch.zeros(scores.shape[-1], dtype=torch.float64)) + own.sum(0)
                 counts[label] = counts.get(label, 0) + len(own)
     return {label: total / counts[label] for label, total in sums.items()}
