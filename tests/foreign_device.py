@@ -9,7 +9,7 @@ import operator
 
 import pytest
 import torch
-from op_cases import CASES, assert_same_bits, copied, mapped, tensors_of
+from op_cases import CASES, assert_same_bits, assert_within, copied, mapped, tensors_of
 from test_errors import BAD_CALLS, CASE_OF, VALID
 from torch.utils import backend_registration
 
@@ -74,13 +74,16 @@ def _away(tree):
 def test_ops_run_on_devices_of_somebody_elses(case, generator):
     variant = "mixed" if "mixed" in case.variants else case.variants[0]
     args, kwargs = case.sample("cpu", case.dtypes[0], generator, variant)
-    expected = case.run(fallback.KERNELS[case.schema], copied(args), kwargs)
+    here = case.run(fallback.KERNELS[case.schema], copied(args), kwargs)
+    expected, bounds = case.expect(args, kwargs)
     args, kwargs = _away(args), _away(kwargs)
     result = getattr(ops, case.name)(*args, **kwargs)
     outputs = case.outputs(args, result)
     assert {tensor.device.type for tensor in outputs} == {"elsewhere"}
-    for output, wanted in zip(_home(outputs), expected, strict=True):
-        assert_same_bits(output, wanted)
+    assert_within(_home(outputs), expected, bounds)
+    if "project" not in case.name:  # which BLAS rounds as its operands happen to lie in memory
+        for output, wanted in zip(_home(outputs), here, strict=True):
+            assert_same_bits(output, wanted)
 
 
 @pytest.mark.parametrize("bad", [bad for bad in BAD_CALLS if "of shape" in bad.why][::9], ids=str)
