@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import doors
+from op_cases import COMPILED, doors
 from torch.autograd import forward_ad
 
 from unlearn_ext import ops
@@ -173,4 +173,7 @@ def test_partial_sums_are_written_before_they_are_read(samples):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
-    assert torch.equal(expected, found)
+    if COMPILED:
+        assert torch.equal(expected, found)
+    else:  # BLAS rounds otherwise on another number of threads
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
