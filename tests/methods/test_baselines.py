@@ -162,6 +162,24 @@ def test_all_or_nothing(name, error):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("lr", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_do_not_pass_for_unlearned(lr):
+    # After a single step no loss tells of it, and answers of NaN are wrong ones: accuracy 0 on the forget set.
+    model, forget, retain = linear()
+    before = bits(model)
+    with pytest.raises(FloatingPointError, match=r"gradient_ascent: weight must stay finite, .* of its 12 scal"):
+        ux.METHODS["gradient_ascent"](model, forget, retain, lr=lr, epochs=1)
+    assert same(before, bits(model))
+
+
+def test_weights_that_were_no_numbers_before_are_not_the_methods_fault():
+    model, forget, retain = linear()
+    spare = nn.Parameter(torch.full((2,), math.nan))
+    model.register_parameter("spare", spare)
+    ux.METHODS["gradient_ascent"](model, forget, retain, lr=0.1, epochs=1)
+    assert bool(spare.isnan().all())
+
+
 @each_method
 def test_data_that_cannot_be_read_twice_is_refused(name):
     model, forget, retain = make("resnet")
