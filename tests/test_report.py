@@ -264,6 +264,30 @@ def test_purge_destroys_what_derives_from_the_forget_data(tmp_path):
     assert {what for what, purged in told.items() if purged} == {"mask", "scores", "plan", "file"}
 
 
+def test_purge_follows_links_as_writing_does(tmp_path):
+    real, link = tmp_path / "store" / "importances.json", tmp_path / "link.json"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    report.write_text(link, "x")
+    real.with_name("importances.json.old").write_text("x")
+    assert real.exists()
+    report.purge(link)
+    assert not list(real.parent.iterdir())
+    assert not link.is_symlink()
+    report.purge(link)  # a second time does nothing
+
+
+def test_purge_overwrites_tensors_of_any_layout_and_mode():
+    with torch.inference_mode():
+        frozen = torch.ones(3)
+    coo, csr = torch.eye(3).to_sparse_coo(), torch.eye(3).to_sparse_csr()
+    values = [coo._values(), csr.values()]
+    leaf = nn.Parameter(torch.ones(2))
+    report.purge(torch.ones(2), frozen, coo, csr, leaf)
+    assert all(float(part.abs().sum()) == 0 for part in (frozen, *values, leaf))
+    (leaf * 2).sum().backward()  # still a parameter to train
+
+
 def test_a_purge_that_stops_half_way_says_how_far_it_came():
     class Stuck:
         def purge(self):
