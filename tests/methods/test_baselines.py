@@ -164,10 +164,10 @@ def test_all_or_nothing(name, error):
 
 @pytest.mark.parametrize("lr", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_do_not_pass_for_unlearned(lr):
-    # After a single step no loss tells of it, and answers of NaN are wrong ones: accuracy 0 on the forget set.
+    # After a single step no loss tells of it, and answers of NaN are wrong: accuracy 0 on the forget set.
     model, forget, retain = linear()
     before = bits(model)
-    with pytest.raises(FloatingPointError, match=r"gradient_ascent: weight must stay finite, .* of its 12 scal"):
+    with pytest.raises(FloatingPointError, match=r"weight must stay finite, .* of its 12 scalars"):
         ux.METHODS["gradient_ascent"](model, forget, retain, lr=lr, epochs=1)
     assert same(before, bits(model))
 
@@ -178,6 +178,14 @@ def test_weights_that_were_no_numbers_before_are_not_the_methods_fault():
     model.register_parameter("spare", spare)
     ux.METHODS["gradient_ascent"](model, forget, retain, lr=0.1, epochs=1)
     assert bool(spare.isnan().all())
+
+
+@pytest.mark.parametrize("weight", ["ce_weight", "kl_weight"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_scrub_does_not_climb_the_retain_set(weight, value):
+    model, forget, retain = linear()
+    with pytest.raises(ValueError, match=f"scrub: {weight} must be finite and >= 0, got {value}"):
+        ux.METHODS["scrub"](model, forget, retain, **{weight: value})
 
 
 @each_method
