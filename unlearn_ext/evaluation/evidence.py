@@ -272,9 +272,9 @@ def evidence(
     if not re.fullmatch("[0-9a-f]{64}", before):
         raise ValueError(f"evidence: before must be a digest of weights_digest(), got {before!r}")
     # A text is a sequence as well, of its letters.
-    for name, value in {"forget_ids": forget_ids, "seeds": seeds, "not_tested": not_tested}.items():
-        if isinstance(value, (str, bytes)):
-            raise TypeError(f"evidence: {name} must be a sequence, got {value!r}; pass [{value!r}]")
+    for name, given in {"forget_ids": forget_ids, "seeds": seeds, "not_tested": not_tested}.items():
+        if isinstance(given, (str, bytes)):
+            raise TypeError(f"evidence: {name} must be a sequence, got {given!r}; pass [{given!r}]")
     after = weights_digest(model)
     _check_run(result, model, is_changed=after != before)
     objects = dict(derived or {})
