@@ -514,6 +514,9 @@ def test_compare_in_a_process_of_its_own(mine):
         ({"methods": ["magic"]}, "methods must be among ssd"),
         ({"methods": ["ssd:alpha"]}, "--methods must be NAME or NAME:key=value,key=value, got 'ssd:alpha'"),
         ({"methods": ["ssd:alpha=open('x')"]}, "--methods must be NAME"),
+        ({"methods": ["ssd:alpha=5,alpha=6"]}, "got 'ssd:alpha=5,alpha=6'; alpha is given twice"),
+        ({"methods": ["ssd:strict=false"]}, "got 'ssd:strict=false'; write False instead of false"),
+        ({"methods": ["ssd:until=none"]}, "write None instead of none"),
         (
             {"methods": ["ssd:alpa=3"], "train": "mine:never"},
             "ssd has no setting 'alpa'; did you mean",
@@ -559,3 +562,4 @@ def test_settings_of_methods_are_python_values():
         "unsir",
         {"forget_classes": [1, 2], "x": "a,b", "y": -3},
     )
+    assert cli._method("ssd:strict=False,until=None") == ("ssd", {"strict": False, "until": None})

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,6 +230,9 @@ def test_what_was_not_measured_is_listed():
     assert "membership inference by the loss" in record.not_tested
     assert not any("distance of the predictions" in what for what in record.not_tested)
     assert any("shadow models" in what for what in record.not_tested)
+    for nothing in (math.nan, torch.tensor(math.nan), np.float32(math.nan)):
+        assert "membership inference by the loss" in recorded(metrics={"mia_auc": nothing})[0].not_tested
+    assert "membership inference by the loss" not in recorded(metrics={"mia_auc": 0.5})[0].not_tested
     assert recorded(not_tested=["all of it"])[0].not_tested == ("all of it",)
 
 
@@ -260,6 +264,30 @@ def test_purge_destroys_what_derives_from_the_forget_data(tmp_path):
     assert {what for what, purged in told.items() if purged} == {"mask", "scores", "plan", "file"}
 
 
+def test_purge_follows_links_as_writing_does(tmp_path):
+    real, link = tmp_path / "store" / "importances.json", tmp_path / "link.json"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    report.write_text(link, "x")
+    real.with_name("importances.json.old").write_text("x")
+    assert real.exists()
+    report.purge(link)
+    assert not list(real.parent.iterdir())
+    assert not link.is_symlink()
+    report.purge(link)  # a second time does nothing
+
+
+def test_purge_overwrites_tensors_of_any_layout_and_mode():
+    with torch.inference_mode():
+        frozen = torch.ones(3)
+    coo, csr = torch.eye(3).to_sparse_coo(), torch.eye(3).to_sparse_csr()
+    values = [coo._values(), csr.values()]
+    leaf = nn.Parameter(torch.ones(2))
+    report.purge(torch.ones(2), frozen, coo, csr, leaf)
+    assert all(float(part.abs().sum()) == 0 for part in (frozen, *values, leaf))
+    (leaf * 2).sum().backward()  # still a parameter to train
+
+
 def test_a_purge_that_stops_half_way_says_how_far_it_came():
     class Stuck:
         def purge(self):
@@ -280,11 +308,26 @@ def test_a_purge_that_stops_half_way_says_how_far_it_came():
         ({"before": "abc"}, ValueError, "before must be a digest of weights_digest"),
         ({"derived": {"it": 3}}, TypeError, r"derived\['it'\] must be a tensor, a Path"),
         ({"derived": {"it": [3]}}, TypeError, r"derived\['it'\]"),
+        ({"forget_ids": "anna"}, TypeError, r"forget_ids must be a sequence, got 'anna'; pass \['anna'\]"),
+        ({"forget_ids": b"anna"}, TypeError, "forget_ids must be a sequence"),
+        ({"not_tested": "all of it"}, TypeError, "not_tested must be a sequence"),
+        ({"seeds": "12"}, TypeError, "seeds must be a sequence"),
+        ({"model": nn.Linear(3, 2)}, ValueError, "model must be the one of the run, got one without its"),
     ],
 )
 def test_wrong_evidence_is_refused(settings, error, message):
+    done = result(changed_per_parameter={"0.weight": 0.25})
     with pytest.raises(error, match=message):
-        report.evidence(result(), **{"model": small_model(), "before": "0" * 64, **settings})
+        report.evidence(done, **{"model": small_model(), "before": "0" * 64, **settings})
+
+
+def test_a_digest_from_after_the_run_is_none_from_before():
+    *_, model, _, done = recorded()
+    after = report.weights_digest(model)
+    with pytest.raises(ValueError, match=r"before must be from before the run, .* of them have changed"):
+        report.evidence(done, model=model, before=after)
+    unchanged = replace(done, changed=0.0)  # as of a run that did not reach its goal
+    assert report.evidence(unchanged, model=model, before=after).weights_after == after
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -305,3 +305,46 @@ def test_tables_that_are_not_to_change_do_not(fails: bool, is_frozen: bool) -> N
     for key, value in _tables(model).items():
         assert torch.equal(value, before[key])
     assert torch.equal(model.head.weight, head) == fails
+
+
+class Cut(torch.autograd.Function):
+    """As int8 layers of ``torch.ao`` are: there is a graph, and nothing comes back through it."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+class CutOff(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(Cut.apply(self.inner(x)))
+        return out
+
+
+def test_gradients_of_none_are_zero() -> None:
+    torch.manual_seed(1)
+    model, x, y = CutOff(), torch.randn(6, 4), torch.arange(6) % 3
+    values = ux.fisher_diagonal(model, [(x, y)])
+    wanted = torch.zeros_like(model.head.weight)
+    for n in range(6):
+        loss = nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+        wanted += torch.autograd.grad(loss, model.head.weight)[0].square() / 6
+    assert torch.allclose(values["head.weight"], wanted, rtol=1e-4)
+    assert not values["inner.weight"].any()
+
+
+@pytest.mark.parametrize("name", ["gradient_masking", "fisher_forgetting", "msg"])
+@pytest.mark.filterwarnings("ignore:.*answered as well as before")
+def test_methods_take_gradients_of_none(name: str) -> None:
+    model, batch = CutOff(), [(torch.randn(6, 4), torch.arange(6) % 3)]
+    result = ux.METHODS[name](model, batch, batch, **({} if name == "fisher_forgetting" else {"epochs": 1}))
+    assert result.changed_per_parameter["head.weight"] > 0

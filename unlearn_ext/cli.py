@@ -40,6 +40,9 @@ Modules are looked for in the current folder first. Writes comparison.md, compar
 A comparison that was interrupted continues where it was when it is called again with the same --out.
 """
 
+# Words of other languages, and Python's.
+_PYTHONS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
 _EXAMPLE = """
 example:
   python -m unlearn_ext compare --model mine:make_model --checkpoint model.pt --data mine:make_data \\
@@ -240,7 +243,14 @@ def _settings(rest: str, complaint: str) -> dict[str, Any]:
         for keyword in call.keywords:
             if keyword.arg is None:
                 raise ValueError
+            if keyword.arg in settings:  # one of the two would be dropped unseen
+                complaint += f"; {keyword.arg} is given twice"
+                raise ValueError
             value = keyword.value
+            # Else words, and words are true: strict=false would be strict.
+            if isinstance(value, ast.Name) and value.id in _PYTHONS:
+                complaint += f"; write {_PYTHONS[value.id]} instead of {value.id}"
+                raise ValueError
             settings[keyword.arg] = value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
         raise ValueError(complaint) from error

@@ -162,6 +162,32 @@ def test_all_or_nothing(name, error):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("lr", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_do_not_pass_for_unlearned(lr):
+    # After a single step no loss tells of it, and answers of NaN are wrong: accuracy 0 on the forget set.
+    model, forget, retain = linear()
+    before = bits(model)
+    with pytest.raises(FloatingPointError, match=r"weight must stay finite, .* of its 12 scalars"):
+        ux.METHODS["gradient_ascent"](model, forget, retain, lr=lr, epochs=1)
+    assert same(before, bits(model))
+
+
+def test_weights_that_were_no_numbers_before_are_not_the_methods_fault():
+    model, forget, retain = linear()
+    spare = nn.Parameter(torch.full((2,), math.nan))
+    model.register_parameter("spare", spare)
+    ux.METHODS["gradient_ascent"](model, forget, retain, lr=0.1, epochs=1)
+    assert bool(spare.isnan().all())
+
+
+@pytest.mark.parametrize("weight", ["ce_weight", "kl_weight"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_scrub_does_not_climb_the_retain_set(weight, value):
+    model, forget, retain = linear()
+    with pytest.raises(ValueError, match=f"scrub: {weight} must be finite and >= 0, got {value}"):
+        ux.METHODS["scrub"](model, forget, retain, **{weight: value})
+
+
 @each_method
 def test_data_that_cannot_be_read_twice_is_refused(name):
     model, forget, retain = make("resnet")

@@ -317,6 +317,8 @@ def test_a_failure_leaves_the_model_as_it_was(error):
         ({"retain": None}, "retain must be given for the score"),
         ({"retain": None, "score": "grad", "objective": "joint"}, "retain must be given for the objective"),
         ({"retain": None, "score": "grad", "retain_weight": 1.0}, "retain must be given for retain_weight"),
+        ({"retain_weight": -1.0}, "retain_weight must be finite and >= 0, got -1.0"),
+        ({"retain_weight": float("nan")}, "retain_weight must be finite and >= 0, got nan"),
         ({"masks": {"weight": torch.ones(3, 4, dtype=torch.bool)}}, "every trainable parameter"),
         (
             {

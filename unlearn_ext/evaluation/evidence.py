@@ -255,8 +255,9 @@ def evidence(
         The record.
 
     Raises:
-        TypeError: If an id or a derived object is of another kind.
-        ValueError: If ``before`` is no SHA-256, or an id comes twice.
+        TypeError: If an id or a derived object is of another kind, or a text stands where many are asked for.
+        ValueError: If ``before`` is no SHA-256, or that of the weights now although the run has changed them,
+            if the run was on a model of other parameters, or an id comes twice.
 
     Example:
         >>> from unlearn_ext import ssd
@@ -270,6 +271,12 @@ def evidence(
     """
     if not re.fullmatch("[0-9a-f]{64}", before):
         raise ValueError(f"evidence: before must be a digest of weights_digest(), got {before!r}")
+    # A text is a sequence as well, of its letters.
+    for name, given in {"forget_ids": forget_ids, "seeds": seeds, "not_tested": not_tested}.items():
+        if isinstance(given, (str, bytes)):
+            raise TypeError(f"evidence: {name} must be a sequence, got {given!r}; pass [{given!r}]")
+    after = weights_digest(model)
+    _check_run(result, model, is_changed=after != before)
     objects = dict(derived or {})
     for what, value in objects.items():
         check_destroyable(f"evidence: derived[{what!r}]", value)
@@ -288,7 +295,7 @@ def evidence(
         environment=environment(model),
         seeds=tuple(seeds),
         weights_before=before,
-        weights_after=weights_digest(model),
+        weights_after=after,
         forget_count=count,
         forget_digest=code,
         changed_per_layer=changed_per_layer(result, model),
@@ -301,6 +308,19 @@ def evidence(
     )
 
 
+def _check_run(result: UnlearnResult, model: nn.Module, *, is_changed: bool) -> None:
+    others = set(result.changed_per_parameter) - set(parameters_by_name(model))
+    if others:
+        raise ValueError(
+            f"evidence: model must be the one of the run, got one without its parameter {min(others)}"
+        )
+    if result.changed and not is_changed:
+        raise ValueError(
+            f"evidence: before must be from before the run, got the digest of the weights as they are now, "
+            f"though {100 * result.changed:.1f}% of them have changed; take weights_digest(model) ahead of it"
+        )
+
+
 def _not_tested(metrics: Mapping[str, object]) -> list[str]:
     covered = {name for name, value in metrics.items() if _is_measured(value)}
     return [what for what, names in EXAMINATIONS.items() if not names & covered]
@@ -309,7 +329,8 @@ def _not_tested(metrics: Mapping[str, object]) -> list[str]:
 def _is_measured(value: object) -> bool:
     if isinstance(value, Mapping):
         return value.get("why") is None
-    return value is not None and getattr(value, "why", None) is None
+    is_nan = plain(value) == "nan"  # computed, and no figure
+    return value is not None and not is_nan and getattr(value, "why", None) is None
 
 
 def _id_bytes(entry: object) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,11 +95,23 @@ def destroy(value: object) -> None:
     if own is not None:
         own()
     elif isinstance(value, Tensor):
-        with torch.no_grad():
-            value.zero_()
+        _overwrite(value)
     elif isinstance(value, Path):
-        value.unlink(missing_ok=True)
-        value.with_name(f"{value.name}.old").unlink(missing_ok=True)
+        # Files are written through symbolic links: what is to go lies where the link leads.
+        for path in (Path(os.path.realpath(value)), value):
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.old").unlink(missing_ok=True)
     elif isinstance(value, (Mapping, list, tuple)):
         for entry in value.values() if isinstance(value, Mapping) else value:
             destroy(entry)
+
+
+def _overwrite(tensor: Tensor) -> None:
+    # Tensors that were made in inference mode can be written to nowhere else.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.layout is torch.sparse_coo:
+            tensor._values().zero_()  # zeroing the tensor would let go of its values as they are
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+            tensor.values().zero_()
+        else:
+            tensor.zero_()

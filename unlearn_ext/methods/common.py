@@ -306,6 +306,26 @@ def check_count(who: str, name: str, value: object, least: int = 0) -> None:
         raise ValueError(f"{who}: {name} must be >= {least}, got {value}")
 
 
+def check_weights(who: str, **weights: float) -> None:
+    """Refuse weights of a loss that would climb it, or drown the others.
+
+    Args:
+        who: Whose message it is.
+        **weights: By the names of the arguments.
+
+    Raises:
+        ValueError: If one is negative, infinite or NaN.
+
+    Example:
+        >>> check_weights("rmu", retain_weight=-1.0)
+        Traceback (most recent call last):
+        ValueError: rmu: retain_weight must be finite and >= 0, got -1.0
+    """
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{who}: {name} must be finite and >= 0, got {weight}")
+
+
 @contextmanager
 def single_values_normalised(model: nn.Module) -> Iterator[None]:
     """Let batch normalisations in train mode take batches of one sample.

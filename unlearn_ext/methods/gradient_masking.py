@@ -20,6 +20,7 @@ from unlearn_ext.masks.selection import Granularity, select_mask
 from unlearn_ext.methods.common import (
     Paired,
     check_count,
+    check_weights,
     epochs_of,
     facts_of,
     prepared,
@@ -219,6 +220,7 @@ def gradient_masking(
         raise ValueError(f"gradient_masking: retain must be given for {what}, got None")
     if retain_weight is None:
         retain_weight = float(retain is not None and objective not in _RETAIN_PASSES)
+    check_weights("gradient_masking", retain_weight=retain_weight)
     if retain_weight and retain is None:
         raise ValueError(
             f"gradient_masking: retain must be given for retain_weight {retain_weight}, got None"

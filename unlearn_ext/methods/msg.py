@@ -11,6 +11,7 @@ Source:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import cast
 
@@ -148,7 +149,7 @@ def msg(
         scales = [torch.where(chosen[p], 1.0, factor).to(p) if p in chosen else factor for p in parameters]
         with handles() as hooks:
             for p, scale in zip(parameters, scales, strict=True):
-                hooks.append(p.register_hook(lambda grad, scale=scale: grad * scale))  # type: ignore[no-untyped-call]
+                hooks.append(p.register_hook(functools.partial(_scaled, scale)))  # type: ignore[no-untyped-call]
             optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
             steps = max(1, epochs * count_batches(retain))
             rates = iter(_rates(lr, steps, max(1, count_batches(retain) // 2)))
@@ -197,6 +198,10 @@ def _draw(
             fresh = nn.init.kaiming_normal_(torch.empty_like(weight), nonlinearity="relu")
             weight.copy_(torch.where(chosen[weight], fresh, weight))
     return chosen
+
+
+def _scaled(scale: Tensor | float, grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad * scale  # None: of a backward function that answers nothing
 
 
 def _mean_gradient(

@@ -24,6 +24,7 @@ from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
     Paired,
     check_count,
+    check_weights,
     epochs_of,
     facts_of,
     n_classes,
@@ -393,9 +394,7 @@ def _pushed_away(
     goal: ClosedLoop,
 ) -> UnlearnResult:
     push, hold = weights
-    for name, weight in (("forget_weight", push), ("retain_weight", hold)):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{who}: {name} must be finite and >= 0, got {weight}")
+    check_weights(who, forget_weight=push, retain_weight=hold)
     epochs, lr, weight_decay = steps
     if epochs is None:
         epochs = max(_LEAST_EPOCHS, epochs_of(_STEPS, forget))

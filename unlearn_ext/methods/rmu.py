@@ -17,6 +17,7 @@ from unlearn_ext.methods import loop
 from unlearn_ext.methods.common import (
     Paired,
     check_count,
+    check_weights,
     epochs_of,
     prepared,
     required,
@@ -236,5 +237,4 @@ def _check(model: nn.Module, layer: str | None, steering: float | None, retain_w
         raise ValueError(f"rmu: layer must name a module of the model, got {layer!r}; there are {shown}")
     if steering is not None and not math.isfinite(steering):
         raise ValueError(f"rmu: steering must be finite, got {steering}")
-    if not (math.isfinite(retain_weight) and retain_weight >= 0):
-        raise ValueError(f"rmu: retain_weight must be finite and >= 0, got {retain_weight}")
+    check_weights("rmu", retain_weight=retain_weight)

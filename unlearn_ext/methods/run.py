@@ -172,7 +172,7 @@ class Run:
         Returns:
             The record; a scalar counts as changed if its value differs.
         """
-        counts = self._counts or self._counted()
+        counts = self._counts or self._counted()[0]
         total = sum(size for _, size in counts.values())
         return UnlearnResult(
             method=self.method,
@@ -185,18 +185,40 @@ class Run:
         )
 
     def settle(self) -> None:
-        """Count what has changed, which needs memory, while the model can still be put back."""
-        self._counts = self._counted()
+        """Count what has changed, which needs memory, while the model can still be put back.
 
-    def _counted(self) -> dict[str, tuple[int, int]]:
+        Raises:
+            FloatingPointError: If a scalar that was finite is NaN or infinite now: no answer of such a model
+                is right, and the forget set would pass for forgotten. Raised on every rank.
+        """
+        counts, broken = self._counted()
+        for name, count in broken.items():
+            if count:
+                raise FloatingPointError(
+                    f"{self.method}: {name} must stay finite, got NaN or infinity in {count} of its "
+                    f"{counts[name][1]} scalars; the model is as it was, a smaller step may do"
+                )
+        self._counts = counts
+
+    def _counted(self) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+        # By parameter: how many scalars have changed, of how many, and how many are finite no more.
         parameters = self._parameters()
-        own = [
-            float((local_of(p).detach() != local_of(self._before[name])).sum()) if name in self._before else 0
-            for name, p in parameters.items()
-        ]
-        changed = map(int, totals(own, list(parameters.values())))
+        own = [self._compared(name, parameter) for name, parameter in parameters.items()]
+        columns = [n for n, _ in own] + [n for _, n in own]
+        found = list(map(int, totals(columns, 2 * list(parameters.values()))))
+        changed, broken = found[: len(own)], found[len(own) :]
         sizes = [parameter.numel() for parameter in parameters.values()]
-        return dict(zip(parameters, zip(changed, sizes, strict=True), strict=True))
+        counts = zip(parameters, zip(changed, sizes, strict=True), strict=True)
+        return dict(counts), dict(zip(parameters, broken, strict=True))
+
+    def _compared(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        if name not in self._before:
+            return 0.0, 0.0
+        now, before = local_of(parameter).detach(), local_of(self._before[name])
+        changed = float((now != before).sum())
+        if not changed or bool(torch.isfinite(now).all()):
+            return changed, 0.0
+        return changed, float((torch.isfinite(before) & ~torch.isfinite(now)).sum())
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         reshard(self.model)  # gathered parameters are no place to keep or to write anything

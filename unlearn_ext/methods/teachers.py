@@ -16,6 +16,7 @@ from unlearn_ext.methods.common import (
     Paired,
     Portion,
     check_count,
+    check_weights,
     facts_of,
     n_classes,
     prepared,
@@ -265,6 +266,7 @@ def scrub(
     check_count("scrub", "forget_epochs", forget_epochs)
     parameters = trainable(model, "scrub", include, exclude)
     _check_temperature("scrub", temperature)
+    check_weights("scrub", ce_weight=ce_weight, kl_weight=kl_weight)
     n = _check_has_classes("scrub", model, forget, chosen, ranks)
     limit = temperature**2 * math.log(n) if cap is None else cap
     settings: dict[str, object] = {

@@ -171,8 +171,9 @@ class Verification:
                 if grad is not None and grad.layout is not torch.strided:
                     self._project(found, name, grad.to_dense())
 
-    def _project(self, found: Alone, name: str, grad: Tensor) -> Tensor | None:
-        if grad.layout is not torch.strided:
+    def _project(self, found: Alone, name: str, grad: Tensor | None) -> Tensor | None:
+        # A backward function that answers None (of int8 layers, or the user's) gives hooks None.
+        if grad is None or grad.layout is not torch.strided:
             return None
         with torch.no_grad():
             found.projections[name] = self.onto(name).of(grad.unsqueeze(0))[0]
