@@ -34,7 +34,7 @@ def all_stages(*, dry: bool, data: Path | None) -> list[Stage]:
     """List the stages in their order, each with the time it may take at most.
 
     Args:
-        dry: Small sizes, on a CPU where there is no GPU; three times as long.
+        dry: Small sizes, on a CPU where there is no GPU; ten times as long.
         data: CIFAR-10, if there is one.
 
     Returns:
@@ -44,11 +44,11 @@ def all_stages(*, dry: bool, data: Path | None) -> list[Stage]:
 
     def check(name: str, seconds: float, *arguments: str) -> Stage:
         command = [sys.executable, "-m", "bench.gpu.checks", arguments[0], *arguments[1:], *small]
-        return Stage(name, seconds * (3 if dry else 1), command)
+        return Stage(name, seconds * (10 if dry else 1), command)
 
     def measure(name: str, seconds: float, *arguments: str) -> Stage:
         command = [sys.executable, "-m", "bench.gpu.speed", name, *arguments, *small]
-        return Stage(name, seconds * (3 if dry else 1), command)
+        return Stage(name, seconds * (10 if dry else 1), command)
 
     return [
         check("environment", 20, "environment"),
