@@ -172,6 +172,17 @@ def test_weights_that_are_no_numbers_do_not_pass_for_unlearned(lr):
     assert same(before, bits(model))
 
 
+def test_statistics_that_are_no_numbers_do_not_pass_for_unlearned():
+    # The variance of such inputs is infinite: in train mode they are normalised to 0, and the loss is finite.
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    forget, retain = [(x[y == 0], y[y == 0])], [(1e25 * x[y != 0], y[y != 0])]
+    before = bits(model)
+    with pytest.raises(FloatingPointError, match="running_var of BatchNorm1d must stay finite"):
+        ux.METHODS["finetune"](model, forget, retain, epochs=1)
+    assert same(before, bits(model))
+
+
 def test_weights_that_were_no_numbers_before_are_not_the_methods_fault():
     model, forget, retain = linear()
     spare = nn.Parameter(torch.full((2,), math.nan))

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from unlearn_ext._internal.seeding import random_states_kept
 from unlearn_ext._internal.undo import Undone
@@ -94,6 +95,21 @@ class Buffers:
             or (buffer is not None and value is not None and not _same_values(buffer, value))
             for module, name, buffer, value in self._known
         )
+
+    def finite_no_more(self) -> list[str]:
+        """Say which running statistics hold NaN or infinity where they held numbers.
+
+        Returns:
+            Their names within their modules, with the kind of module. Other buffers may: masks, say.
+        """
+        return [
+            f"{name} of {type(module).__name__}"
+            for module, name, buffer, value in self._known
+            if isinstance(module, _NormBase)
+            and buffer is not None
+            and value is not None
+            and bool((torch.isfinite(value) & ~torch.isfinite(buffer)).any())
+        ]
 
 
 class Tables:

@@ -188,8 +188,9 @@ class Run:
         """Count what has changed, which needs memory, while the model can still be put back.
 
         Raises:
-            FloatingPointError: If a scalar that was finite is NaN or infinite now: no answer of such a model
-                is right, and the forget set would pass for forgotten. Raised on every rank.
+            FloatingPointError: If a scalar of a parameter or running statistic that was finite is NaN or
+                infinite now: no answer of such a model is right, and the forget set would pass for forgotten.
+                Raised on every rank.
         """
         counts, broken = self._counted()
         for name, count in broken.items():
@@ -197,6 +198,12 @@ class Run:
                 raise FloatingPointError(
                     f"{self.method}: {name} must stay finite, got NaN or infinity in {count} of its "
                     f"{counts[name][1]} scalars; the model is as it was, a smaller step may do"
+                )
+        for names in self.ranks.exchange("statistics", self._buffers.finite_no_more()):
+            if names:
+                raise FloatingPointError(
+                    f"{self.method}: {names[0]} must stay finite, got NaN or infinity; the model is as it "
+                    "was, smaller inputs or steps may do"
                 )
         self._counts = counts
 
