@@ -28,7 +28,7 @@ struct DotProducts {
   struct Registers {};
 
   static Plan plan(const LayerProduct& layer, int64_t, const Exec&) {
-    return Plan(layer, Cut{192, 192 * 288, 256, kTileDepth}, kTileSide, kLanes<float>);
+    return Plan(layer, kSmallCut, kTileSide, kLanes<float>);
   }
 
   // Lines of kTileSide values as left factors: a line of pairs for every two.

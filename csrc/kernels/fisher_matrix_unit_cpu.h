@@ -8,9 +8,9 @@
 namespace unlearn_ext {
 namespace {
 
-// CPUs with a matrix unit have 2 MB of cache per core. Blocks do not show in the results, stretches do: both have one
-// depth.
-constexpr Cut kLargeCut{384, 384 * 576, 256, kTileDepth}, kSmallCut{192, 192 * 288, 256, kTileDepth};
+// CPUs with a matrix unit have 2 MB of cache per core. Blocks do not show in the results, stretches do: this has the
+// depth of kSmallCut.
+constexpr Cut kLargeCut{384, 384 * 576, 256, kTileDepth};
 
 // The sums of kCells x 2 tiles stay in registers 0 to 3; 4 and 5 hold left, 6 and 7 right factors.
 template <int kCells>

@@ -20,6 +20,8 @@ namespace {
 
 constexpr uint32_t kLargest = 0x4b800000u;  // the bits of 2^24 in float32
 
+constexpr Cut kSmallCut{192, 192 * 288, 256, kTileDepth};  // a block, its tiles and its sums fill 1 MB of cache
+
 // Sums and totals of a cell, 16 outputs x 32 columns.
 constexpr int64_t kSumsRow = 2 * kTileSide * sizeof(float);
 constexpr int64_t kSumsCell = kTileSide * 2 * kTileSide;
