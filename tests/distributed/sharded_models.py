@@ -48,6 +48,23 @@ class Small(nn.Module):
         return self.head(self.body(self.stem(x))) * self.scale
 
 
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+class CutOff(Small):
+    """As int8 layers are: there is a graph, and nothing comes back through it."""
+
+    def forward(self, x):
+        return self.head(_Cut.apply(self.body(self.stem(x)))) * self.scale
+
+
 def small(seed=0):
     torch.manual_seed(seed)
     return Small().eval()

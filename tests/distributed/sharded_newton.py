@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_checks import all_of, own
-from sharded_models import digits_like, images, language_model, shard, shares, small, texts
+from sharded_models import CutOff, digits_like, images, language_model, shard, shares, small, texts
 from sharded_ssd import parameters_of
 from sharded_training import assert_as_alone
 
@@ -48,6 +48,26 @@ def factors(kind, settings=None, sharding=None):
         assert torch.equal(value, before[name])
     assert all(p.grad is None for p in sharded.parameters())
     return worst
+
+
+def cut_off():
+    """Where a backward function answers None, nothing reaches the layers behind it: gradients of zero."""
+    torch.manual_seed(0)
+    model, loss = CutOff().eval(), ux.losses.cross_entropy
+    parts = shares(images, dist.get_world_size(), [[3, 2], [1]])
+    sharded = shard(copy.deepcopy(model))
+    expected = ux.kfac_factors(model, all_of(parts), loss_fn=loss)
+    found = ux.kfac_factors(sharded, own(parts), loss_fn=loss)
+    assert list(expected) == ["head"]
+    assert _worst(found, expected) <= 1e-5
+    for name in set(found) - {"head"}:  # zeros that FSDP puts in for nothing
+        assert not found[name][1].any()
+    values = ux.fisher_diagonal(sharded, own(parts), loss_fn=loss)
+    wanted = ux.fisher_diagonal(model, all_of(parts), loss_fn=loss)
+    for name, value in values.items():
+        torch.testing.assert_close(value.full_tensor(), wanted[name], rtol=1e-4, atol=1e-7)
+    assert wanted["head.weight"].any()
+    assert not wanted["body.1.weight"].any()
 
 
 def of_one_sample():

@@ -21,7 +21,7 @@ def test_activation_checkpoints(two_ranks, use_reentrant):
     two_ranks.run(CHECKS, "checkpointed", use_reentrant)
 
 
-@pytest.mark.parametrize("name", ["of_one_sample", "offloaded", "drawn", "left_out", "step"])
+@pytest.mark.parametrize("name", ["of_one_sample", "cut_off", "offloaded", "drawn", "left_out", "step"])
 def test_variants(two_ranks, name):
     print(two_ranks.run(CHECKS, name))
 

@@ -120,8 +120,9 @@ class _Use:
     inputs: Tensor
     grad: Tensor | None = None
 
-    def take(self, grad: Tensor) -> None:
-        self.grad = grad.detach()
+    def take(self, grad: Tensor | None) -> None:
+        # None: of a backward function that answers nothing.
+        self.grad = None if grad is None else grad.detach()
 
 
 class ShardedWatch(Watch):
