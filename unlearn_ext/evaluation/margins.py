@@ -166,7 +166,8 @@ class Rows:
 
     def _kept(self, facts: Mapping[str, object], make: Any) -> Row:  # noqa: ANN401 - a function
         try:
-            path = self._cache.path("margins", ".npz", **facts, order=self._order, task=repr(self._task))
+            key = {**facts, "order": self._order, "task": repr(self._task), "samples": "that count"}
+            path = self._cache.path("margins", ".npz", **key)
         except NoKeyError as error:
             _log.warning("a row of margins is not kept: %s", error)
             path = None
