@@ -1,9 +1,10 @@
 """What the methods reach, with their defaults: accuracies against a retrained network and random controls.
 
 ``python -m bench.bench_methods --data cifar10_jpeg.npz`` (or ``--digits``) trains what it needs, once, and
-runs every method of ``METHODS`` for class forgetting, random-sample forgetting and mislabelled data. Every
-result is kept as it comes: an interrupted run goes on where it stopped, and one method's failure costs its
-own rows only. ``--ssd`` instead measures selective synaptic dampening over its settings.
+runs every method of ``METHODS`` for class forgetting, random-sample forgetting (of samples known by heart;
+with ``--tasks tenth``, of a tenth of the training set) and mislabelled data. Every result is kept as it
+comes: an interrupted run goes on where it stopped, and one method's failure costs its own rows only.
+``--ssd`` instead measures selective synaptic dampening over its settings.
 """
 
 import argparse
@@ -53,6 +54,15 @@ class Batches:
 
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
     return metrics.accuracy(model, Batches(data, 500, shuffle=False))
+
+
+def attack(model: nn.Module, task: "Task") -> float | None:
+    """AUC of the attack by loss; None where the forget set's labels are wrong, and the test set's are not."""
+    if task.kind == "mislabelled":
+        return None
+    unseen = task.measures["test forget" if task.kind == "class" else "test"]
+    sets = {"forget": Batches(task.forget, 500, shuffle=False), "test": Batches(unseen, 500, shuffle=False)}
+    return metrics.mia(model, **sets, convention="loss", bootstrap=0).auc
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,19 @@ def random_task(problem: Problem, seed: int) -> Task:
     )
 
 
+def tenth_task(problem: Problem, seed: int) -> Task:
+    """A tenth of all that the original has learnt, drawn at random: nothing is known by heart."""
+    order = torch.randperm(len(problem.train), generator=torch.Generator().manual_seed(1000 + seed))
+    n = len(order) // 10
+    forget, retain = (_where(problem.train, part.sort().values) for part in (order[:n], order[n:]))
+    given, measured = _split(retain, problem.n_retain)
+    unseen, test = _held_back(problem.test)
+    measures = {"retain": measured, "forget": forget, "test": test}
+    return Task(
+        "random", str(n), problem.train, forget, retain, given, measures, by_heart=False, unseen=unseen
+    )
+
+
 def mislabelled_task(problem: Problem, seed: int) -> Task:
     """The original has learnt wrong labels; they are to be forgotten, and perhaps the right ones found."""
     images, labels = problem.small.tensors
@@ -236,6 +259,7 @@ class Record:
     seconds: float | None = None
     changed: float | None = None
     error: str | None = None
+    attack: float | None = None  # AUC by loss: forgotten samples against test samples of their kind
 
 
 Runner = Callable[[nn.Module, Task, Problem, int], tuple[float, float | None]]
@@ -303,6 +327,7 @@ def measure(
     names: Sequence[str] | None,
     seeds: Sequence[int],
     retrain: bool = True,
+    only_kept: bool = False,
 ) -> Iterator[Record]:
     """Run everything on everything.
 
@@ -312,6 +337,7 @@ def measure(
         names: Methods; all by default.
         seeds: Of the network and of the method alike.
         retrain: Whether to train the references, which takes as long as training the originals.
+        only_kept: Whether to leave out methods of which no earlier run has kept a result.
 
     Yields:
         Records, original and retrained network first.
@@ -323,17 +349,22 @@ def measure(
             original, seconds = problem.learn(task.known, seed, task.by_heart)
             start = Record(problem.name, task.kind, task.target, seed, ORIGINAL, seconds=seconds)
             start.accuracies = {name: accuracy(original, data) for name, data in task.measures.items()}
+            start.attack = attack(original, task)
             goal = None
             if retrain:
                 retrained, seconds = problem.learn(task.retain, seed, task.by_heart)
                 goal = Record(problem.name, task.kind, task.target, seed, REFERENCE, seconds=seconds)
                 goal.accuracies = {name: accuracy(retrained, data) for name, data in task.measures.items()}
+                goal.attack = attack(retrained, task)
             for record in (start, goal):
                 if record is not None:
                     record.gap = _gap(record, goal)
                     yield record
             for name, runner in runners(names).items():
-                record = _kept_or_run(name, runner, original, task, problem, seed)
+                path = _kept_at(name, original, task, problem, seed)
+                if only_kept and not path.exists():
+                    continue
+                record = _kept_or_run(path, name, runner, original, task, problem, seed)
                 record.gap = None if record.error else _gap(record, goal)
                 yield record
 
@@ -344,16 +375,19 @@ def _gap(record: Record, goal: Record | None) -> float | None:
     return statistics.fmean(abs(record.accuracies[name] - goal.accuracies[name]) for name in goal.accuracies)
 
 
-def _kept_or_run(
-    name: str, runner: Runner, original: nn.Module, task: Task, problem: Problem, seed: int
-) -> Record:
+def _kept_at(name: str, original: nn.Module, task: Task, problem: Problem, seed: int) -> Path:
     weights = hashlib.sha256(next(original.parameters()).detach().cpu().numpy().tobytes()).hexdigest()[:8]
     given = "" if problem.n_retain is None else f" of {problem.n_retain}"
-    path = (
+    return (
         KEPT
         / problem.name
         / f"{task.name}{given} {seed} {name} {_code_of(name)} {weights}.json".replace(" ", "-")
     )
+
+
+def _kept_or_run(
+    path: Path, name: str, runner: Runner, original: nn.Module, task: Task, problem: Problem, seed: int
+) -> Record:
     if path.exists():
         return Record(**json.loads(path.read_text()))
     record = Record(problem.name, task.kind, task.target, seed, name)
@@ -362,6 +396,7 @@ def _kept_or_run(
     try:
         record.seconds, record.changed = runner(model, task, problem, seed)
         record.accuracies = {measured: accuracy(model, data) for measured, data in task.measures.items()}
+        record.attack = attack(model, task)
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"
         print(f"    {name}: {record.error}", flush=True)
@@ -394,7 +429,8 @@ def tables(records: Sequence[Record]) -> str:
         start = {(r.target, r.seed): r for r in mine if r.method == ORIGINAL}
         is_class = kind == "class"
         header = ["method", *names, "gap to retrain", *(["within the rule"] if is_class else [])]
-        header += ["changed", "seconds", "runs"]
+        has_attack = any(record.attack is not None for record in mine)
+        header += [*(["attack"] if has_attack else []), "changed", "seconds", "runs"]
         rows = []
         for method in dict.fromkeys(record.method for record in mine):
             runs = [record for record in mine if record.method == method]
@@ -408,6 +444,9 @@ def tables(records: Sequence[Record]) -> str:
             if is_class:
                 kept = [_within(record, start[record.target, record.seed]) for record in done]
                 row.append(f"{sum(kept)} of {len(kept)}")
+            if has_attack:
+                attacks = [r.attack for r in done if r.attack is not None]
+                row.append(_spread(attacks) if attacks else "")
             changes = [r.changed for r in done if r.changed is not None]
             row.append(f"{statistics.fmean(changes):.1%}" if changes else "")
             row.append(f"{statistics.median(r.seconds or 0.0 for r in done):.2f}")
@@ -533,7 +572,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=("class", "random", "mislabelled"),
+        choices=("class", "random", "tenth", "mislabelled"),
         default=["class", "random", "mislabelled"],
     )
     parser.add_argument("--ssd", action="store_true", help="selective synaptic dampening over its settings")
@@ -541,6 +580,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", choices=sorted(cifar.NETWORKS), help="for CIFAR-10")
     parser.add_argument("--epochs", type=int, help="of the CIFAR-10 network")
     parser.add_argument("--no-retrain", action="store_true", help="without retrained networks beside")
+    parser.add_argument("--kept", action="store_true", help="only what earlier runs of methods kept")
     parser.add_argument("--retain", type=int, help="how much of the other classes methods get")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     options = parser.parse_args(arguments)
@@ -566,9 +606,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made += [lambda _, label=label: class_task(problem, label) for label in options.classes]
     if "random" in options.tasks:
         made.append(lambda seed: random_task(problem, seed))
+    if "tenth" in options.tasks:
+        made.append(lambda seed: tenth_task(problem, seed))
     if "mislabelled" in options.tasks:
         made.append(lambda seed: mislabelled_task(problem, seed))
-    records = list(measure(problem, made, options.methods, options.seeds, not options.no_retrain))
+    run = measure(problem, made, options.methods, options.seeds, not options.no_retrain, options.kept)
+    records = list(run)
     _save(options.out / problem.name, [asdict(record) for record in records], tables(records))
     return 0
 
@@ -583,7 +626,9 @@ def _save(stem: Path, rows: object, text: str) -> None:
         "",
         "Accuracies in %, means and standard deviations over the runs. *Within the rule*: the class's test",
         "accuracy at 20 % or less, and at most 5 points of retain accuracy lost. Random masks and scalars of",
-        "the same number are controls. Seconds are those of a computer that did other things as well.",
+        "the same number are controls. *Attack*: AUC, in %, of telling forgotten from test samples of their",
+        "kind by the loss; aim at the retrained network's. Seconds are those of a computer that did other",
+        "things as well.",
         "",
         "Networks that are to forget samples have learnt their data by heart, right or wrong labels: all of",
         "the digits, 2,500 images of CIFAR-10. `--retain N`: methods but SSD get N samples of the classes",
