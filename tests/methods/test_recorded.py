@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import unlearn_ext as ux
-from unlearn_ext.methods.recorded import Record, recorded
+from unlearn_ext.methods.recorded import MUCH, Record, recorded
 from unlearn_ext.methods.until import measure
 from unlearn_ext.results import UnlearnResult
 
@@ -80,6 +80,35 @@ def test_what_is_answered_as_well_as_before_is_warned_about(learnt):
         warnings.simplefilter("error")
         result = ux.methods.random_label(copy.deepcopy(original), forget, retain, epochs=10, lr=1e-2)
     assert result.after["forget_accuracy"] < result.before["forget_accuracy"]
+
+
+def test_much_lost_on_the_retain_set_is_warned_about(learnt):
+    original, forget, retain = learnt
+    model = copy.deepcopy(original)
+    with pytest.warns(
+        UserWarning, match=r"random_label: the retain set lost [\d.]+ points of accuracy"
+    ) as told:
+        result = ux.methods.random_label(model, forget, retain, epochs=1, lr=10.0)
+    lost = result.before["retain_accuracy"] - result.after["retain_accuracy"]
+    assert lost > MUCH
+    assert any(f"lost {100 * lost:.1f} points" in str(warning.message) for warning in told)
+
+
+def test_what_the_retain_set_lost_is_counted_as_it_stands():
+    x = torch.eye(2).repeat(20, 1)
+    data, blank = [(x, torch.arange(2).repeat(20))], UnlearnResult("m", {}, {}, 0.0, {}, ())
+    model = nn.Identity()
+    record = Record(model, None, data, None)
+    for wrong, is_much in ((1, False), (3, True)):  # of 40
+        model.register_forward_hook(
+            lambda _, __, out, n=wrong: torch.cat([out[:n].flip(1), out[n:]]), always_call=True
+        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            record.measure_again()
+            record.added_to(blank)
+        model._forward_hooks.clear()
+        assert [f"lost {100 * wrong / 40:.1f} points" in str(w.message) for w in told] == [True] * is_much
 
 
 def test_without_accuracy_the_loss_decides():

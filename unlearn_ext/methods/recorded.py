@@ -1,4 +1,7 @@
-"""What every method says of its run: how the forget and the retain set are answered before and after."""
+"""What every method says of its run: how the forget and the retain set are answered before and after.
+
+It warns where the forget set is answered as well as before, and where the retain set lost much.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,14 @@ _LOG = logging.getLogger("unlearn_ext")
 
 _Settings = ParamSpec("_Settings")
 
+# Of retain accuracy: what the package's defaults may cost on the networks they were chosen with.
+MUCH = 0.05
+
 
 def recorded(method: Callable[_Settings, UnlearnResult]) -> Callable[_Settings, UnlearnResult]:
-    """Let a method's record tell what was measured before and after, and warn where nothing was forgotten.
+    """Let a method's record tell what was measured before and after, and warn of what went wrong.
+
+    That is: nothing was forgotten, or more than 5 points of retain accuracy were lost.
 
     That costs two forward passes over the sets. What cannot be measured (importances in place of data, data
     without labels) is left out.
@@ -158,6 +166,8 @@ class Record:
                 notes.append({"phase": "measure", "note": text})
         if "forget" in after and self._warn_if_known:
             _warn_if_known(result.method, both["forget"], after["forget"])
+        if "retain" in after:
+            _warn_if_hurt(result.method, both["retain"], after["retain"])
         return replace(
             result,
             before=figures(both),
@@ -196,3 +206,14 @@ def _warn_if_known(method: str, before: Measured, after: Measured) -> None:
         text = f"accuracy {before.accuracy:.2%} before, {after.accuracy:.2%} after"
     if known:
         warnings.warn(f"{method}: the forget set is answered as well as before: {text}", stacklevel=5)
+
+
+def _warn_if_hurt(method: str, before: Measured, after: Measured) -> None:
+    lost = before.accuracy - after.accuracy
+    if lost > MUCH:  # not for NaN, where a task has no accuracy
+        shares = f"{before.accuracy:.2%} before, {after.accuracy:.2%} after"
+        warnings.warn(
+            f"{method}: the retain set lost {100 * lost:.1f} points of accuracy, {shares}: smaller or fewer steps "
+            "cost less, and `until=` with `budget=`, where a method has them, allows no more than that",
+            stacklevel=5,
+        )
