@@ -213,7 +213,7 @@ def _warn_if_hurt(method: str, before: Measured, after: Measured) -> None:
     if lost > MUCH:  # not for NaN, where a task has no accuracy
         shares = f"{before.accuracy:.2%} before, {after.accuracy:.2%} after"
         warnings.warn(
-            f"{method}: the retain set lost {100 * lost:.1f} points of accuracy, {shares}: smaller or fewer steps "
-            "cost less, and `until=` with `budget=`, where a method has them, allows no more than that",
+            f"{method}: the retain set lost {100 * lost:.1f} points of accuracy, {shares}: smaller or fewer "
+            "steps cost less, and `until=` with `budget=`, where a method has them, allows no more than that",
             stacklevel=5,
         )
