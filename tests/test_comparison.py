@@ -147,7 +147,8 @@ def test_the_gap_is_that_of_accuracies_and_attack(trained, sets):
 
 def test_a_given_reference_is_compared_with(trained, sets):
     reference = copy.deepcopy(trained)
-    table = run(trained, sets, methods=[noisy], reference=reference, make_model=None, train=None)
+    with pytest.warns(UserWarning, match="reference has the model's own weights"):
+        table = run(trained, sets, methods=[noisy], reference=reference, make_model=None, train=None)
     assert table.measures("original")["js"].value == pytest.approx(0, abs=1e-12)
     assert table.measures("noisy")["js"].value == pytest.approx(
         _js_of_noisy(trained, sets, reference), rel=1e-12

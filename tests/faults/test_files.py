@@ -231,4 +231,13 @@ def test_facts_of_a_checkpoint_reach_no_other_attribute():
     for name in ("_tensors", "__class__", "save"):
         with pytest.raises(ValueError, match="facts"):
             importance.load_state_dict({**state, "facts": json.dumps({**facts, name: 1})})
+    for name, value in (
+        ("n_samples", "many"),
+        ("n_batches", -1),
+        ("power", 3),
+        ("estimator", "of mine"),
+        ("loss", 7),
+    ):
+        with pytest.raises(ValueError, match=f"Importance.load_state_dict: .*{name}"):
+            importance.load_state_dict({**state, "facts": json.dumps({**facts, name: value})})
     assert importance.state_dict()["facts"] == state["facts"]

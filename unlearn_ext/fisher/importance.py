@@ -326,7 +326,7 @@ class Importance(Mapping[str, Tensor]):
             state: The state; tensors are copied into those that are here, or are those.
 
         Raises:
-            ValueError: If it has other parameters or shapes; nothing is taken over then.
+            ValueError: If it has other parameters or shapes, or impossible facts; nothing is taken over then.
         """
         tensors, facts = state["tensors"], json.loads(state["facts"])
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -340,6 +340,10 @@ class Importance(Mapping[str, Tensor]):
                 f"Importance.load_state_dict: state must have the facts {sorted(self._facts())}, got "
                 f"{sorted(facts)}"
             )
+        try:
+            _check_facts(facts)
+        except ValueError as error:
+            raise ValueError(f"Importance.load_state_dict: {error}") from None
         for name, tensor in self.items():
             given = tensors[name]
             if given is not tensor:
