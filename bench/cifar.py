@@ -266,11 +266,11 @@ def trained(
         say: What to do with a line per epoch.
 
     Returns:
-        The network in eval mode on the data's device, and the seconds its training took.
+        The network in eval mode on the data's device, channels last, and the seconds its training took.
     """
     name, facts = f"{recipe.network}-{seed}", asdict(recipe)
     progress = _kept_at(name, facts, data).with_suffix(".progress")
-    network = checkpoint(
+    network, seconds = checkpoint(
         name,
         facts,
         data,
@@ -278,7 +278,7 @@ def trained(
         lambda: train(data, recipe, seed, say=say, progress=progress),
     )
     progress.unlink(missing_ok=True)
-    return network
+    return network.to(memory_format=torch.channels_last), seconds
 
 
 def _kept_at(name: str, facts: dict[str, object], data: TensorDataset) -> Path:

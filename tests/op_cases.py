@@ -275,8 +275,8 @@ def assert_gaps_untouched(args: Args) -> None:
 
 
 # Error bounds. A correctly rounded operation has a relative error of at most the unit roundoff u = eps / 2 of
-# its # dtype, so r of them in a row err by about r * u times the magnitude of the terms; storing the result
-# in a narrower # dtype adds one roundoff of that dtype. Results below the normal range err by up to half its
+# its dtype, so r of them in a row err by about r * u times the magnitude of the terms; storing the result
+# in a narrower dtype adds one roundoff of that dtype. Results below the normal range err by up to half its
 # spacing instead.
 
 
