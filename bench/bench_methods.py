@@ -421,10 +421,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def tables(records: Sequence[Record]) -> str:
-    """One table per kind of task: mean and deviation over targets and seeds, in per cent and points."""
+    """One table for all classes, one per other target: mean and deviation, in per cent and points."""
     parts = []
-    for kind in dict.fromkeys(record.kind for record in records):
-        mine = [record for record in records if record.kind == kind]
+    for kind, target in dict.fromkeys(_table_of(record) for record in records):
+        mine = [record for record in records if _table_of(record) == (kind, target)]
         names = list(next(record for record in mine if record.accuracies).accuracies)
         start = {(r.target, r.seed): r for r in mine if r.method == ORIGINAL}
         is_class = kind == "class"
@@ -457,6 +457,10 @@ def tables(records: Sequence[Record]) -> str:
         title = f"### {mine[0].problem}: {kind} ({', '.join(targets)}), seeds {', '.join(map(str, seeds))}"
         parts += [title, markdown(header, rows)]
     return "\n\n".join(parts)
+
+
+def _table_of(record: Record) -> tuple[str, str]:
+    return record.kind, "" if record.kind == "class" else record.target
 
 
 def _within(record: Record, start: Record) -> bool:
@@ -579,6 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--network", choices=sorted(cifar.NETWORKS), help="for CIFAR-10")
     parser.add_argument("--epochs", type=int, help="of the CIFAR-10 network")
+    parser.add_argument("--batch-size", type=int, help="in training the CIFAR-10 network")
     parser.add_argument("--no-retrain", action="store_true", help="without retrained networks beside")
     parser.add_argument("--kept", action="store_true", help="only what earlier runs of methods kept")
     parser.add_argument("--retain", type=int, help="how much of the other classes methods get")
@@ -594,8 +599,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = cifar.CPU if device.type == "cpu" else cifar.GPU
         if options.network is not None:
             recipe = next(r for r in (cifar.CPU, cifar.GPU, cifar.HALF) if r.network == options.network)
-        if options.epochs is not None:
-            recipe = replace(recipe, epochs=options.epochs)
+        asked = {"epochs": options.epochs, "batch_size": options.batch_size}
+        recipe = replace(recipe, **{name: value for name, value in asked.items() if value is not None})
         problem = cifar10(options.data, device, recipe, options.retain)
     if options.ssd:
         rows = list(measure_ssd(problem, options.classes, options.seeds))
@@ -631,9 +636,10 @@ def _save(stem: Path, rows: object, text: str) -> None:
         "things as well.",
         "",
         "Networks that are to forget samples have learnt their data by heart, right or wrong labels: all of",
-        "the digits, 2,500 images of CIFAR-10. `--retain N`: methods but SSD get N samples of the classes",
-        "that stay, and retain accuracy is measured on N others. `retrain` always learns all of them. A",
-        "tenth of the test set tells `newton` how unseen samples are answered; the rest is measured on.",
+        "the digits, 2,500 images of CIFAR-10; those that forget a tenth of all have not. `--retain N`:",
+        "methods but SSD get N samples of the classes that stay, and retain accuracy is measured on N",
+        "others. `retrain` always learns all of them. A tenth of the test set tells `newton` how unseen",
+        "samples are answered; the rest is measured on.",
         "",
         f"- commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, {device}",
         f"- reproduce with `{shlex.join(['python', '-m', 'bench.bench_methods', *_arguments()])}`",

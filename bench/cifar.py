@@ -43,7 +43,7 @@ class Recipe:
 CPU = Recipe()  # 84.9 % of the test set with seed 0; six minutes of one core's time
 # 30 epochs of a ResNet-18: a minute or two on a GPU.
 GPU = Recipe(network="resnet18", epochs=30, batch_size=512, lr=0.4)
-HALF = Recipe(network="resnet18 half", epochs=20, batch_size=256)  # 24 minutes on a core with AVX512_BF16
+HALF = Recipe(network="resnet18 half", epochs=20, batch_size=256)  # half an hour on a core with AVX512_BF16
 
 
 def load(path: Path) -> tuple[TensorDataset, TensorDataset]:

@@ -1,6 +1,6 @@
 """A ResNet-18 of half the width on CIFAR-10, and each of its ten classes forgotten by SSD.
 
-``python -m bench.cifar_classes --data cifar10_jpeg.npz`` trains the network (24 minutes on a core
+``python -m bench.cifar_classes --data cifar10_jpeg.npz`` trains the network (half an hour on a core
 with AVX512_BF16; an interrupted run goes on), measures importances on all training images once, and writes
 ``bench/results/methods/cifar10-classes.md`` and ``.json``. Forgetting needs no retraining, so every class is
 forgotten, on a copy, by ``ux.ssd`` with its defaults, which gets those importances and 5,000 retained images
@@ -136,10 +136,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--published", action="store_true", help="also forget with the published settings")
     parser.add_argument("--epochs", type=int, default=cifar.HALF.epochs, help="of the network")
+    parser.add_argument("--batch-size", type=int, default=cifar.HALF.batch_size, help="in training it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train, test = cifar.load(options.data)
-    recipe = replace(cifar.HALF, epochs=options.epochs)
+    recipe = replace(cifar.HALF, epochs=options.epochs, batch_size=options.batch_size)
     model, seconds = cifar.trained(train, recipe, 0, say=lambda line: print(line, flush=True))
     everything = batches(train, torch.arange(len(train)))
     kept = kept_for(model)
@@ -163,11 +164,13 @@ def main() -> None:
     whole = 100 * float(before.float().mean())
     facts: dict[str, object] = {
         "network": f"ResNet-18 of half the width, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{recipe.epochs} epochs, {whole:.2f} % of the test set; trained in {seconds / 60:.0f} minutes",
+        f"{recipe.epochs} epochs in batches of {recipe.batch_size}, {whole:.2f} % of the test set; trained "
+        f"in {seconds / 60:.0f} minutes",
         "commit": commit.stdout.strip() or "unknown",
         "torch": torch.__version__,
         "device": f"CPU, {options.threads} thread(s)",
         "command": "python -m bench.cifar_classes --data cifar10_jpeg.npz"
+        + f" --batch-size {recipe.batch_size}" * (recipe.batch_size != cifar.HALF.batch_size)
         + " --published" * options.published,
     }
     RESULT.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

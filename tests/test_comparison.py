@@ -156,6 +156,19 @@ def test_a_given_reference_is_compared_with(trained, sets):
     assert "given" in table.measures("retrained")["seconds"].why
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reference_with_weights_of_its_own_is_not_warned_about(trained, sets, dtype):
+    """One of another dtype has its own, though the values are the same."""
+    reference = copy.deepcopy(trained).to(dtype)
+    with torch.no_grad():
+        reference[0].bias[0] += dtype == torch.float32
+    settings = {"methods": [noisy], "reference": reference, "make_model": None, "train": None}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(trained, sets, **settings)
+    assert not [warning for warning in told if "the model's own weights" in str(warning.message)]
+
+
 def _js_of_noisy(model, sets, reference):
     subject = copy.deepcopy(model)
     noisy(subject, None, None, generator=torch.Generator().manual_seed(0))

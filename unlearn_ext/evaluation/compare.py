@@ -11,10 +11,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from unlearn_ext._internal.copies import copied
+from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.logs import shown
 from unlearn_ext.evaluation.audit import LEAST_MODELS, RESERVED
 from unlearn_ext.evaluation.cache import Cache
@@ -154,7 +154,7 @@ def compare(
     original = copied(model)  # not even measuring touches the user's
     sets = Sets(original, forget, retain, test, task=task, hashed=folder.is_on)
     references = References(reference, make_model, train, sets, folder, device_of(model))
-    if reference is not None and _have_same_weights(original, reference):
+    if reference is not None and weights_digest(reference) == weights_digest(original):
         warnings.warn(
             "compare: reference has the model's own weights, and so knows the forget set: gaps to it are "
             "smallest where nothing is forgotten. Give a model retrained without the forget set",
@@ -261,18 +261,6 @@ def _chosen_metrics(metrics: Sequence[Asked]) -> list[Metric]:
         chosen[name] = known if function is None else [of_caller(name, function)]
     always = [entry for entry in REGISTRY.values() if entry.chosen == "always"]
     return [*(entry for entries in chosen.values() for entry in entries), *always]
-
-
-def _have_same_weights(model: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = (dict(each.named_parameters()) for each in (model, other))
-    return (
-        bool(mine)
-        and mine.keys() == theirs.keys()
-        and all(
-            weight.device == theirs[name].device and torch.equal(weight, theirs[name])
-            for name, weight in mine.items()
-        )
-    )
 
 
 def _warn_of_no_cache(study: Study, jobs: Sequence[Job], seed: int) -> None:
