@@ -16,6 +16,7 @@ from torch import nn
 from unlearn_ext._internal.copies import copied
 from unlearn_ext._internal.digests import weights_digest
 from unlearn_ext._internal.logs import shown
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext.evaluation.audit import LEAST_MODELS, RESERVED
 from unlearn_ext.evaluation.cache import Cache
 from unlearn_ext.evaluation.comparison import Comparison
@@ -117,6 +118,8 @@ def compare(
         TypeError: If a set is no iterable of batches, or ``task`` no task.
         ValueError: If a name, a label, a setting or the combination of references is wrong, a set is a
             one-shot iterator or empty, or the task does not go with the data. Nothing has been run then.
+        NotImplementedError: If ``reference`` is sharded, lazy, on the meta device or wrapped for parallel
+            training.
         OSError: If the folder of the cache cannot be made. Nothing has been run then.
 
     Example:
@@ -142,6 +145,8 @@ def compare(
         raise ValueError("compare: make_model and train must be given together")
     if reference is not None and make_model is not None:
         raise ValueError("compare: reference must not be given together with make_model and train")
+    if reference is not None:
+        check_model(reference, "compare: reference")
     _check_audit(audit, [job.label for job in jobs], can_retrain=train is not None)
     recipe = () if train is None else ("make_model", "train")
     for job in jobs:
