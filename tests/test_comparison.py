@@ -331,6 +331,17 @@ def test_controls(trained, sets, monkeypatch):
     assert bare.labels == ("retrained", "ssd")
 
 
+def test_a_method_warns_and_its_control_does_not(trained, sets, monkeypatch):
+    def masked(model, forget, retain, *, score="ratio"):
+        warnings.warn(f"gradient_masking: {score} did harm", stacklevel=2)
+
+    monkeypatch.setitem(METHODS, "gradient_masking", masked)
+    with pytest.warns(UserWarning, match="did harm") as caught:
+        table = run(trained, sets, methods=["gradient_masking"], metrics=["retain"])
+    assert table.labels[-1] == "random mask"
+    assert [str(w.message) for w in caught] == ["gradient_masking: ratio did harm"]
+
+
 def test_without_gradient_masking_the_control_says_why(trained, sets, monkeypatch):
     monkeypatch.delitem(METHODS, "gradient_masking", raising=False)
     table = run(trained, sets, metrics=["retain"])

@@ -7,7 +7,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -206,7 +207,7 @@ class Study:
             settings.setdefault("task", self._task)
         settings = self._with_recipe(job, settings)
         sets = self._sets.all
-        with seeded(seed, *sets.values()):
+        with seeded(seed, *sets.values()), _warnings_of(job):
             started = time.perf_counter()
             result = job.function(subject, sets["forget"], sets["retain"], **settings)
             if device_of(subject).type == "cuda":
@@ -289,6 +290,16 @@ class Study:
             "metrics": {entry.name: entry.given for entry in self._metrics},
             "environment": environment(self._original),
         }
+
+
+@contextmanager
+def _warnings_of(job: Job) -> Iterator[None]:
+    # A control that forgets nothing or does harm is no news: its row says so, under its own label. A warning
+    # would name the method it controls for, which did neither.
+    with warnings.catch_warnings():
+        if job.kind == "control":
+            warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _histogram(values: Tensor) -> list[int]:
