@@ -332,6 +332,8 @@ def test_bad_calls_are_refused(problem):
         audit_function(["magic"], **problem)
     with pytest.raises(ValueError, match="a label must not be 'original'"):
         audit_function({"original": nothing}, **problem)
+    with pytest.raises(NotImplementedError, match=r"audit: model .*pass what it wraps"):
+        audit_function({}, **{**problem, "full": None, "model": nn.DataParallel(make_model())})
 
 
 # -- without oracles

@@ -169,14 +169,17 @@ def test_a_reference_with_weights_of_its_own_is_not_warned_about(trained, sets, 
     assert not [warning for warning in told if "the model's own weights" in str(warning.message)]
 
 
-def test_a_reference_whose_weights_are_not_here_is_refused(trained, sets):
-    for reference, why in (
+def test_a_model_whose_weights_are_not_here_is_refused(trained, sets):
+    """Where only the reference's are not, the message says so."""
+    for wrong, why in (
         (nn.LazyLinear(3), "must have made its parameters"),
         (nn.Linear(2, 3, device="meta"), "must have its parameters in memory"),
         (nn.DataParallel(copy.deepcopy(trained)), "pass what it wraps"),
     ):
         with pytest.raises(NotImplementedError, match=f"compare: reference: .*{why}"):
-            run(trained, sets, methods=[noisy], reference=reference, make_model=None, train=None)
+            run(trained, sets, methods=[noisy], reference=wrong, make_model=None, train=None)
+        with pytest.raises(NotImplementedError, match=f"compare: model .*{why}"):
+            run(wrong, sets, methods=[noisy])
 
 
 def _js_of_noisy(model, sets, reference):

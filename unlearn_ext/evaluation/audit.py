@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from unlearn_ext._internal.modules import check_model
 from unlearn_ext._internal.plain import plain
 from unlearn_ext.distributed import ALONE, Group, Ranks, ranks_of
 from unlearn_ext.distributed.agree import check_alike
@@ -186,6 +187,8 @@ def audit(
     Raises:
         ValueError: If not exactly one of ``full`` and ``model`` is given, there are too few networks, a set
             is empty, or a method is unknown; if ranks are given different things, or shares of the sets.
+        NotImplementedError: If ``model`` is sharded, lazy, on the meta device or wrapped for parallel
+            training.
 
     Source:
         Georgiev et al., "Attribute-to-Delete", 2024; Triantafillou et al., "Are we making progress in
@@ -197,6 +200,8 @@ def audit(
             raise ValueError("audit: exactly one of full and model must be given")
         if n_models < LEAST_MODELS:
             raise ValueError(f"audit: n_models must be at least {LEAST_MODELS}, got {n_models}")
+        if model is not None:
+            check_model(model, "audit")
         jobs = _jobs(methods)
         judge = resolve(task, who="audit")
         folder = Cache(None if cache is None else Path(cache), code)

@@ -118,8 +118,8 @@ def compare(
         TypeError: If a set is no iterable of batches, or ``task`` no task.
         ValueError: If a name, a label, a setting or the combination of references is wrong, a set is a
             one-shot iterator or empty, or the task does not go with the data. Nothing has been run then.
-        NotImplementedError: If ``reference`` is sharded, lazy, on the meta device or wrapped for parallel
-            training.
+        NotImplementedError: If ``model`` or ``reference`` is sharded, lazy, on the meta device or wrapped for
+            parallel training.
         OSError: If the folder of the cache cannot be made. Nothing has been run then.
 
     Example:
@@ -145,6 +145,7 @@ def compare(
         raise ValueError("compare: make_model and train must be given together")
     if reference is not None and make_model is not None:
         raise ValueError("compare: reference must not be given together with make_model and train")
+    check_model(model, "compare")
     if reference is not None:
         check_model(reference, "compare: reference")
     _check_audit(audit, [job.label for job in jobs], can_retrain=train is not None)
