@@ -721,6 +721,14 @@ def test_no_free_direction_is_an_error():
         pgu(model, forget, gram=full_gram(model, forget, retain), energy=1.0)
 
 
+def test_a_frozen_model_is_named_as_the_reason():
+    model, forget, retain = small()
+    before = bits(model.requires_grad_(False))
+    with pytest.raises(ValueError, match="pgu: model must have a trainable parameter, got none"):
+        pgu(model, forget, retain)
+    assert same_bits(before, bits(model))
+
+
 # Digits
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from unlearn_ext._internal.chosen import Params, Patterns, choice, restricted
 from unlearn_ext._internal.modules import check_model
 from unlearn_ext.distributed import Group, Ranks, lockstep, ranks_of
-from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics
+from unlearn_ext.methods.common import epochs_of, train_with_fixed_statistics, trainable
 from unlearn_ext.methods.goal import GoalRule
 from unlearn_ext.methods.loop import train
 from unlearn_ext.methods.pgu_rules import Bound, GapRule
@@ -179,7 +179,8 @@ def pgu(
 
     Raises:
         ValueError: If a set is empty or a one-shot iterator, a setting is out of range, ``gram`` does not fit
-            the model, or no layer has a free direction; if there is neither ``retain`` nor ``gram``.
+            the model, or no layer has a free direction or a trainable parameter; if there is neither
+            ``retain`` nor ``gram``.
         UnlearningFailed: See ``strict``. The model is as it was then.
         FloatingPointError: If a loss is NaN or infinite. The model is as it was then.
 
@@ -200,6 +201,7 @@ def pgu(
         ([False, True, True], 2)
     """
     check_model(model, "pgu")
+    trainable(model, "pgu")  # refuses a model that has none, before any pass over the data
     ranks = ranks_of(process_group, "pgu")
     forget = check_batches(forget, "forget")
     if epochs is None:
