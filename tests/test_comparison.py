@@ -145,8 +145,9 @@ def test_the_gap_is_that_of_accuracies_and_attack(trained, sets):
     assert ours["mia_auc"].note in ("like the reference", "still recognised", "over-unlearned")
 
 
-def test_a_given_reference_is_compared_with(trained, sets):
-    reference = copy.deepcopy(trained)
+@pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile])
+def test_a_given_reference_is_compared_with(trained, sets, wrapped):
+    reference = wrapped(copy.deepcopy(trained))
     with pytest.warns(UserWarning, match="reference has the model's own weights"):
         table = run(trained, sets, methods=[noisy], reference=reference, make_model=None, train=None)
     assert table.measures("original")["js"].value == pytest.approx(0, abs=1e-12)

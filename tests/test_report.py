@@ -109,6 +109,8 @@ def test_digests_know_every_bit_and_nothing_else():
     digest = report.weights_digest(model)
     assert re.fullmatch("[0-9a-f]{64}", digest)
     assert report.weights_digest(copy.deepcopy(model).train().requires_grad_(False)) == digest
+    assert report.weights_digest(torch.compile(model)) == digest
+    assert report.weights_digest(nn.DataParallel(model)) == digest
     for change in (
         lambda m: m[0].weight.data[0, 0].add_(1e-7),
         lambda m: m[1].running_mean.add_(1e-7),

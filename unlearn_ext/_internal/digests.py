@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from unlearn_ext._internal.names import with_plain_names
+
 
 class Digest(Protocol):
     """A hash that takes its input in pieces, as those of ``hashlib`` do."""
@@ -23,8 +25,8 @@ class Digest(Protocol):
 def weights_digest(model: nn.Module) -> str:
     """Return the SHA-256 of a model's parameters and buffers.
 
-    It covers names, dtypes, shapes and bits, in the order of the names, whatever the device and the memory
-    layout: equal digests mean equal weights, to the bit.
+    It covers names (without what wrappers put in), dtypes, shapes and bits, in the order of the names,
+    whatever the device and the memory layout: equal digests mean equal weights, to the bit.
 
     Args:
         model: The model.
@@ -41,7 +43,7 @@ def weights_digest(model: nn.Module) -> str:
         False
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(with_plain_names(model.state_dict()).items()):
         digest.update(f"{name}\0".encode())
         if isinstance(tensor, Tensor):
             update_digest(digest, tensor)
