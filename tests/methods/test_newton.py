@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import unlearn_ext as ux
 from unlearn_ext import kfac_factors, newton
 from unlearn_ext.evaluation.metrics.accuracy import accuracy
-from unlearn_ext.methods.newton_guards import Answers, Guard
+from unlearn_ext.methods.newton_guards import Answers, Guard, _chance_of, unseen_accuracy
 from unlearn_ext.methods.newton_step import direction
 from unlearn_ext.methods.until import UnlearningFailed
 from unlearn_ext.tasks.losses import resolve
@@ -243,6 +244,71 @@ def test_a_class_that_is_lost_for_unseen_samples_is_a_broken_budget():
     assert broken(20, gained=14, aimed=True) == ["class 0: validation accuracy 12.0 points lower"]
     assert broken(1, n=4) == []
     assert broken(12, classes=0.25) == []
+
+
+def test_a_class_is_to_be_answered_like_its_own_unseen_samples(case):
+    """Unseen samples of the hardest class are wrong more often than those of all: the others do not count."""
+    model, sets = case
+    x, y = (torch.cat([batch[k] for batch in sets["forget"] + sets["retain"]]) for k in (0, 1))
+    unseen_x, unseen_y = (torch.cat([batch[k] for batch in sets["validation"]]) for k in (0, 1))
+    each = [accuracy(model, [(unseen_x[unseen_y == c], unseen_y[unseen_y == c])]) for c in range(CLASSES)]
+    hardest = min(range(CLASSES), key=each.__getitem__)
+    assert each[hardest] < accuracy(model, sets["validation"]) - 0.02
+    mine = (y == hardest) & (torch.arange(len(y)) < 150)
+    sets = {"forget": [(x[mine], y[mine])], "retain": batches(x[~mine], y[~mine])} | {
+        "validation": sets["validation"]
+    }
+    free = {"budget": 1.0, "validation_budget": 1.0, "class_budget": 1.0}
+    result = newton(model, sets["forget"], sets["retain"], validation=sets["validation"], **free)
+    assert result.reached
+    assert accuracy(model, sets["forget"]) <= each[hardest]
+
+
+def test_unseen_samples_count_by_class_where_the_forget_set_has_classes_of_its_own():
+    classes = torch.arange(1000) % 10
+    unseen = answered((classes != 5) | (torch.arange(1000) % 4 == 1), classes)  # of class 5 half are right
+    assert unseen.accuracy == 0.95
+
+    def goal(*own):
+        own = torch.tensor(own)
+        return unseen_accuracy(unseen, answered(torch.ones(len(own)), own))
+
+    assert goal(*[5] * 50) == pytest.approx(0.5)
+    assert goal(*[5] * 50, *[0] * 50) == pytest.approx(0.75)
+    assert goal(*range(10), *range(10), 5, 5) == 0.95  # two more of class 5 may be chance
+    assert goal(*[5] * 5) == 0.95
+    assert goal(*[5] * 7) == pytest.approx(0.5)
+    assert goal(*[0] * 50) == 0.95  # no easier goal for an easy class
+    assert goal(*[11] * 50) == 0.95  # of which nothing unseen is known
+    assert goal(*[11] * 50, *[5] * 50) == pytest.approx(0.5)
+    no_classes = answered(unseen.right, None)
+    assert unseen_accuracy(no_classes, answered(torch.ones(9), torch.zeros(9))) == 0.95
+    # Samples without a label count for nothing, on either side.
+    nothing = Answers(torch.zeros(500).long(), torch.zeros(500).long(), torch.full((500,), -100))
+    mine = answered(torch.ones(50), torch.full((50,), 5))
+    padded = [
+        Answers(
+            *(
+                torch.cat(pair)
+                for pair in zip(
+                    (p.right, p.labels, p.classes),
+                    (nothing.right, nothing.labels, nothing.classes),
+                    strict=True,
+                )
+            )
+        )
+        for p in (unseen, mine)
+    ]
+    assert unseen_accuracy(*padded) == unseen_accuracy(unseen, mine) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "count, n, others, n_others", [(4, 4, 9, 99), (1, 7, 0, 5), (0, 3, 2, 9), (6, 20, 5, 60)]
+)
+def test_the_chance_of_so_many_of_a_class_is_counted_out(count, n, others, n_others):
+    mine, everything = count + others, n + n_others
+    ways = [math.comb(mine, k) * math.comb(everything - mine, n - k) for k in range(count, n + 1)]
+    assert _chance_of(count, n, others, n_others) == pytest.approx(sum(ways) / math.comb(everything, n))
 
 
 def test_the_validation_budget_counts_what_is_not_chance():

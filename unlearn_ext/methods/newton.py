@@ -37,7 +37,7 @@ from unlearn_ext.distributed.group import on_all
 from unlearn_ext.fisher.kfac import KroneckerFactors
 from unlearn_ext.fisher.kfac_pass import kfac_factors
 from unlearn_ext.methods.common import check_count
-from unlearn_ext.methods.newton_guards import Answers, Guard, answers
+from unlearn_ext.methods.newton_guards import Answers, Guard, answers, unseen_accuracy
 from unlearn_ext.methods.newton_step import Step, direction
 from unlearn_ext.methods.run import Run, unlearning
 from unlearn_ext.methods.until import FORGOTTEN, UnlearningFailed, Until, check_goal
@@ -92,7 +92,9 @@ def newton(
     or far too much. Parameters of layers without Kronecker factors (norms, attention's own projections) stay.
 
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
-    on the forget set is at most that of the untouched model on the validation set, then narrowed down to 5 %.
+    on the forget set is at most that of the untouched model on the validation set (where the forget set has
+    more of some classes than chance explains: on unseen samples of its classes, if that is lower), then
+    narrowed down to 5 %.
     It is taken only if it costs no more than the budgets allow; where it costs more, a second one is tried
     for which the retain set's gradient weighs twice as much. Otherwise every bit is put back, ``reached`` is
     False and a warning says what was tried. What the validation set shows counts beyond chance only, by a
@@ -256,7 +258,7 @@ def newton(
             moving = validation if by == "loss" else None
             way = _Way(run, task, forget, by, tried, until if callable(until) else None, moving)
             step = functools.partial(next_step, weight)
-            goal = _goal(until, before["validation"], by)
+            goal = _goal(until, before, by)
             size = way.gone(step, before["forget"].known(by), goal, rounds)
             searched += way.searched
             with run.phase("guards"):
@@ -335,11 +337,14 @@ def _check(
         raise ValueError(f"newton: damping must be finite and > 0, got {damping}")
 
 
-def _goal(until: Until, unseen: Answers, yardstick: Yardstick) -> float:
+def _goal(until: Until, before: Mapping[str, Answers], yardstick: Yardstick) -> float:
     # How well the forget set may be known.
     if isinstance(until, (int, float)):
         return float(until)
-    return FORGOTTEN if until == "forgotten" else unseen.known(yardstick)
+    if until == "forgotten":
+        return FORGOTTEN
+    unseen = before["validation"]
+    return unseen_accuracy(unseen, before["forget"]) if yardstick == "accuracy" else unseen.known(yardstick)
 
 
 class _Way:

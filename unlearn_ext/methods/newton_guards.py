@@ -21,6 +21,8 @@ from unlearn_ext.tasks.batches import Batch, Batches, device_of, read_batches
 _DEVIATIONS, _MANY_DEVIATIONS = 2.0, 3.0
 # How many times its share of unseen samples a class's share of the forget set is where it is aimed at.
 _CONCENTRATED = 2.0
+# How improbable so many samples of a class are where the forget set is not a draw like the unseen samples.
+_NOT_BY_CHANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,40 @@ class Answers:
         return 0.0 if self.classes is None else float((self.classes == label).double().mean())
 
 
+def unseen_accuracy(unseen: Answers, forget: Answers) -> float:
+    """Say how well samples like those of the forget set are answered that the model never saw.
+
+    A class that is harder than others has fewer right answers among its unseen samples. Where the forget set
+    has more of some class than chance explains, the unseen samples count as often as their classes occur in
+    it, if that is the lower figure: what is like unseen samples of all classes would not be like those of
+    its own.
+
+    Args:
+        unseen: Answers on the validation set.
+        forget: Answers on the forget set, by the same model.
+
+    Returns:
+        An accuracy in [0, 1], at most that of the validation set.
+
+    Example:
+        >>> ones = torch.ones(40)
+        >>> unseen = Answers(torch.tensor([1, 0] * 10 + [1, 1] * 10), ones, torch.tensor([0] * 20 + [1] * 20))
+        >>> unseen.accuracy, unseen_accuracy(unseen, Answers(ones, ones, torch.zeros(40)))
+        (0.75, 0.5)
+    """
+    if unseen.classes is None or forget.classes is None:
+        return unseen.accuracy
+    mine, theirs = (part.classes[part.labels > 0] for part in (forget, unseen))  # type: ignore[index]
+    right = unseen.right[unseen.labels > 0].double()
+    total, weight, is_chance = 0.0, 0.0, True
+    for label in mine.unique().tolist():
+        own, count = theirs == label, int((mine == label).sum())
+        is_chance &= _chance_of(count, len(mine), int(own.sum()), len(theirs)) >= _NOT_BY_CHANCE
+        if bool(own.any()):
+            total, weight = total + count * float(right[own].mean()), weight + count
+    return unseen.accuracy if is_chance or weight == 0 else min(unseen.accuracy, total / weight)
+
+
 def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks = ALONE) -> Answers:
     """See how a model answers.
 
@@ -106,6 +142,17 @@ def answers(model: nn.Module, task: Task, data: Batches, name: str, ranks: Ranks
     if not bool(joined[1].any()):
         raise ValueError(f"newton: {name} must hold at least one label, got none")
     return Answers(joined[0], joined[1], joined[2] if known else None, float(joined[-1].mean()))
+
+
+def _chance_of(count: int, n: int, others: int, n_others: int) -> float:
+    # Fisher's exact test: of all samples of a class, as many or more among these n, were they drawn by lot.
+    def choices(of: int, drawn: Tensor) -> Tensor:
+        whole = torch.tensor(float(of), dtype=torch.float64)
+        return torch.lgamma(whole + 1) - torch.lgamma(drawn + 1) - torch.lgamma(whole - drawn + 1)
+
+    k = torch.arange(count, min(n, count + others) + 1, dtype=torch.float64)
+    pairs = choices(count + others, k) + choices(n + n_others - count - others, n - k)
+    return float((pairs - choices(n + n_others, torch.tensor(float(n), dtype=torch.float64))).exp().sum())
 
 
 @contextmanager
