@@ -347,9 +347,12 @@ def test_newton_takes_chosen_layers_of_stored_factors():
         newton(make("Llama"), factors=factors, include="norm")
 
 
-@pytest.mark.parametrize("params", ["adapters", "base"])
-def test_pgu_keeps_to_a_part(params):
+@pytest.mark.parametrize("params, is_frozen", [("adapters", False), ("base", False), ("base", True)])
+def test_pgu_keeps_to_a_part(params, is_frozen):
+    """Adapters that were loaded for inference are frozen, like all else: the base can be chosen still."""
     model = adapted()
+    if is_frozen:
+        model.requires_grad_(False)
     before, flagged = values_of(model), flags(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -255,13 +255,11 @@ def test_a_class_is_to_be_answered_like_its_own_unseen_samples(case):
     hardest = min(range(CLASSES), key=each.__getitem__)
     assert each[hardest] < accuracy(model, sets["validation"]) - 0.02
     mine = (y == hardest) & (torch.arange(len(y)) < 150)
-    sets = {"forget": [(x[mine], y[mine])], "retain": batches(x[~mine], y[~mine])} | {
-        "validation": sets["validation"]
-    }
+    forget, retain = [(x[mine], y[mine])], batches(x[~mine], y[~mine])
     free = {"budget": 1.0, "validation_budget": 1.0, "class_budget": 1.0}
-    result = newton(model, sets["forget"], sets["retain"], validation=sets["validation"], **free)
+    result = newton(model, forget, retain, validation=sets["validation"], **free)
     assert result.reached
-    assert accuracy(model, sets["forget"]) <= each[hardest]
+    assert accuracy(model, forget) <= each[hardest]
 
 
 def test_unseen_samples_count_by_class_where_the_forget_set_has_classes_of_its_own():

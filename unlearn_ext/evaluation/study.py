@@ -296,9 +296,11 @@ class Study:
 def _warnings_of(job: Job) -> Iterator[None]:
     # A control that forgets nothing or does harm is no news: its row says so, under its own label. A warning
     # would name the method it controls for, which did neither.
+    if job.kind != "control":
+        yield
+        return
     with warnings.catch_warnings():
-        if job.kind == "control":
-            warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 

@@ -94,12 +94,11 @@ def newton(
     The step is doubled, from a largest relative change of a layer of 1e-3, to the first point where accuracy
     on the forget set is at most that of the untouched model on the validation set (where the forget set has
     more of some classes than chance explains: on unseen samples of its classes, if that is lower), then
-    narrowed down to 5 %.
-    It is taken only if it costs no more than the budgets allow; where it costs more, a second one is tried
-    for which the retain set's gradient weighs twice as much. Otherwise every bit is put back, ``reached`` is
-    False and a warning says what was tried. What the validation set shows counts beyond chance only, by a
-    sign test; a class that the request is about (a share of the forget set more than twice its share of the
-    validation set) has to stay within its budget whatever chance may do.
+    narrowed down to 5 %. It is taken only if it costs no more than the budgets allow; where it costs more, a
+    second one is tried for which the retain set's gradient weighs twice as much. Otherwise every bit is put
+    back, ``reached`` is False and a warning says what was tried. What the validation set shows counts beyond
+    chance only, by a sign test; a class that the request is about (a share of the forget set more than twice
+    its share of the validation set) has to stay within its budget whatever chance may do.
 
     For texts (tasks of language models) the goal is a loss on the forget set no lower than on the validation
     set, both by the model as it ends, reached in ``rounds`` equal parts, and ``budget`` the share by which

@@ -201,7 +201,6 @@ def pgu(
         ([False, True, True], 2)
     """
     check_model(model, "pgu")
-    trainable(model, "pgu")  # refuses a model that has none, before any pass over the data
     ranks = ranks_of(process_group, "pgu")
     forget = check_batches(forget, "forget")
     if epochs is None:
@@ -257,6 +256,7 @@ def pgu(
             ranks=ranks,
         ) as run,
     ):
+        trainable(model, "pgu")  # not before: params="base" thaws what is frozen
         with run.phase("subspace"):
             if gram_forget is None:
                 gram_forget = activation_gram(
